@@ -1,0 +1,1 @@
+"""DP-compatible layers: torch only. Imported as ``dpkit.layers``."""
