@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-# --- layers that change the arithmetic of the one they derive from ------------------------------------------------
+# --- layers that change the arithmetic of the one they derive from ---
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -51,7 +51,7 @@ class ScaledLinear(nn.Linear):
         return 2 * super().forward(x)
 
 
-# --- modules with parameters of their own --------------------------------------------------------------------------
+# --- modules with parameters of their own ---
 
 
 class EinsumLinear(nn.Module):

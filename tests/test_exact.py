@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import dpkit
 from tests.cases import CASES, ModelCase, select
+from tests.hf_models import FAST, HF_CASES
 from tests.oracle import Losses, PyTree, clipped_sum, norm, per_record_grads, size, take, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # an even kernel pads unevenly: on purpose
@@ -143,6 +144,20 @@ def test_automatic(case: ModelCase) -> None:
 def test_per_layer(case: ModelCase) -> None:
     """Per-layer clipping: 1e-10."""
     assert_exact(case, torch.float64, clipping="per_layer")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("case", [case for case in HF_CASES if case.name in FAST], ids=lambda case: case.name)
+def test_hugging_face(case: ModelCase, dtype: torch.dtype) -> None:
+    """Architectures from transformers, tiny."""
+    assert_exact(case, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in HF_CASES if case.name not in FAST], ids=lambda case: case.name)
+def test_hugging_face_all(case: ModelCase) -> None:
+    """The rest of the 54."""
+    assert_exact(case, torch.float64)
 
 
 @one_per_trait

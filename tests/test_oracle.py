@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests.cases import CASES, ModelCase
+from tests.hf_models import HF_CASES
 from tests.oracle import batched_vjp_grads, clip, clipped_sum, norm, per_record_grads, size, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # an even kernel pads unevenly: on purpose
@@ -18,6 +19,13 @@ TOLERANCE_FLOAT32_INSIDE = 1e-5
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_two_oracles_agree(case: ModelCase) -> None:
     """The loop over single records and the batched VJP give the same gradients, and they are not all zero."""
+    check_case(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", HF_CASES, ids=lambda case: case.name)
+def test_two_oracles_agree_on_hugging_face(case: ModelCase) -> None:
+    """The same over the 54 architectures."""
     check_case(case)
 
 
