@@ -53,7 +53,7 @@ class ModelCase:
         return pytree.tree_map_only(Tensor, lambda v: v.to(dtype) if v.is_floating_point() else v, batch)
 
 
-# --- losses, one per record [n] --------------------------------------------------------------------------------------
+# --- losses, one per record [n] ---
 
 
 def squared(output: Tensor, target: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def language_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> T
     return losses.sum(1) / (labels != ignore_index).sum(1).clamp(min=1)
 
 
-# --- batches ---------------------------------------------------------------------------------------------------------
+# --- batches ---
 
 
 def normal(*shape: int) -> Callable[[int, Generator], Tensor]:
@@ -98,7 +98,7 @@ def text(n: int, length: int, vocab: int, generator: Generator) -> dict[str, Ten
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
 
-# --- ways to make a case ---------------------------------------------------------------------------------------------
+# --- ways to make a case ---
 
 
 def plain(
@@ -125,7 +125,7 @@ def convolution(name: str, d: int, build: Callable[[], nn.Module], channels: int
     return plain(name, lambda: nn.Sequential(build(), nn.Tanh()), normal(*dims(d, channels)))
 
 
-# --- the cases -------------------------------------------------------------------------------------------------------
+# --- the cases ---
 
 
 def _linear() -> list[ModelCase]:

@@ -19,22 +19,14 @@ __all__ = ["FAST", "HF_CASES"]
 
 VOCAB, LENGTH, SIDE, LABELS = 32, 7, 16, 3
 
+# --- sizes; configurations that know a size by another name get it in their own line ---
+
+SIZE = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "num_labels": LABELS,
+}  # fmt: skip
 TEXT = {
     **SIZE, "vocab_size": VOCAB, "max_position_embeddings": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-
-SIZE = {
-    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
-    "num_labels": LABELS,
-}  # fmt: skip
-TEXT = {
-    **SIZE,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 24,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 DECODER = {**TEXT, "num_key_value_heads": 1, "head_dim": 8}
 IMAGE = {**SIZE, "image_size": SIDE, "patch_size": 8, "num_channels": 3}
 QUIET = {
@@ -135,7 +127,7 @@ def embedded(model: nn.Module, batch: PyTree) -> Tensor:
     return squared(torch.cat(parts, 1), batch["labels"])
 
 
-# --- the table -----------------------------------------------------------------------------------------------------------
+# --- the table ---
 
 
 def case(

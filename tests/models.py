@@ -123,7 +123,7 @@ class Block(nn.Module):
         return x + self.scale2(self.mlp(self.norm2(x)))
 
 
-# --- whole models --------------------------------------------------------------------------------------------------
+# --- whole models ---
 
 
 class LanguageModel(nn.Module):
