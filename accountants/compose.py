@@ -123,15 +123,21 @@ def build(
     *,
     upper: bool,
     fewest: Sequence[int] | None = None,
+    step: float | None = None,
 ) -> tuple[Spectrum, float]:
-    """A spectrum whose discretisation costs about ``tolerance`` of epsilon at most, and that cost in epsilon."""
+    """A spectrum whose discretisation costs about ``tolerance`` of epsilon at most, and an estimate of that cost.
+
+    With ``step`` given the grid is that, whatever it costs.
+    """
     steps = max(1, sum(counts))
     budget = tolerance * plan.epsilon
-    step = min(math.sqrt(12.0 * budget / (steps * (1.0 + plan.slope))), 0.5 / (1.0 + plan.slope), 0.02)
+    fixed = step is not None
+    if step is None:
+        step = min(math.sqrt(12.0 * budget / (steps * (1.0 + plan.slope))), 0.5 / (1.0 + plan.slope), 0.02)
     floor = 12.0 * plan.deviation / MAX_SIZE
     tail_mass, head_mass = math.exp(plan.tail), math.exp(plan.head)
     thetas = (plan.theta, plan.slope)
-    for _ in range(7):
+    for _ in range(3):
         step = max(step, floor)
         laws: list[Lattice] = []
         costs = [0.0, 0.0]
@@ -145,12 +151,26 @@ def build(
             laws.append(law)
             for i, theta in enumerate(thetas):
                 costs[i] += n * abs(law.log_mgf(theta) - moments(pilot, theta)[0]) / theta
-        cost = max(costs)
-        if cost <= budget * 1.02 or step <= floor or not upper:
+        cost = costs[0]
+        if fixed or cost <= budget * 1.05 or step <= floor or not upper:
             break
-        step *= min(0.9, max(0.1, math.sqrt(0.85 * budget / cost)))
-    spectrum = Spectrum(laws, list(counts), plan.theta, upper=upper, fewest=None if fewest is None else list(fewest))
+        step *= min(0.9, max(0.3, math.sqrt(0.85 * budget / cost)))
+    # the mass outside the window may cost a fiftieth of the tolerance: weigh it against B ≈ 1 / (2.5 θ (1 + θ) deviation)
+    share = 0.02 * budget * (1.0 + plan.theta) / max(1.0, (1.0 + plan.theta) * plan.deviation)
+    wrap = min(27.0, max(8.0, -math.log(min(share, 0.1)) + 1.0))
+    spectrum = Spectrum(
+        laws, list(counts), plan.theta, upper=upper, fewest=None if fewest is None else list(fewest), wrap=wrap
+    )
     return spectrum, cost
+
+
+def refine(plan: Plan, spectrum: Spectrum, counts: tuple[int, ...], epsilon: float) -> Plan:
+    """The plan again, with epsilon and the slope of log delta there as first found."""
+    dx = max(1e-3 * epsilon, 2.0 * spectrum.step)
+    slope = (spectrum.log_delta(epsilon, counts) - spectrum.log_delta(epsilon + dx, counts)) / dx
+    if not (math.isfinite(slope) and slope > 0.0):
+        slope = plan.slope
+    return replace(plan, epsilon=epsilon, slope=min(max(slope, 0.5 * plan.theta), 30.0 * plan.theta))
 
 
 @dataclass(frozen=True)

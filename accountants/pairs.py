@@ -41,6 +41,10 @@ class Pair(ABC):
     infinite: float = 0.0
     """P(L = ∞)."""
 
+    def supremum(self) -> float:
+        """The largest finite loss, rounded up; infinity where there is none."""
+        return math.inf
+
     @abstractmethod
     def span(self, head: float, tail: float) -> tuple[float, float]:
         """(lo, hi) with P(L < lo) ≤ e^head and P(hi < L < ∞) ≤ e^tail. Either may be the end of the support."""
@@ -198,6 +202,9 @@ class GaussianPair(SmoothPair):
             far = loss + np.log1p(-(1.0 - self.q) * np.exp(-np.maximum(loss, 0.5))) - math.log(self.q)
             return self.sigma * np.where(loss < 1.0, near, far) + 0.5 / self.sigma
 
+    def supremum(self) -> float:
+        return -math.log1p(-self.q) * (1.0 + 8.0 * U) if self.flipped and self.q < 1.0 else math.inf
+
     def y_span(self, head: float, tail: float) -> tuple[float, float]:
         if self.flipped:  # P is N(0): the loss falls with y
             return -_normal_reach(tail), _normal_reach(head)
@@ -244,6 +251,9 @@ class DiscretePair(Pair):
 
     def breaks(self) -> list[float]:
         return list(self.losses)
+
+    def supremum(self) -> float:
+        return max(self.losses, default=0.0) * (1.0 + 8.0 * U)
 
     def flip(self) -> DiscretePair:
         """The other direction; P's infinite part becomes mass that the new P does not have."""

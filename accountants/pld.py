@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from . import gaussian
 from .accountant import Accountant, check_delta, check_epsilon
-from .compose import Chernoff, Plan, build, chernoff, make_plan, refine, solve_epsilon
+from .compose import MAX_SIZE, Chernoff, Plan, build, chernoff, make_plan, refine, solve_epsilon
 from .errors import AccountingError
 from .events import Event
 from .mechanisms import judge
@@ -77,10 +77,18 @@ class Direction:
             return counts
         return tuple(2 * b if b > a else b for a, b in zip(seen, counts, strict=True))
 
+    def pure(self, counts: Counts) -> float:
+        """Pure epsilon: the sum of the largest losses; infinite where some loss is unbounded."""
+        return sum(n * max(0.0, pair.supremum()) for n, pair in zip(counts, self.pairs, strict=True) if n)
+
     def epsilon(self, counts: Counts, log_delta: float, tolerance: float, *, upper: bool) -> float:
         """The bound on epsilon at exp(log_delta)."""
         if self._floor(counts) >= log_delta:
             return math.inf
+        value = self._search(counts, log_delta, tolerance, upper)
+        return min(value, self.pure(counts)) if upper and self._floor(counts) == -math.inf else value
+
+    def _search(self, counts: Counts, log_delta: float, tolerance: float, upper: bool) -> float:
         for built in reversed(self._built[upper]):
             if built.spectrum.fits(counts):
                 answer = solve_epsilon(built.spectrum, counts, log_delta, built.plan.epsilon)
@@ -89,25 +97,35 @@ class Direction:
         room = self._room(counts) if upper else counts
         plan = self._plan(room, log_delta)
         best = math.inf if upper else 0.0
-        for attempt in range(3):
-            built = self._fresh(counts, plan, tolerance, upper, room)
-            answer = solve_epsilon(built.spectrum, counts, log_delta, plan.epsilon)
+        step: float | None = None
+        before: tuple[float, float] | None = None
+        for _ in range(4):
+            spectrum, cost = build(self.pairs, room, plan, tolerance, upper=upper, fewest=counts, step=step)
+            answer = solve_epsilon(spectrum, counts, log_delta, plan.epsilon)
             best = min(best, answer) if upper else max(best, answer)
-            if not math.isfinite(answer) or answer <= 0.0:
+            if not 0.0 < answer < math.inf:
                 break
-            value, error, _, _ = built.spectrum.bracket(answer, counts)
-            built = _Built(built.spectrum, plan, built.cost, error / value if value > 0.0 else math.inf)
-            better = refine(plan, built.spectrum, counts, answer)
-            scale = max(1.0, (1.0 + better.slope) / (1.0 + plan.slope))
-            if attempt == 2 or (built.cost * scale <= 1.6 * tolerance * answer and better.slope < 1.7 * plan.slope):
-                self._store(built)
+            if before is not None:
+                # the error is second order in the step: compare with the coarser grid
+                ratio = (before[0] / spectrum.step) ** 2
+                cost = abs(before[1] - answer) / max(ratio - 1.0, 0.5)
+            value, error, _, _ = spectrum.bracket(answer, counts)
+            self._store(_Built(spectrum, plan, cost, error / value if value > 0.0 else math.inf))
+            budget = tolerance * answer * (1.0 if upper else 2.0)
+            better = refine(plan, spectrum, counts, answer)
+            typical = abs(plan.epsilon - answer) < 0.08 * answer and better.slope < 1.5 * plan.slope
+            if cost <= 1.2 * budget and (before is not None or typical):
                 break
-            self._store(built)
-            plan = better
+            finer = 0.5 if before is None else min(0.7, max(0.1, math.sqrt(0.7 * budget / cost)))
+            before, step, plan = (spectrum.step, answer), spectrum.step * finer, better
+            if spectrum.size > 2 * MAX_SIZE // 3:
+                break
         return best
 
     def epsilon_beyond(self, counts: Counts, log_delta: float, tolerance: float, known: float) -> float:
         """max(known, the upper bound on epsilon), at less cost where a cruder bound stays within ``known``."""
+        if self._floor(counts) == -math.inf and self.pure(counts) <= known:
+            return known
         if self._quick is not None and self._quick.epsilon(counts, log_delta) <= known:
             return known
         if self._floor(counts) >= log_delta:

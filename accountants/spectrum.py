@@ -46,7 +46,6 @@ from .lattice import Lattice
 from .pairs import Array, Ints, U
 
 Complex = NDArray[np.complex128]
-_CHERNOFF = 21.0
 _FADE = 42.0
 
 
@@ -78,11 +77,20 @@ class Spectrum:
         theta: the tilt, > 0.
         upper: whether errors are to be rounded up or down.
         fewest: the smallest number of times each will be run; fewer runs need more frequencies.
+        wrap: −log of the tilted mass that may lie outside the window, on either side.
     """
 
     def __init__(
-        self, laws: list[Lattice], counts: list[int], theta: float, *, upper: bool, fewest: list[int] | None = None
+        self,
+        laws: list[Lattice],
+        counts: list[int],
+        theta: float,
+        *,
+        upper: bool,
+        fewest: list[int] | None = None,
+        wrap: float = 21.0,
     ) -> None:
+        self.wrap = wrap
         self.laws, self.counts, self.theta, self.upper = laws, tuple(counts), theta, upper
         self.fewest = tuple(counts if fewest is None else fewest)
         self.step = laws[0].step
@@ -147,7 +155,7 @@ class Spectrum:
 
     def _chernoff_table(self) -> list[tuple[float, list[float]]]:
         scale = max(self.deviation, self.step)
-        guess = math.sqrt(2.0 * _CHERNOFF)
+        guess = math.sqrt(2.0 * self.wrap)
         table = []
         for size in (0.02, 0.06, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05, 1.3):
             for sign in (-1.0, 1.0):
@@ -172,12 +180,12 @@ class Spectrum:
         return out
 
     def _reach(self, counts: tuple[int, ...]) -> tuple[float, float]:
-        """Distances left and right of the mean beyond which the tilted mass is at most e^-_CHERNOFF each."""
+        """Distances left and right of the mean beyond which the tilted mass is at most e^-wrap each."""
         best = [math.inf, math.inf]
         for t, moments in self._excess:
             total = sum(n * m for n, m in zip(counts, moments, strict=True))
             side = 1 if t > 0 else 0
-            best[side] = min(best[side], (total + _CHERNOFF) / abs(t))
+            best[side] = min(best[side], (total + self.wrap) / abs(t))
         return best[0], best[1]
 
     def fits(self, counts: tuple[int, ...]) -> bool:
@@ -193,7 +201,7 @@ class Spectrum:
         base = sum(c * (law.origin + s * h) for c, law, s in zip(counts, self.laws, self._shifts, strict=True))
         spare = n * h - (left + right)
         start = math.floor((mean - left - 0.5 * max(spare, 0.0) - base) / h)
-        outside = 2.0 * math.exp(-_CHERNOFF) if spare > 0.0 else 1.0
+        outside = 2.0 * math.exp(-self.wrap) if spare > 0.0 else 1.0
         log_g = np.zeros(len(k), dtype=np.complex128)
         doubt, ceiling = np.zeros(len(k)), np.zeros(len(k))
         for c, f, size, noise in zip(counts, self._spectra, self._sizes, self._noise, strict=True):
