@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _HOMES: dict[str, str] = {
     "PrivacyEngine": "engine",
 }
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
