@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
-import platform
 import random
 import statistics
 import sys
@@ -21,7 +19,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,9 +27,9 @@ from torch.optim import SGD
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.report import RESULTS, conditions, sentence
 from benchmarks.workloads import WORKLOADS, Workload
 
-RESULTS = Path(__file__).parent / "results"
 NOISE_MULTIPLIER, MAX_GRAD_NORM, LEARNING_RATE = 1.0, 1.0, 0.01
 SECONDS_PER_TURN = 0.2
 """A turn repeats the step until about this long has passed, so that the clock's grain does not matter."""
@@ -217,41 +214,12 @@ def compare(workload: Workload, n: int, rounds: int) -> list[Row]:
 # --- reporting ---
 
 
-def cpu() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def conditions(command: str, rounds: int) -> dict[str, Any]:
-    """All that a reader needs to judge or to repeat the run."""
-    import opacus as opacus_library
-
-    import dpkit as library
-
-    return {
-        "command": command,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "dpkit": library.__version__,
-        "torch": torch.__version__,
-        "opacus": opacus_library.__version__,
-        "python": platform.python_version(),
-        "cpu": cpu(),
-        "threads": torch.get_num_threads(),
-        "rounds": rounds,
-    }
-
-
 def markdown(about: dict[str, Any], rows: list[Row]) -> str:
     """The table, with its conditions above it."""
     lines = [
         "# Training steps",
         "",
-        f"`{about['command']}`, {about['date']}: {about['cpu']}, {about['threads']} threads, "
-        f"torch {about['torch']}, Opacus {about['opacus']}, dpkit {about['dpkit']}.",
+        sentence(about),
         f"Medians over {about['rounds']} rounds, quartiles in brackets. Ratio: to ordinary training in the same round.",
         "Peak memory: what one step allocates on top of what is held between steps (torch's CPU allocator).",
         "",
@@ -279,12 +247,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", module="opacus")
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    rounds = 3 if args.quick else args.rounds
     rows = []
     for name in args.workloads:
         workload = WORKLOADS[name]
         for n in workload.batch_sizes[:1] if args.quick else workload.batch_sizes:
-            rows += compare(workload, n, 3 if args.quick else args.rounds)
-    about = conditions(" ".join(["python -m benchmarks.steps", *sys.argv[1:]]), 3 if args.quick else args.rounds)
+            rows += compare(workload, n, rounds)
+    about = {**conditions("benchmarks.steps"), "rounds": rounds}
     table = markdown(about, rows)
     print(f"\n{table}")
     if not args.quick:
