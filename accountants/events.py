@@ -1,0 +1,233 @@
+"""What was done to the data: frozen, hashable values that say nothing of how they are judged.
+
+An event describes one use of private data. Events compose with ``+`` and repeat with ``*``; the accountants judge them.
+
+>>> step = PoissonSampled(sample_rate=0.01, event=Gaussian(noise_multiplier=1.1))
+>>> (step * 1000).flat()
+[(PoissonSampled(sample_rate=0.01, event=Gaussian(noise_multiplier=1.1)), 1000)]
+>>> Event.from_json((step * 3 + Laplace(2.0)).to_json()) == step * 3 + Laplace(2.0)
+True
+
+Units: every noise scale is relative to the largest contribution C of one record (``noise_multiplier = std / C``). Under
+add-or-remove-one and zero-out adjacency one record moves a sum by at most C; under replace-one by at most 2C, and it is
+the accountant, not the event, that knows which applies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar, SupportsIndex
+
+from .errors import AccountingError
+
+VERSION = 1
+
+
+def _number(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
+    """``value`` as a float inside [low, high], or an error that names the field."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise AccountingError(
+            f"{name} is {value!r}.", why="it must be a number.", cure=f"pass a float as {name}."
+        ) from None
+    inside = low < number if open_low else low <= number
+    if not (math.isfinite(number) and inside and number <= high):
+        left = "(" if open_low else "["
+        raise AccountingError(
+            f"{name} is {value!r}.",
+            why=f"it must be a finite number in {left}{low:g}, {high:g}].",
+            cure=f"pass a {name} in that range.",
+        )
+    return number
+
+
+def _count(name: str, value: Any, low: int = 0) -> int:
+    """``value`` as an int of at least ``low``, or an error that names the field."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise AccountingError(f"{name} is {value!r}.", why="it must be a whole number.", cure="pass an int.") from None
+    if isinstance(value, bool) or number < low:
+        raise AccountingError(
+            f"{name} is {value!r}.", why=f"it must be an int of at least {low}.", cure="pass a larger int."
+        )
+    return number
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events. ``event * k`` repeats it k times, ``a + b`` runs both on the same data."""
+
+    _kinds: ClassVar[dict[str, type[Event]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Event._kinds[cls.__name__] = cls
+
+    def __mul__(self, count: SupportsIndex) -> Event:
+        return Repeated(self, _count("count", count))
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: object) -> Event:
+        if not isinstance(other, Event):
+            return NotImplemented
+        left = self.events if isinstance(self, Composed) else (self,)
+        right = other.events if isinstance(other, Composed) else (other,)
+        return Composed(left + right)
+
+    def flat(self) -> list[tuple[Event, int]]:
+        """The same release as (single event, count), neighbours merged, counts multiplied."""
+        return [(self, 1)]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict; `Event.from_json` gives back an equal event, floats bit for bit."""
+        return {"version": VERSION, **self._fields_json()}
+
+    def _fields_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"kind": type(self).__name__}
+        for field in dataclasses.fields(self):
+            out[field.name] = _value_to_json(getattr(self, field.name))
+        return out
+
+    @staticmethod
+    def from_json(data: Any) -> Event:
+        """The event that `to_json` wrote.
+
+        Raises:
+            AccountingError: another version, an unknown kind, missing or surplus fields.
+        """
+        if not isinstance(data, dict) or "kind" not in data:
+            raise AccountingError(
+                f"an event is stored as {data!r}.",
+                why="a dict with a 'kind' was expected.",
+                cure="pass Event.to_json().",
+            )
+        if data.get("version", VERSION) != VERSION:
+            raise AccountingError(
+                f"an event of format version {data['version']!r}.",
+                why=f"this release reads version {VERSION} only; guessing could lose a release.",
+                cure="load it with the dpkit release that wrote it.",
+            )
+        cls = Event._kinds.get(data["kind"])
+        if cls is None:
+            raise AccountingError(
+                f"an event of kind {data['kind']!r}.",
+                why="dropping an unknown release would understate epsilon.",
+                cure=f"known kinds: {', '.join(sorted(Event._kinds))}.",
+            )
+        fields = {name: _value_from_json(value) for name, value in data.items() if name not in ("kind", "version")}
+        expected = {field.name for field in dataclasses.fields(cls)}
+        if set(fields) != expected:
+            raise AccountingError(
+                f"a stored {data['kind']} with the fields {sorted(fields)}.",
+                why=f"its fields are {sorted(expected)}.",
+                cure="store events with Event.to_json().",
+            )
+        return cls(**fields)
+
+
+def _value_to_json(value: Any) -> Any:
+    if isinstance(value, Event):
+        return value._fields_json()
+    if isinstance(value, tuple):
+        return [_value_to_json(item) for item in value]
+    return value
+
+
+def _value_from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Event.from_json(value)
+    if isinstance(value, list):
+        return tuple(_value_from_json(item) for item in value)
+    return value
+
+
+def _check_event(name: str, value: object) -> Event:
+    if not isinstance(value, Event):
+        raise AccountingError(
+            f"{name} is {value!r}.", why="it must be an event.", cure="pass e.g. Gaussian(noise_multiplier=1.0)."
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class Repeated(Event):
+    """``event`` released ``count`` times, adaptively, on the same data."""
+
+    event: Event
+    count: int
+
+    def __post_init__(self) -> None:
+        _check_event("event", self.event)
+        object.__setattr__(self, "count", _count("count", self.count))
+
+    def flat(self) -> list[tuple[Event, int]]:
+        return [(event, n * self.count) for event, n in self.event.flat() if self.count]
+
+
+@dataclass(frozen=True)
+class Composed(Event):
+    """All of ``events``, adaptively, on the same data. ``Composed(())`` is no release at all."""
+
+    events: tuple[Event, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "events", tuple(self.events))
+        for event in self.events:
+            _check_event("an entry of events", event)
+
+    def flat(self) -> list[tuple[Event, int]]:
+        out: list[tuple[Event, int]] = []
+        for part in self.events:
+            for event, n in part.flat():
+                if out and out[-1][0] == event:
+                    out[-1] = (event, out[-1][1] + n)
+                else:
+                    out.append((event, n))
+        return out
+
+
+@dataclass(frozen=True)
+class Gaussian(Event):
+    """A sum released with Gaussian noise of standard deviation ``noise_multiplier`` · C; 0 means no noise."""
+
+    noise_multiplier: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "noise_multiplier", _number("noise_multiplier", self.noise_multiplier, 0.0))
+
+
+@dataclass(frozen=True)
+class Laplace(Event):
+    """A number released with Laplace noise of scale ``noise_multiplier`` · C (standard deviation √2 times that)."""
+
+    noise_multiplier: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "noise_multiplier", _number("noise_multiplier", self.noise_multiplier, 0.0))
+
+
+@dataclass(frozen=True)
+class PoissonSampled(Event):
+    """``event`` on a batch in which every record is, independently, with probability ``sample_rate``."""
+
+    sample_rate: float
+    event: Event
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sample_rate", _number("sample_rate", self.sample_rate, 0.0, 1.0))
+        _check_event("event", self.event)
+
+
+def dpsgd(noise_multiplier: float, sample_rate: float, steps: int) -> Event:
+    """DP-SGD: ``steps`` noisy sums over Poisson batches.
+
+    >>> dpsgd(noise_multiplier=1.0, sample_rate=0.5, steps=2).flat()
+    [(PoissonSampled(sample_rate=0.5, event=Gaussian(noise_multiplier=1.0)), 2)]
+    """
+    return PoissonSampled(sample_rate, Gaussian(noise_multiplier)) * _count("steps", steps)

@@ -1,0 +1,256 @@
+"""A per-sample gradient is a value, kept in the form in which its layer gives it.
+
+Letters: n record, t position, i in, o out, d width, v row of a table, m member of a stack (a convolution's groups).
+
+===========  ==============================  ======================================
+form         holds                           the gradient of one record
+===========  ==============================  ======================================
+``Dense``    value [n, *shape]               value
+``Outer``    g [n, *m, t, o], a [n, *m, t, i] sum over t of g ⊗ a:  [*m, o, i]
+``Rows``     index [n, t], g [n, t, d]       row ``index`` of a [v, d] table gets g
+===========  ==============================  ======================================
+
+Each form offers ``sq_norm() -> [n]``, ``weighted_sum(w) -> flat [p]`` and ``dense()``; ghost, materialised and
+book-keeping clipping are costs chosen inside ``Outer``, never modes. `joined` adds up the forms of one parameter with
+their exact cross terms. All norms and sums are in float32 or wider.
+
+Source of the ghost norm: Li, Tramèr, Liang and Hashimoto, "Large Language Models Can Be Strong Differentially Private
+Learners" (2022); of the weighted sum without a second backward: Bu, Wang, Zha and Karypis, "Differentially Private
+Optimization on Large Model at Small Cost" (2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float32 if it is narrower, else unchanged."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class Form:
+    """The gradients of n records for one parameter."""
+
+    def dense(self) -> Tensor:
+        """[n, ...]: every record's gradient, materialised."""
+        raise NotImplementedError
+
+    def sq_norm(self) -> Tensor:
+        """[n]: squared Euclidean norms."""
+        raise NotImplementedError
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        """Flat [p]: sum over records of ``w[n]`` times the gradient."""
+        raise NotImplementedError
+
+    def take(self, records: Tensor) -> Form:
+        """The same form for a subset of the records (indices [k])."""
+        raise NotImplementedError
+
+    @property
+    def n(self) -> int:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Dense(Form):
+    """Per-sample gradients as they are: ``value`` [n, *shape]."""
+
+    value: Tensor
+
+    @property
+    def n(self) -> int:
+        return self.value.shape[0]
+
+    def dense(self) -> Tensor:
+        return wide(self.value)
+
+    def sq_norm(self) -> Tensor:
+        flat = wide(self.value).flatten(1)
+        return torch.linalg.vector_norm(flat, dim=1).square()
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        flat = wide(self.value).flatten(1)
+        return w.to(flat.dtype) @ flat
+
+    def take(self, records: Tensor) -> Dense:
+        return Dense(self.value[records])
+
+
+@dataclass(frozen=True)
+class Outer(Form):
+    """Sums of outer products: ``g`` [n, *m, t, o] and ``a`` [n, *m, t, i] give [n, *m, o, i]; 2-D inputs have t = 1."""
+
+    g: Tensor
+    a: Tensor
+
+    def __post_init__(self) -> None:
+        if self.g.ndim == 2:
+            object.__setattr__(self, "g", self.g.unsqueeze(1))
+        if self.a.ndim == 2:
+            object.__setattr__(self, "a", self.a.unsqueeze(1))
+        if self.g.shape[:-1] != self.a.shape[:-1]:
+            raise ValueError(f"Outer: g {list(self.g.shape)} and a {list(self.a.shape)} differ before the last dimension")
+
+    @property
+    def n(self) -> int:
+        return self.g.shape[0]
+
+    def _wide(self) -> tuple[Tensor, Tensor]:
+        # Under autocast the layer saw its input rounded to g's dtype: so does the gradient.
+        return wide(self.g), wide(self.a.to(self.g.dtype))
+
+    def dense(self) -> Tensor:
+        g, a = self._wide()
+        return g.transpose(-1, -2) @ a
+
+    def settled(self) -> Form:
+        """Itself, or `Dense` where [o, i] is smaller than the [t, o] and [t, i] it is made of (and cheaper than the
+        two [t, t] Gram matrices of the ghost norm)."""
+        t, o, i = self.g.shape[-2], self.g.shape[-1], self.a.shape[-1]
+        return Dense(self.dense()) if t > 1 and o * i < t * (o + i) else self
+
+    def sq_norm(self) -> Tensor:
+        g, a = self._wide()
+        if g.shape[-2] == 1:
+            return (g.square().sum(-1) * a.square().sum(-1)).flatten(1).sum(1)
+        return _gram(g, a)
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        g, a = self._wide()
+        g = g * w.to(g.dtype).view(-1, *[1] * (g.ndim - 1))
+        if g.ndim == 3:
+            return (g.flatten(0, 1).T @ a.flatten(0, 1)).flatten()
+        return torch.einsum("n...to,n...ti->...oi", g, a).flatten()
+
+    def take(self, records: Tensor) -> Outer:
+        return Outer(self.g[records], self.a[records])
+
+
+def _gram(g: Tensor, a: Tensor) -> Tensor:
+    """Squared norms of sum_t g_t ⊗ a_t without forming it: the sum over t, t' of (g_t·g_t')(a_t·a_t').
+
+    The terms may cancel, and rounding then leaves an error that is small against the terms and large against their sum.
+    A norm reported too small would let a record exceed the clipping bound, so a bound on that error is added as soon as
+    it exceeds the accuracy promised elsewhere (1e-5).
+    """
+    gg, aa = g @ g.transpose(-1, -2), a @ a.transpose(-1, -2)
+    norm = (gg * aa).flatten(1).sum(1)
+    lengths = (gg.diagonal(dim1=-2, dim2=-1) * aa.diagonal(dim1=-2, dim2=-1)).clamp_min(0).sqrt()
+    terms = lengths.sum(-1).square().flatten(1).sum(1)
+    rounding = 4 * torch.finfo(g.dtype).eps * terms
+    return norm.clamp_min(0) + (rounding - 5e-6 * norm).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class Rows(Form):
+    """Gradients of a table [v, d] of which few rows are touched: ``index`` [n, t] (int), ``g`` [n, t, d]."""
+
+    index: Tensor
+    g: Tensor
+    v: int
+
+    @property
+    def n(self) -> int:
+        return self.index.shape[0]
+
+    def dense(self) -> Tensor:
+        g = wide(self.g)
+        out = g.new_zeros(g.shape[0], self.v, g.shape[-1])
+        return out.scatter_add_(1, self.index.unsqueeze(-1).expand_as(g), g)
+
+    def summed(self) -> tuple[Tensor, Tensor]:
+        """Equal rows of one record added up: (keys [k] = n·v + row, ascending; sums [k, d])."""
+        keys = (torch.arange(self.n, device=self.index.device).unsqueeze(1) * self.v + self.index).flatten()
+        keys, where = torch.unique(keys, return_inverse=True)
+        g = wide(self.g).flatten(0, 1)
+        return keys, g.new_zeros(len(keys), g.shape[-1]).index_add_(0, where, g)
+
+    def sq_norm(self) -> Tensor:
+        keys, sums = self.summed()
+        squares = sums.square().sum(-1)
+        return squares.new_zeros(self.n).index_add_(0, torch.div(keys, self.v, rounding_mode="floor"), squares)
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        g = wide(self.g)
+        g = (g * w.to(g.dtype).view(-1, 1, 1)).flatten(0, 1)
+        return g.new_zeros(self.v, g.shape[-1]).index_add_(0, self.index.flatten(), g).flatten()
+
+    def take(self, records: Tensor) -> Rows:
+        return Rows(self.index[records], self.g[records], self.v)
+
+
+@dataclass(frozen=True)
+class Joined(Form):
+    """The sum of forms of different kinds, with exact cross terms (an embedding tied to the output head)."""
+
+    parts: tuple[Form, ...]
+
+    @property
+    def n(self) -> int:
+        return self.parts[0].n
+
+    def dense(self) -> Tensor:
+        first = self.parts[0].dense()
+        return reduce(torch.add, (p.dense().reshape(first.shape) for p in self.parts[1:]), first)
+
+    def sq_norm(self) -> Tensor:
+        total = reduce(torch.add, (p.sq_norm() for p in self.parts))
+        for k, one in enumerate(self.parts):
+            for other in self.parts[k + 1 :]:
+                total = total + 2 * _inner(one, other)
+        return total.clamp_min(0)
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        return reduce(torch.add, (p.weighted_sum(w) for p in self.parts))
+
+    def take(self, records: Tensor) -> Joined:
+        return Joined(tuple(p.take(records) for p in self.parts))
+
+
+def _inner(one: Form, other: Form) -> Tensor:
+    """[n]: inner products of two forms of one parameter, without making a table dense."""
+    if isinstance(other, Rows):
+        one, other = other, one
+    if isinstance(one, Rows):
+        g = wide(one.g)
+        if isinstance(other, Outer) and other.g.ndim == 3:  # [n, s, v] and [n, s, d]: pick the v's that were touched
+            og, oa = other._wide()
+            picked = og.gather(2, one.index.unsqueeze(1).expand(-1, og.shape[1], -1))  # [n, s, t]
+            return (picked * (oa @ g.transpose(1, 2))).sum((1, 2))
+        table = other.dense().reshape(one.n, one.v, -1)
+        return (table.gather(1, one.index.unsqueeze(-1).expand_as(g)) * g).sum((1, 2))
+    return (one.dense().flatten(1) * other.dense().flatten(1)).sum(1)
+
+
+def joined(forms: Sequence[Form]) -> Form:
+    """One form for all uses of a parameter: the same kinds are merged, the rest are `Joined`."""
+    if len(forms) == 1:
+        return forms[0]
+    merged: dict[object, list[Form]] = {}
+    for form in forms:
+        key: object = type(form)
+        if isinstance(form, Outer):
+            key = (Outer, form.g.shape[1:-2], form.g.shape[-1], form.a.shape[-1], form.g.dtype)
+        merged.setdefault(key, []).append(form)
+    parts = tuple(_merge(same) for same in merged.values())
+    return parts[0] if len(parts) == 1 else Joined(parts)
+
+
+def _merge(same: list[Form]) -> Form:
+    first = same[0]
+    if len(same) == 1:
+        return first
+    if isinstance(first, Outer):
+        outers = [f for f in same if isinstance(f, Outer)]
+        return Outer(torch.cat([f.g for f in outers], -2), torch.cat([f.a for f in outers], -2)).settled()
+    if isinstance(first, Rows):
+        rows = [f for f in same if isinstance(f, Rows)]
+        return Rows(torch.cat([f.index for f in rows], 1), torch.cat([f.g for f in rows], 1), first.v)
+    return Dense(reduce(torch.add, (f.dense() for f in same)))

@@ -1,0 +1,286 @@
+"""The probe: which dimension carries the records, measured, and whether the records are independent.
+
+Before the first private forward of a kind, the model runs twice without gradient, once on all n records and once on
+n - 1 of them. Whatever changed its size from n to n - 1 carries the records; whatever stayed does not, even if its size
+happens to equal n (a position table with as many positions as there are records). And the outputs of the records that
+stayed must not have changed: else one record's output depends on another, and no clipping per record bounds what that
+record did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .errors import CoupledRecordsError, FoldedBatchError
+from .standin import StandIn
+from .trees import leaves, tree_map
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A dimension whose size is a multiple of the number of records: positions or windows folded into the batch."""
+
+    dim: int
+    factor: float
+
+
+Dim = int | None | Folded
+
+
+def record_dim(full: Shape, part: Shape, n: int, m: int) -> Dim:
+    """The dimension that went from n to m records, or None if none changed."""
+    if len(full) != len(part):
+        return Folded(0, float("nan"))
+    changed = [d for d, (a, b) in enumerate(zip(full, part, strict=True)) if a != b]
+    if not changed:
+        return None
+    d = changed[0]
+    if len(changed) > 1:
+        return Folded(d, float("nan"))
+    return d if (full[d], part[d]) == (n, m) else Folded(d, full[d] / n)
+
+
+@dataclass
+class Call:
+    """One call of a layer with a rule, or one operation on stand-ins, as the probe saw it."""
+
+    what: str
+    shapes: list[Shape | None]  # of the plain tensors among the arguments (None for stand-ins), in order
+    numbers: list[int | None]  # the integers among the arguments
+    tainted: bool  # whether an argument was computed from the batch
+    outputs: list[Shape | None]
+
+
+@dataclass
+class Site:
+    """What is known about one call: where the records are."""
+
+    what: str
+    arguments: list[Dim]
+    numbers: list[bool]  # True: this integer is the number of records
+    outputs: list[Dim]
+    data: bool  # the result is ordinary batch data
+
+
+@dataclass
+class Plan:
+    """What one probe has learnt about one kind of call of the model."""
+
+    inputs: list[int | None]  # record dimension of every tensor leaf of the arguments
+    calls: dict[tuple[nn.Module, int], Site] = field(default_factory=dict)
+    ops: dict[tuple[nn.Parameter, int], Site] = field(default_factory=dict)
+    bare: set[nn.Parameter] = field(default_factory=set)  # parameters met outside a layer with a rule
+    losses: dict[int, str] = field(default_factory=dict)  # scalar outputs that mix records: leaf number -> reason
+    n: int = 0
+
+
+class Taint(TorchDispatchMode):
+    """Marks every tensor that is computed from the marked ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def mark(self, tree: Any) -> None:
+        for v in leaves(tree):
+            if isinstance(v, Tensor):
+                self.marked[v] = True
+
+    def has(self, tree: Any) -> bool:
+        return any(isinstance(v, Tensor) and v in self.marked for v in leaves(tree))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.has((args, kwargs or {})):
+            self.mark(out)
+        return out
+
+
+class Recorder:
+    """The router of one probing run: stand-ins give their logical values, and every meeting is written down."""
+
+    def __init__(self) -> None:
+        self.taint = Taint()
+        self.calls: dict[tuple[nn.Module, int], Call] = {}
+        self.ops: dict[tuple[nn.Parameter, int], Call] = {}
+        self.bare: set[nn.Parameter] = set()
+        self._called: dict[nn.Module, int] = defaultdict(int)
+        self._operated: dict[nn.Parameter, int] = defaultdict(int)
+
+    def call(self, layer: nn.Module, args: Any, kwargs: Any) -> bool:
+        """Note a call of a layer with a rule. Returns whether it may use the rule: its input comes from the batch."""
+        k = self._called[layer]
+        self._called[layer] += 1
+        values = leaves((args, kwargs))
+        standins = any(isinstance(v, StandIn) for v in values)
+        tainted = self.taint.has((args, kwargs))
+        self.calls[layer, k] = Call(type(layer).__name__, [_shape(v) for v in values], [], tainted, [])
+        return tainted and not standins
+
+    def returned(self, layer: nn.Module, output: Any) -> None:
+        self.calls[layer, self._called[layer] - 1].outputs = [_shape(v) for v in leaves(output)]
+
+    def operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        values = leaves((args, kwargs))
+        origin = next(v for v in values if isinstance(v, StandIn)).origin
+        self.bare.update(v.origin for v in values if isinstance(v, StandIn))
+        k = self._operated[origin]
+        self._operated[origin] += 1
+        plain_args, plain_kwargs = tree_map(lambda v: v.value if isinstance(v, StandIn) else v, (args, kwargs))
+        tainted = self.taint.has((plain_args, plain_kwargs))
+        numbers = [v if type(v) is int else None for v in values]
+        shapes = [_shape(v) for v in values]
+        out = func(*plain_args, **plain_kwargs)
+        self.ops[origin, k] = Call(name_of(func), shapes, numbers, tainted, [_shape(v) for v in leaves(out)])
+        if tainted:
+            return out
+        return tree_map(lambda v: StandIn.of(v, origin, self) if isinstance(v, Tensor) else v, out)
+
+
+def name_of(func: Any) -> str:
+    return getattr(func, "__name__", str(func))
+
+
+def _shape(v: Any) -> Shape | None:
+    return tuple(v.shape) if isinstance(v, Tensor) and not isinstance(v, StandIn) else None
+
+
+def merge(full: Recorder, part: Recorder, plan: Plan, n: int, m: int) -> None:
+    """Write into ``plan`` what the two runs' comparison tells."""
+    for mine, theirs, into in ((full.calls, part.calls, plan.calls), (full.ops, part.ops, plan.ops)):
+        for key, a in mine.items():
+            b = theirs.get(key)  # type: ignore[call-overload]
+            if b is None or (a.what, len(a.shapes), len(a.outputs)) != (b.what, len(b.shapes), len(b.outputs)):
+                continue
+            into[key] = Site(  # type: ignore[index]
+                what=a.what,
+                arguments=[_dim(x, y, n, m) for x, y in zip(a.shapes, b.shapes, strict=True)],
+                numbers=[x == n and y == m and x != y for x, y in zip(a.numbers, b.numbers, strict=True)],
+                outputs=[_dim(x, y, n, m) for x, y in zip(a.outputs, b.outputs, strict=True)],
+                data=a.tainted,
+            )
+    plan.bare |= full.bare | part.bare
+    plan.n = n
+
+
+def _dim(a: Shape | None, b: Shape | None, n: int, m: int) -> Dim:
+    return None if a is None or b is None else record_dim(a, b, n, m)
+
+
+def cut(tree: Any, dims: list[int | None], n: int, m: int) -> Any:
+    """The arguments with m of the n records: the first m, or (n = 1) the only one twice. All tensors are copies."""
+    found = iter(dims)
+
+    def one(v: Any) -> Any:
+        if not isinstance(v, Tensor):
+            return v
+        d = next(found)
+        v = v.detach()
+        if d is None or m == n:
+            return v.clone()
+        return v.narrow(d, 0, m).clone() if m < n else torch.cat([v] * m, d)
+
+    return tree_map(one, tree)
+
+
+def last(tree: Any, dims: list[int | None], n: int) -> Any:
+    """The arguments with the last record alone."""
+    found = iter(dims)
+
+    def one(v: Any) -> Any:
+        if not isinstance(v, Tensor):
+            return v
+        d = next(found)
+        return v.detach().clone() if d is None else v.detach().narrow(d, n - 1, 1).clone()
+
+    return tree_map(one, tree)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run the model aside: random state, buffers and train flags are put back."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    flags = [(m, m.training) for m in model.modules()]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[d.index for d in devices]):
+            yield
+    finally:
+        for m, flag in flags:
+            m.training = flag
+        with torch.no_grad():
+            for b, kept in buffers:
+                b.copy_(kept)
+
+
+def without_dropout(model: nn.Module) -> None:
+    for m in model.modules():
+        if isinstance(m, nn.modules.dropout._DropoutNd):
+            m.training = False
+
+
+def same(full: Any, part: Any, n: int, m: int) -> str | None:
+    """None if the shared records' outputs agree, else what differs."""
+    for k, (a, b) in enumerate(zip(leaves(full), leaves(part), strict=False)):
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or isinstance(a, StandIn):
+            continue
+        d = record_dim(tuple(a.shape), tuple(b.shape), n, m)
+        if not isinstance(d, int) or not a.is_floating_point():
+            continue
+        kept = min(n, m)
+        x, y = a.narrow(d, 0, kept).double(), b.narrow(d, 0, kept).double()
+        tolerance = 5e-2 if a.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        finite = torch.isfinite(x) & torch.isfinite(y)
+        scale = float(x[finite].abs().max()) if bool(finite.any()) else 0.0
+        gap = float((x - y)[finite].abs().max()) if bool(finite.any()) else 0.0
+        if gap > tolerance * max(scale, 1e-6) or not torch.equal(torch.isnan(x), torch.isnan(y)):
+            return f"output {k} of the records that stayed changed by {gap:.3g} (its scale is {scale:.3g})"
+    return None
+
+
+def mixed_losses(full: Any, part: Any, alone: Any, n: int, m: int, arguments: Any) -> dict[int, str]:
+    """Scalar outputs that are neither the mean nor the sum of one value a record: leaf number -> reason."""
+    found: dict[int, str] = {}
+    names = arguments[1] if isinstance(arguments, tuple) and len(arguments) == 2 else {}
+    labels = names.get("labels") if isinstance(names, dict) else None
+    for k, (a, b, c) in enumerate(zip(leaves(full), leaves(part), leaves(alone), strict=False)):
+        if not all(isinstance(v, Tensor) and v.numel() == 1 and v.ndim == 0 and v.is_floating_point() for v in (a, b, c)):
+            continue
+        x, y, z = float(a), float(b), float(c)
+        scale = 1e-3 * max(abs(n * x), abs(m * y), abs(z), 1e-6)
+        if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
+            found[k] = "it averages over the labelled tokens of the whole batch"
+        elif abs(n * x - (m * y + z)) > scale and abs(x - (y + z)) > scale:
+            found[k] = "it is neither the mean nor the sum of one loss a record"
+    return found
+
+
+def refuse_coupling(path: str, what: str) -> None:
+    raise CoupledRecordsError(
+        f"{path}: {what} when another record was left out of the batch",
+        why="a record then acts through the other records' gradients too, which clipping its own does not bound.",
+        cure="remove what mixes records: BatchNorm (use GroupNorm), statistics over the batch, balancing losses.",
+    )
+
+
+def refuse_folded(path: str, what: str, dims: list[Dim]) -> None:
+    folded = next(d for d in dims if isinstance(d, Folded))
+    factor = "several" if folded.factor != folded.factor else f"{folded.factor:g}"
+    raise FoldedBatchError(
+        f"{path}: dimension {folded.dim} of the input of {what} holds {factor} rows a record",
+        why="each row would be clipped as if it were a record, so a record could move the sum by several times C.",
+        cure="keep the records in a dimension of their own ([n, t, ...] rather than [n*t, ...]).",
+    )

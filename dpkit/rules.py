@@ -1,0 +1,300 @@
+"""The rules: from (layer, input, gradient at the output) to the per-sample gradients of the layer's parameters.
+
+A rule is a function that yields ``(parameter, form)``. The engine verifies every rule on the first batch against
+autograd's own gradient, on the user's model, so a wrong rule cannot stay unnoticed.
+
+Letters: n record, t positions (all dimensions between record and features), i in, o out, c channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .errors import UnsupportedModuleError
+from .forms import Dense, Form, Outer, Rows
+
+Yields = Iterator[tuple[nn.Parameter | None, Form]]
+RuleFunction = Callable[[Any, Tensor, Tensor], Iterable[tuple[nn.Parameter | None, Form]]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule function, the class it was written for, and the parameters whose form needs the layer's input."""
+
+    function: RuleFunction
+    kind: type[nn.Module]
+    input_for: frozenset[str] | None  # None: all of them
+
+    def needs_input(self, layer: nn.Module) -> bool:
+        names = self.input_for
+        return any(p.requires_grad and (names is None or k in names) for k, p in layer._parameters.items() if p is not None)
+
+
+_RULES: dict[type[nn.Module], Rule] = {}
+_BOOKKEEPING = {"__init__", "extra_repr", "reset_parameters", "_load_from_state_dict", "__setstate__", "_fill_padding_idx_with_zero"}
+
+
+def register_rule(*kinds: type[nn.Module], input_for: Iterable[str] | None = None) -> Callable[[RuleFunction], RuleFunction]:
+    """Register a rule for module classes; a duplicate raises.
+
+    Args:
+        kinds: the classes. A subclass is covered as long as it does not override the arithmetic.
+        input_for: names of the parameters whose form needs the layer's input; where only others train, the engine
+            keeps no input. All by default (the rule may rely on ``x``).
+
+    The rule is called as ``rule(layer, x, grad)`` with the layer's first input ``x`` [n, ...] and the gradient at its
+    output ``grad`` [n, ...], and yields ``(parameter, form)`` for each of its parameters (None parameters are skipped).
+
+    >>> @register_rule(Scale)                                   # y = weight * x            # doctest: +SKIP
+    ... def scale(layer, x, grad):
+    ...     yield layer.weight, Dense((grad * x).flatten(1, -2).sum(1))
+    """
+
+    def register(function: RuleFunction) -> RuleFunction:
+        for kind in kinds:
+            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+                raise TypeError(f"register_rule takes nn.Module classes, not {kind!r}")
+            if kind in _RULES:
+                raise ValueError(f"{kind.__qualname__} already has a rule: {_RULES[kind].function.__qualname__}")
+        for kind in kinds:
+            _RULES[kind] = Rule(function, kind, None if input_for is None else frozenset(input_for))
+        return function
+
+    return register
+
+
+def unregister_rule(kind: type[nn.Module]) -> None:
+    """Forget the rule of a class (for tests and notebooks)."""
+    del _RULES[kind]
+
+
+def rule_for(layer: nn.Module) -> Rule | None:
+    """The rule that describes ``layer``'s arithmetic, or None.
+
+    A subclass inherits its base's rule only if it overrides none of the base's methods; a patched ``forward`` or a
+    parametrised weight has no rule.
+    """
+    if "forward" in vars(layer) or parametrize.is_parametrized(layer):
+        return None
+    for base in type(layer).__mro__:
+        rule = _RULES.get(base)
+        if rule is not None:
+            own = [k for k, v in vars(base).items() if callable(v) and k not in _BOOKKEEPING]
+            same = all(getattr(type(layer), k) is vars(base)[k] for k in own)
+            return rule if same and _describes(rule, layer) else None
+    return None
+
+
+def _describes(rule: Rule, layer: nn.Module) -> bool:
+    """Options that change the arithmetic beyond what a built-in rule says."""
+    # With running statistics in use, instance norm is no longer a function of the record alone.
+    return not (isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats)
+
+
+def refuse_unsound(layer: nn.Module, path: str) -> None:
+    """Raise where a trainable layer's own arithmetic releases or mixes records."""
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        if layer.max_norm is not None:
+            raise UnsupportedModuleError(
+                f"{path} ({type(layer).__name__}) has max_norm={layer.max_norm}",
+                why="the forward pass rescales the rows that the batch's records name: an update without noise.",
+                cure="build it with max_norm=None.",
+            )
+        if layer.scale_grad_by_freq:
+            raise UnsupportedModuleError(
+                f"{path} ({type(layer).__name__}) has scale_grad_by_freq=True",
+                why="each record's gradient is divided by a count over the whole batch, so records are coupled.",
+                cure="build it with scale_grad_by_freq=False.",
+            )
+
+
+def trains(p: Tensor | None) -> bool:
+    return p is not None and p.requires_grad
+
+
+# ---------------------------------------------------------------- linear
+
+
+def positions(x: Tensor) -> Tensor:
+    """[n, ..., d] as [n, t, d]; [n, d] stays, as t = 1."""
+    return x if x.ndim == 2 else x.flatten(1, -2)
+
+
+@register_rule(nn.Linear, input_for=["weight"])
+def linear(layer: nn.Linear, x: Tensor, grad: Tensor) -> Yields:
+    """y = x W' + b, any number of dimensions."""
+    g = positions(grad)
+    if trains(layer.weight):
+        yield layer.weight, Outer(g, positions(x))
+    if trains(layer.bias):
+        yield layer.bias, summed(g)
+
+
+def summed(g: Tensor) -> Dense:
+    """[n, t, d] summed over t in float32 or wider."""
+    if g.ndim == 2:
+        return Dense(g)
+    narrow = g.dtype in (torch.float16, torch.bfloat16)
+    return Dense(g.sum(1, dtype=torch.float32 if narrow else None))
+
+
+def _register_conv1d_of_transformers() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    @register_rule(Conv1D, input_for=["weight"])
+    def transposed_linear(layer: Any, x: Tensor, grad: Tensor) -> Yields:
+        """y = x W + b with W [i, o] (GPT-2)."""
+        g = positions(grad)
+        if trains(layer.weight):
+            yield layer.weight, Outer(positions(x), g)
+        if trains(layer.bias):
+            yield layer.bias, summed(g)
+
+
+def register_optional(module: nn.Module) -> None:
+    """Register rules for classes of optional packages that the model uses (and has therefore already imported)."""
+    for layer in module.modules():
+        kind = type(layer)
+        if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" and kind not in _RULES:
+            _register_conv1d_of_transformers()
+
+
+# ---------------------------------------------------------------- convolutions
+
+
+def _padded(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The input with its padding made explicit where convolution_backward cannot express it, and the rest."""
+    if layer.padding_mode != "zeros":
+        return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), (0,) * len(layer.kernel_size)
+    if isinstance(layer.padding, str):
+        return F.pad(x, layer._reversed_padding_repeated_twice), (0,) * len(layer.kernel_size)
+    return x, layer.padding
+
+
+def _conv_weight_grads(x: Tensor, grad: Tensor, weight: Tensor, **how: Any) -> Dense:
+    """All per-sample weight gradients [n, o, i / groups, *k] from one grouped convolution_backward.
+
+    Records become groups: x [1, n·i, ...], grad [1, n·o, ...], groups = n · groups.
+    """
+    n, groups = x.shape[0], how.pop("groups")
+    dims = x.ndim - 2
+    x = x.to(grad.dtype).reshape(1, n * x.shape[1], *x.shape[2:])
+    grad = grad.reshape(1, n * grad.shape[1], *grad.shape[2:])
+    shape = (n * weight.shape[0], *weight.shape[1:])
+    mask = [False, True, False]
+    dummy = grad.new_empty(1).expand(shape)
+    _, dense, _ = torch.ops.aten.convolution_backward(
+        grad, x, dummy, None, how["stride"], how["padding"], how["dilation"], False, [0] * dims, n * groups, mask
+    )
+    return Dense(dense.view(n, *weight.shape))
+
+
+def _conv_outer(layer: Any, x: Tensor, grad: Tensor, padding: tuple[int, ...]) -> Outer:
+    """2-D convolution as `Outer` over its unfolded patches: g [n, G, t, o/G], a [n, G, t, i/G·k]."""
+    n, groups = x.shape[0], layer.groups
+    patches = F.unfold(x.to(grad.dtype), layer.kernel_size, layer.dilation, padding, layer.stride)
+    a = patches.view(n, groups, patches.shape[1] // groups, -1).transpose(-1, -2)
+    g = grad.reshape(n, groups, grad.shape[1] // groups, -1).transpose(-1, -2)
+    if groups == 1:
+        return Outer(g[:, 0], a[:, 0])
+    return Outer(g, a)
+
+
+@register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, input_for=["weight"])
+def convolution(layer: nn.Conv2d, x: Tensor, grad: Tensor) -> Yields:
+    """Convolutions of 1 to 3 dimensions: stride, dilation, groups, `same`, every padding mode, any memory format."""
+    if trains(layer.weight):
+        x, padding = _padded(layer, x)
+        o, k = layer.weight.shape[0], layer.weight[0].numel()
+        t = grad[0, 0].numel()
+        if grad.ndim == 4 and t * (o // layer.groups + k) < o // layer.groups * k:
+            yield layer.weight, _conv_outer(layer, x, grad, padding)  # small maps, many channels: the ghost norm
+        else:
+            how = dict(stride=layer.stride, padding=padding, dilation=layer.dilation, groups=layer.groups)
+            yield layer.weight, _conv_weight_grads(x, grad, layer.weight, **how)
+    if trains(layer.bias):
+        yield layer.bias, summed(grad.flatten(2).transpose(1, 2))
+
+
+@register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, input_for=["weight"])
+def transposed_convolution(layer: nn.ConvTranspose2d, x: Tensor, grad: Tensor) -> Yields:
+    """A transposed convolution is the convolution with input and output exchanged, and so is its weight gradient."""
+    if trains(layer.weight):
+        how = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups)
+        yield layer.weight, _conv_weight_grads(grad, x, layer.weight, **how)
+    if trains(layer.bias):
+        yield layer.bias, summed(grad.flatten(2).transpose(1, 2))
+
+
+# ---------------------------------------------------------------- embedding
+
+
+@register_rule(nn.Embedding)
+def embedding(layer: nn.Embedding, x: Tensor, grad: Tensor) -> Yields:
+    """Table look-up; the row ``padding_idx`` gets no gradient."""
+    yield layer.weight, looked_up(x, grad, layer.num_embeddings, layer.padding_idx)
+
+
+def looked_up(index: Tensor, grad: Tensor, v: int, padding_idx: int | None) -> Rows:
+    """`Rows` for indices [n, ...] and the gradient [n, ..., d] of the rows they picked."""
+    rows = index.reshape(index.shape[0], -1).long()
+    g = grad.reshape(*rows.shape, grad.shape[-1])
+    if padding_idx is not None:
+        g = g.masked_fill((rows == padding_idx % v).unsqueeze(-1), 0)
+    return Rows(rows, g, v)
+
+
+# ---------------------------------------------------------------- normalisations
+
+
+def _affine_last(layer: Any, normalised: Tensor | None, grad: Tensor) -> Yields:
+    """y = normalised * weight + bias over the last dimensions ``normalized_shape``."""
+    if trains(layer.weight):
+        assert normalised is not None
+        yield layer.weight, summed((grad * normalised).reshape(grad.shape[0], -1, layer.weight.numel()))
+    bias = getattr(layer, "bias", None)
+    if trains(bias):
+        yield bias, summed(grad.reshape(grad.shape[0], -1, bias.numel()))
+
+
+@register_rule(nn.LayerNorm, input_for=["weight"])
+def layer_norm(layer: nn.LayerNorm, x: Tensor, grad: Tensor) -> Yields:
+    """Layer normalisation, with or without bias."""
+    normalised = F.layer_norm(x, layer.normalized_shape, eps=layer.eps) if trains(layer.weight) else None
+    yield from _affine_last(layer, normalised, grad)
+
+
+@register_rule(nn.RMSNorm)
+def rms_norm(layer: nn.RMSNorm, x: Tensor, grad: Tensor) -> Yields:
+    """Root-mean-square normalisation (torch's own; subclasses and look-alikes go their own way)."""
+    yield from _affine_last(layer, F.rms_norm(x, layer.normalized_shape, eps=layer.eps), grad)
+
+
+def _affine_channels(layer: Any, normalised: Tensor | None, grad: Tensor) -> Yields:
+    """y = normalised * weight + bias with one weight a channel: [n, c, ...]."""
+    if trains(layer.weight):
+        assert normalised is not None
+        yield layer.weight, summed((grad * normalised).flatten(2).transpose(1, 2) if grad.ndim > 2 else grad * normalised)
+    if trains(layer.bias):
+        yield layer.bias, summed(grad.flatten(2).transpose(1, 2) if grad.ndim > 2 else grad)
+
+
+@register_rule(nn.GroupNorm, input_for=["weight"])
+def group_norm(layer: nn.GroupNorm, x: Tensor, grad: Tensor) -> Yields:
+    """Group normalisation: [n, c, ...]."""
+    normalised = F.group_norm(x, layer.num_groups, eps=layer.eps) if trains(layer.weight) else None
+    yield from _affine_channels(layer, normalised, grad)
+
+
+@register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, input_for=["weight"])
+def instance_norm(layer: nn.InstanceNorm2d, x: Tensor, grad: Tensor) -> Yields:
+    """Instance normalisation without running statistics: [n, c, ...]."""
+    normalised = F.instance_norm(x, eps=layer.eps) if trains(layer.weight) else None
+    yield from _affine_channels(layer, normalised, grad)

@@ -1,0 +1,63 @@
+"""Tensors inside nested containers: mappings, sequences, named tuples and dataclasses, of the user's own kinds too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tree_map(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree`` with ``fn`` applied to every leaf (tensors, numbers, strings, objects of unknown kinds)."""
+    if isinstance(tree, Mapping):
+        changed = {k: tree_map(fn, v) for k, v in tree.items()}
+        if type(tree) is dict:
+            return changed
+        if dataclasses.is_dataclass(tree) or not hasattr(tree, "copy"):  # transformers' ModelOutput
+            return type(tree)(**changed) if dataclasses.is_dataclass(tree) else type(tree)(changed)  # type: ignore[call-arg]
+        other = tree.copy()
+        other.update(changed)
+        return other
+    if isinstance(tree, torch.Size):
+        return tuple(fn(v) for v in tree)
+    if isinstance(tree, tuple):
+        items = [tree_map(fn, v) for v in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    if isinstance(tree, list):
+        return [tree_map(fn, v) for v in tree]
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        fields = {f.name: tree_map(fn, getattr(tree, f.name)) for f in dataclasses.fields(tree) if f.init}
+        return dataclasses.replace(tree, **fields)
+    return fn(tree)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """All leaves of ``tree``, in a fixed order."""
+    found: list[Any] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[Any]) -> None:
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif isinstance(tree, Mapping):
+        for v in tree.values():
+            _collect(v, found)
+    elif isinstance(tree, list | tuple):
+        for v in tree:
+            _collect(v, found)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for f in dataclasses.fields(tree):
+            if f.init:
+                _collect(getattr(tree, f.name), found)
+    else:
+        found.append(tree)
+
+
+def signature(tree: Any) -> tuple[Any, ...]:
+    """What two calls must share for one plan to serve both: the kinds and ranks of their leaves."""
+    return tuple((type(v).__name__, v.ndim) if isinstance(v, Tensor) else type(v).__name__ for v in leaves(tree))
