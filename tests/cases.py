@@ -4,8 +4,8 @@ A case builds a model, draws a batch of n records, and says what each record's l
 train and eval mode compute the same. ``tests/hf_models.py`` has the Hugging Face architectures in the same form.
 
 Tags: "loop_only": the second oracle (batched VJP) does not apply. "may_refuse": a stated refusal is as good as the
-exact answer. "recurrent", "bag", "hard", "checkpoint": kinds of model. "time_first": the batch is the second dimension inside.
-"float32_inside": the model itself casts to float32, so float64 cannot agree to 1e-10.
+exact answer. "recurrent", "bag", "hard", "checkpoint": kinds of model. "time_first": inside, the batch is the second
+dimension. "float32_inside": the model itself casts to float32, so float64 cannot agree to 1e-10.
 """
 
 from __future__ import annotations
