@@ -89,6 +89,7 @@ def tokens(length: int, vocab: int) -> Callable[[int, Generator], Tensor]:
 
 def text(n: int, length: int, vocab: int, generator: Generator) -> dict[str, Tensor]:
     """Right-padded sequences of various lengths: input_ids, attention_mask, and next-token labels (-100 ignored)."""
+    length = max(length, 2)
     ids = torch.randint(1, vocab, (n, length), generator=generator)
     lengths = torch.randint(2, length + 1, (n, 1), generator=generator)
     mask = torch.arange(length) < lengths

@@ -23,9 +23,11 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 TOLERANCE_FLOAT32_INSIDE = 1e-5
 
 
-def assert_exact(case: ModelCase, dtype: torch.dtype, *, clipping: str = "flat", **options: object) -> None:
-    """Fails unless the private step of `case` is the definition's, to a relative `TOLERANCE`."""
-    model, batch = case.model(dtype, train=dtype == torch.float32), case.records(dtype=dtype)
+def assert_exact(
+    case: ModelCase, dtype: torch.dtype, *, n: int | None = None, clipping: str = "flat", **options: object
+) -> None:
+    """Fails unless the private step of `case` on n records is the definition's, to a relative `TOLERANCE`."""
+    model, batch = case.model(dtype, train=dtype == torch.float32), case.records(n, dtype=dtype)
     oracle_model = copy.deepcopy(model)
     n = size(batch)
     max_grad_norm = median_norm(oracle_model, case.losses, batch)
@@ -117,3 +119,18 @@ def test_strict_door(case: ModelCase) -> None:
 def test_physical_batches(case: ModelCase, physical: int, loss_reduction: str) -> None:
     """The split of a logical batch into physical ones does not matter, a physical batch of one included."""
     assert_exact(case, torch.float64, max_physical_batch_size=physical, loss_reduction=loss_reduction)
+
+
+@pytest.mark.slow
+@every_case
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 8])
+def test_number_of_records(case: ModelCase, n: int) -> None:
+    """Numbers of records that coincide with widths, heads, lengths, channels: none is taken for the batch."""
+    assert_exact(case, torch.float64, n=n)
+
+
+@pytest.mark.slow
+@every_case
+def test_physical_batches_of_every_case(case: ModelCase) -> None:
+    """5 records in parts of 2, 2 and 1."""
+    assert_exact(case, torch.float64, max_physical_batch_size=2)
