@@ -151,17 +151,20 @@ def silent_stderr() -> Iterator[None]:
         os.close(saved)
 
 
-def peak_bytes(runner: Runner) -> int:
+def peak_bytes(runner: Runner, attempts: int = 5) -> int:
     """The most that one step allocates on top of what is held between steps, as torch's CPU allocator sees it."""
-    batch = next(runner.batches)
-    with silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        runner.step(batch)
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]  # in order of time
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    for _ in range(attempts):  # on a busy machine the profiler now and then comes back with nothing
+        batch = next(runner.batches)
+        with silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            runner.step(batch)
+        held = peak = 0
+        for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]  # in order of time
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        if peak:
+            return peak
+    raise RuntimeError(f"the profiler saw no allocation in {attempts} steps")
 
 
 @dataclass
