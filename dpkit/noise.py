@@ -1,4 +1,4 @@
-"""Gaussian noise: drawn in float32 or wider, in bulk, from a generator of its own."""
+"""Gaussian noise: drawn in float32 or wider, from a generator of its own."""
 
 from __future__ import annotations
 
@@ -41,11 +41,13 @@ class NoiseSource:
         """Add independent N(0, std²) to every entry of flat float32 or float64 tensors, in place."""
         if std == 0.0:
             return
-        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for s in sums:
-            kinds.setdefault((s.device, s.dtype), []).append(s)
-        for (device, dtype), same in kinds.items():
-            size = sum(s.numel() for s in same)
-            noise = torch.randn(size, generator=self.generator(device), device=device, dtype=dtype)
-            parts = noise.split([s.numel() for s in same])
-            torch._foreach_add_([s.view(-1) for s in same], list(parts), alpha=std)
+            generator, flat = self.generator(s.device), s.view(-1)
+            # On a CPU in pieces that stay in its cache: a fresh buffer of the parameters' size costs more than the draw.
+            size = _PIECE if s.device.type == "cpu" else flat.numel()
+            noise = torch.empty(min(size, flat.numel()), device=s.device, dtype=s.dtype)
+            for piece in flat.split(size):
+                piece.add_(noise[: len(piece)].normal_(generator=generator), alpha=std)
+
+
+_PIECE = 1 << 16

@@ -39,7 +39,6 @@ def assert_exact(
             batch,
             max_grad_norm,
             clipping=clipping,
-            batch_first="time_first" not in case.tags,
             **options,  # type: ignore[arg-type]
         )
     except dpkit.PrivacyError as refusal:

@@ -47,7 +47,6 @@ def compare_steps(case: ModelCase, batch: PyTree, crop: Callable[[PyTree], PyTre
             data_loader=loader,
             noise_multiplier=0.0,
             max_grad_norm=max_grad_norm,
-            batch_first="time_first" not in case.tags,
         )
         for _ in range(EPOCHS):
             for part in loader:
