@@ -17,10 +17,47 @@ if not (_here / "accountants").is_dir():
     __path__.append(str(_here.parent))
 
 if TYPE_CHECKING:
-    from .engine import PrivacyEngine as PrivacyEngine
+    from .clipping import AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
+    from .engine import PrivacyEngine
+    from .errors import (
+        ConfigurationError,
+        CoupledRecordsError,
+        DoubleUseError,
+        FoldedBatchError,
+        GradientMismatchError,
+        NonPrivateGradientError,
+        NotAttachedError,
+        PrivacyError,
+        SamplingError,
+        UncoveredParameterError,
+        UnfinishedStepError,
+        UnsupportedModuleError,
+    )
+    from .forms import Dense, Outer, Rows
+    from .rules import register_rule, unregister_rule
 
 _HOMES: dict[str, str] = {
     "PrivacyEngine": "engine",
+    **dict.fromkeys(("AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"), "clipping"),
+    **dict.fromkeys(
+        (
+            "ConfigurationError",
+            "CoupledRecordsError",
+            "DoubleUseError",
+            "FoldedBatchError",
+            "GradientMismatchError",
+            "NonPrivateGradientError",
+            "NotAttachedError",
+            "PrivacyError",
+            "SamplingError",
+            "UncoveredParameterError",
+            "UnfinishedStepError",
+            "UnsupportedModuleError",
+        ),
+        "errors",
+    ),
+    **dict.fromkeys(("Dense", "Outer", "Rows"), "forms"),
+    **dict.fromkeys(("register_rule", "unregister_rule"), "rules"),
 }
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
 

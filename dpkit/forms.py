@@ -72,11 +72,11 @@ class Dense(Form):
         return wide(self.value)
 
     def sq_norm(self) -> Tensor:
-        flat = wide(self.value).flatten(1)
+        flat = wide(self.value).reshape(self.n, -1)
         return torch.linalg.vector_norm(flat, dim=1).square()
 
     def weighted_sum(self, w: Tensor) -> Tensor:
-        flat = wide(self.value).flatten(1)
+        flat = wide(self.value).reshape(self.n, -1)
         return w.to(flat.dtype) @ flat
 
     def take(self, records: Tensor) -> Dense:
@@ -143,7 +143,7 @@ def _gram(g: Tensor, a: Tensor) -> Tensor:
     gg, aa = g @ g.transpose(-1, -2), a @ a.transpose(-1, -2)
     norm = (gg * aa).flatten(1).sum(1)
     lengths = (gg.diagonal(dim1=-2, dim2=-1) * aa.diagonal(dim1=-2, dim2=-1)).clamp_min(0).sqrt()
-    terms = lengths.sum(-1).square().flatten(1).sum(1)
+    terms = lengths.sum(-1).square().reshape(len(norm), -1).sum(1)
     rounding = 4 * torch.finfo(g.dtype).eps * terms
     return norm.clamp_min(0) + (rounding - 5e-6 * norm).clamp_min(0)
 
@@ -226,7 +226,7 @@ def _inner(one: Form, other: Form) -> Tensor:
             return (picked * (oa @ g.transpose(1, 2))).sum((1, 2))
         table = other.dense().reshape(one.n, one.v, -1)
         return (table.gather(1, one.index.unsqueeze(-1).expand_as(g)) * g).sum((1, 2))
-    return (one.dense().flatten(1) * other.dense().flatten(1)).sum(1)
+    return (one.dense().reshape(one.n, -1) * other.dense().reshape(one.n, -1)).sum(1)
 
 
 def joined(forms: Sequence[Form]) -> Form:

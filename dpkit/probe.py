@@ -10,6 +10,7 @@ record did.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .errors import CoupledRecordsError, FoldedBatchError
+from .errors import CoupledRecordsError, FoldedBatchError, GradientMismatchError
+from .forms import Form
 from .standin import StandIn
 from .trees import leaves, tree_map
 
@@ -216,7 +218,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     flags = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.clone()) for b in model.buffers()]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[d.index for d in devices]):
+        with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[d.index for d in devices]):
+            warnings.simplefilter("ignore")
             yield
     finally:
         for m, flag in flags:
@@ -284,3 +287,27 @@ def refuse_folded(path: str, what: str, dims: list[Dim]) -> None:
         why="each row would be clipped as if it were a record, so a record could move the sum by several times C.",
         cure="keep the records in a dimension of their own ([n, t, ...] rather than [n*t, ...]).",
     )
+
+
+def refuse_misattributed(name: str, form: Form, expected: Tensor | None, record: int) -> None:
+    """Raise unless ``form`` gives the whole gradient of one record's outputs to that record, and nothing to others."""
+    norms = form.sq_norm().sqrt()
+    ours = form.weighted_sum(torch.ones_like(norms))
+    theirs = torch.zeros_like(ours) if expected is None else expected.to_dense().to(ours).flatten()
+    size = float(theirs.norm())
+    if not (size < float("inf") and bool(torch.isfinite(norms).all())):
+        return
+    tolerance = 1e-3 * max(size, float(norms.max())) + 1e-12
+    if float((ours - theirs).norm()) > tolerance:
+        raise GradientMismatchError(
+            f"{name}: the gradient of record {record} is found as {float(ours.norm()):.4g} where autograd says {size:.4g}",
+            why="what is not clipped per record is not covered by the guarantee.",
+            cure="correct the layer's rule (dpkit.register_rule), or freeze the parameter.",
+        )
+    others = float(norms.sum() - norms[record])
+    if others > tolerance:
+        raise CoupledRecordsError(
+            f"{name}: a part ({others:.3g} of {size:.3g}) of the gradient of record {record} is found at other records",
+            why="each record's part would be clipped with the wrong record's norm.",
+            cure="keep records in a dimension of their own all through the model, or register a rule for the module.",
+        )

@@ -8,7 +8,7 @@ Letters: n record, t positions (all dimensions between record and features), i i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +32,10 @@ class Rule:
     kind: type[nn.Module]
     input_for: frozenset[str] | None  # None: all of them
 
-    def needs_input(self, layer: nn.Module) -> bool:
+    def needs_input(self, parameters: Mapping[str, nn.Parameter | None]) -> bool:
+        """Whether the layer's input has to be kept, given its parameters by name."""
         names = self.input_for
-        return any(p.requires_grad and (names is None or k in names) for k, p in layer._parameters.items() if p is not None)
+        return any(trains(p) and (names is None or k in names) for k, p in parameters.items())
 
 
 _RULES: dict[type[nn.Module], Rule] = {}
@@ -81,8 +82,8 @@ def rule_for(layer: nn.Module) -> Rule | None:
     A subclass inherits its base's rule only if it overrides none of the base's methods; a patched ``forward`` or a
     parametrised weight has no rule.
     """
-    if "forward" in vars(layer) or parametrize.is_parametrized(layer):
-        return None
+    if "forward" in vars(layer) or parametrize.is_parametrized(layer) or "weight" in vars(layer):
+        return None  # patched, parametrised, or a weight that a hook computes (torch.nn.utils.weight_norm)
     for base in type(layer).__mro__:
         rule = _RULES.get(base)
         if rule is not None:

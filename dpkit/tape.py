@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from . import checks, probe
 from .errors import ConfigurationError, CoupledRecordsError, DoubleUseError, UncoveredParameterError
-from .forms import Dense, Form, Outer
+from .forms import Dense, Form, Outer, joined
 from .rules import Rule, looked_up, positions, rule_for, summed, trains
 from .standin import StandIn, as_copies, as_data
 from .trees import leaves, signature, tree_map
@@ -52,8 +52,8 @@ class Tap(torch.autograd.Function):
         if grad is not None:
             (x,) = ctx.saved_tensors
             x_dim, y_dim = ctx.dims
-            if x is not None and x_dim:
-                x = x.movedim(x_dim, 0)
+            if x is not None:
+                x = x.detach().movedim(x_dim, 0)
             moved = grad.movedim(y_dim, 0) if y_dim else grad
             if ctx.batch.examined is not None:
                 ctx.batch.examine(moved)
@@ -267,24 +267,29 @@ class Live:
 
     def _by_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], site: probe.Site) -> Tensor | None:
         """Matrix products and table look-ups with a whole parameter: the forms that their layers would give."""
-        if kwargs or len(args) < 2 or isinstance(args[0], StandIn) or not isinstance(args[1], StandIn) or not args[1].root:
+        if len(args) < 2 or isinstance(args[0], StandIn) or not isinstance(args[1], StandIn) or not args[1].root:
             return None
         weight, x, x_dim, y_dim = args[1].origin, args[0], site.arguments[0], site.outputs[0]
         if func is F.linear and site.data and isinstance(x_dim, int) and isinstance(y_dim, int):
-            b = args[2] if len(args) > 2 else None
+            b = args[2] if len(args) > 2 else kwargs.get("bias")
             if isinstance(b, StandIn) and not b.root:
                 return None
             bias = b.origin if isinstance(b, StandIn) else None
-            y = F.linear(x, weight.detach(), b.value if isinstance(b, StandIn) else b)
+            y = F.linear(x, self._seen(weight), b if bias is None else self._seen(bias))
 
             def emit(a: Tensor | None, g: Tensor) -> Any:
                 return _linear_forms(weight, bias, a, g)
 
             return Tap.apply(y, x, self.tape.anchor(y), emit, self.batch, (x_dim, y_dim)) if torch.is_grad_enabled() else y
         if func is F.embedding:
-            padding, max_norm, _, by_frequency, _ = (*args[2:], *(None, None, 2.0, False, False)[len(args) - 2 :])
-            if max_norm is not None or by_frequency:
-                return None
+            how = dict(zip(("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"), args[2:], strict=False)) | kwargs
+            padding = how.get("padding_idx")
+            if how.get("max_norm") is not None or how.get("scale_grad_by_freq"):
+                raise UncoveredParameterError(
+                    f"{self.tape.name(weight)} is looked up with max_norm or scale_grad_by_freq",
+                    why="the first updates weights in the forward, the second couples records by their counts.",
+                    cure="look it up without them.",
+                )
             d = x_dim if isinstance(x_dim, int) else None
             index = as_copies(x, d) if d is not None else x.expand(self.n, *x.shape)
             copies = Pick.apply(self.tape.anchor(x), weight, index, padding, self.batch)
@@ -293,6 +298,10 @@ class Live:
             data = as_data(copies, d)
             return data if site.data else StandIn.of(data, weight, self, copies=copies, record=d)
         return None
+
+    def _seen(self, parameter: nn.Parameter) -> Tensor:
+        """The parameter as the operation sees it: detached, unless autograd's gradient is wanted for the proof."""
+        return parameter if parameter in self.batch.unproven else parameter.detach()
 
     def _by_copies(
         self,
@@ -322,6 +331,8 @@ class Live:
 
         in_place = name.endswith("_") and (not name.endswith("__") or name.startswith("__i") or name == "__setitem__")
 
+        shape: list[Any] = []  # the output's structure, which vmap does not carry
+
         def single(*tensors: Tensor) -> Any:
             counter = iter(range(len(values)))
 
@@ -332,8 +343,9 @@ class Live:
                 return 1 if type(v) is int and k < len(site.numbers) and site.numbers[k] else v
 
             a, kw = tree_map(fill, (args, kwargs))
-            out = func(*a, **kw)
-            return tensors[slots[0]] if in_place else out
+            out = _embedding(*a, **kw) if func is F.embedding else func(*a, **kw)
+            shape.append(out)
+            return tensors[slots[0]] if in_place else tuple(v for v in leaves(out) if isinstance(v, Tensor))
 
         if in_place and isinstance(args[0], StandIn):
             raise UncoveredParameterError(
@@ -341,6 +353,8 @@ class Live:
                 why="the change happens to all records' copies at once and cannot be attributed.",
                 cure="use the operation that returns a new tensor.",
             )
+        functorch = torch._C._functorch
+        functorch._set_vmap_fallback_warning_enabled(False)  # slow operations are right all the same
         try:
             out = torch.vmap(single, randomness="same")(*mapped)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
@@ -349,14 +363,17 @@ class Live:
                 why="what is not clipped per record is not covered by the guarantee.",
                 cure="freeze the parameter, or register a rule for its module (dpkit.register_rule).",
             ) from error
+        finally:
+            functorch._set_vmap_fallback_warning_enabled(True)
         if in_place:
             return args[0]
-        results = iter(range(len(site.outputs) or 1))
+        results, numbers = iter(out), iter(range(1 << 30))
 
         def finish(v: Any) -> Any:
-            k = next(results, 0)
+            k = next(numbers)
             if not isinstance(v, Tensor):
                 return v
+            v = next(results)
             d = site.outputs[k] if k < len(site.outputs) else None
             if isinstance(d, int):
                 data = as_data(v, d)
@@ -369,7 +386,13 @@ class Live:
                 )
             return StandIn.of(v.detach()[0], origin, self, copies=v)
 
-        return tree_map(finish, out)
+        return tree_map(finish, shape[-1])
+
+
+def _embedding(index: Tensor, table: Tensor, padding_idx: int | None = None, *_: Any, **__: Any) -> Tensor:
+    """Table look-up for ``vmap``, whose own batching rule forgets that ``padding_idx`` gets no gradient."""
+    rows = table[index]
+    return rows if padding_idx is None else torch.where((index == padding_idx).unsqueeze(-1), rows.detach(), rows)
 
 
 def _linear_forms(weight: nn.Parameter, bias: nn.Parameter | None, x: Tensor | None, grad: Tensor) -> Any:
@@ -450,6 +473,13 @@ class Tape:
             self._anchors[like.device] = torch.zeros((), device=like.device, requires_grad=True)
         return self._anchors[like.device]
 
+    def anchors(self) -> list[Tensor]:
+        return list(self._anchors.values())
+
+    def parameters(self) -> dict[nn.Parameter, str]:
+        """The model's parameters, each once, with their names."""
+        return self._names
+
     # ---- batches
 
     def open(self, n: int) -> None:
@@ -513,7 +543,7 @@ class Tape:
         if isinstance(router, probe.Recorder):
             return router.call(module, args, kwargs)
         k = router.count(module)
-        if not any(p is not None and p.requires_grad for p in self._own(module)):
+        if not any(trains(p) for p in self._own(module).values()):
             return False
         site = router.site(module, k)
         if not site.data or any(isinstance(v, StandIn) for v in leaves((args, kwargs))):
@@ -522,8 +552,8 @@ class Tape:
         return True
 
     @staticmethod
-    def _own(module: nn.Module) -> list[nn.Parameter | None]:
-        return [p.origin if isinstance(p, StandIn) else p for p in module._parameters.values()]
+    def _own(module: nn.Module) -> dict[str, nn.Parameter | None]:
+        return {k: p.origin if isinstance(p, StandIn) else p for k, p in module._parameters.items()}
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self.stack or self.stack[-1].module is not module:
@@ -563,7 +593,7 @@ class Tape:
                 why="a rule is given the gradient of one output tensor.",
                 cure="return one tensor, or remove the rule: the engine then follows the parameters themselves.",
             )
-        kept = x if rule.needs_input(module) else None
+        kept = x if rule.needs_input(self._own(module)) else None
         function = rule.function
         return Tap.apply(y, kept, self.anchor(y), lambda a, g: function(module, a, g), router.batch, (x_dim, y_dim))
 
@@ -690,8 +720,75 @@ class Tape:
             if n > 1 and any(isinstance(v, Tensor) and v.ndim == 0 and v.is_floating_point() for v in leaves(full)):
                 alone, _ = run(probe.last(arguments, dims, n))
                 plan.losses = probe.mixed_losses(full, part, alone, n, m, arguments)
-        probe.merge(seen_full, seen_part, plan, n, m)
+            probe.merge(seen_full, seen_part, plan, n, m)
+            if n > 1:
+                where = [_where(a, b, n, m) for a, b in zip(leaves(full), leaves(part), strict=False)]
+                with torch.enable_grad():
+                    self._attribute(module, probe.cut(arguments, dims, n, n), where, plan, n)
         return plan
+
+    def _attribute(self, module: nn.Module, arguments: Any, where: list[int | None], plan: probe.Plan, n: int) -> None:
+        """One record's outputs are differentiated: every form must give its gradient to that record, and all of it.
+
+        This is where a wrong attribution shows that sums cannot show (positions taken for records, a batch of one).
+        """
+        trainable = [p for p in self._names if p.requires_grad]
+        args, kwargs = arguments
+
+        def one_record(out: Any) -> Tensor | None:
+            terms = []
+            for v, d in zip(leaves(out), where, strict=False):
+                if isinstance(v, Tensor) and d is not None and v.requires_grad:
+                    mine = v.select(d, n - 1)
+                    terms.append((mine * torch.linspace(-1.0, 1.3, mine.numel(), device=v.device).view_as(mine).cos()).sum())
+            return torch.stack([t.to(terms[0].dtype) for t in terms]).sum() if terms else None
+
+        plain_args, plain_kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, arguments)
+        self.stack.append(_Frame(module, outermost=True))
+        try:
+            loss = one_record(module.forward(*plain_args, **plain_kwargs))
+        finally:
+            self.restore()
+        if loss is None:
+            return
+        trial = Batch(n)
+        router = Live(self, plan, trial, n)
+        frame = _Frame(module, outermost=True)
+        self._router, self._latest = router, plan
+        self.stack.append(frame)
+        try:
+            self._stand_in(frame, router)
+            if self._rules[module] is not None and self._uses_rule(module, args, kwargs, frame, router):
+                y = module.forward(*args, **kwargs)
+                out = self._tapped(module, frame.site, args, kwargs, y, router) if frame.site is not None else y
+            else:
+                out = module.forward(*args, **kwargs)
+            out = self._finished(router, out)
+        finally:
+            self.restore()
+        try:
+            expected = torch.autograd.grad(loss, trainable, allow_unused=True)
+            private = one_record(out)
+            if private is not None:
+                torch.autograd.grad(private, self.anchors(), allow_unused=True)
+        except RuntimeError as error:
+            if "checkpoint" in str(error):  # reentrant checkpointing allows .backward() only
+                return
+            raise
+        finally:
+            trial.closed = True
+        with torch.no_grad():
+            for p, grad in zip(trainable, expected, strict=True):
+                if p in trial.forms:
+                    probe.refuse_misattributed(self.name(p), joined(trial.forms[p]), grad, n - 1)
+
+
+def _where(a: Any, b: Any, n: int, m: int) -> int | None:
+    """The record dimension of a floating output, if it has one."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point()):
+        return None
+    d = probe.record_dim(tuple(a.shape), tuple(b.shape), n, m)
+    return d if isinstance(d, int) else None
 
 
 def _differ(one: Any, other: Any) -> bool:

@@ -1,0 +1,522 @@
+"""The engine: ties sampling, tape, clipping, noise and ledger together. C, σ and q have their one home here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from dpkit.accountants import Accountant, Gaussian, calibrate, make_accountant
+
+from . import checks
+from .clipping import Clipping, clipping_of
+from .errors import (
+    ConfigurationError,
+    DoubleUseError,
+    GradientMismatchError,
+    NonPrivateGradientError,
+    NotAttachedError,
+    UncoveredParameterError,
+    UnfinishedStepError,
+)
+from .forms import Form, joined
+from .noise import NoiseSource
+from .rules import register_optional
+from .sampling import Draw, FixedBatches, PrivateDataLoader, Sampling, sampling_of
+from .tape import Batch, Tape
+
+M = TypeVar("M", bound=nn.Module)
+O = TypeVar("O", bound=Optimizer)  # noqa: E741
+
+
+class PrivacyEngine:
+    """Makes an existing training loop differentially private.
+
+    Guarantee: after any number of optimizer steps, the weights are (ε, δ)-differentially private with
+    ε = ``get_epsilon(delta)``, for neighbouring data sets that differ by adding or removing one record (by zeroing one
+    out, with ``poisson_sampling=False``), as long as each record's loss depends on that record alone. The strict door,
+    ``engine.backward(losses)``, checks that assumption; everything else is checked in any case or refused.
+
+    Args:
+        accountant: "rdp" or "pld", the judge of what was spent, or an `dpkit.accountants.Accountant`.
+        secure_mode: not available in this version.
+
+    >>> engine = PrivacyEngine()                                                            # doctest: +SKIP
+    >>> model, optimizer, loader = engine.make_private(module=model, optimizer=optimizer,
+    ...     data_loader=loader, noise_multiplier=1.1, max_grad_norm=1.0)
+    """
+
+    def __init__(self, accountant: str | Accountant = "rdp", secure_mode: bool = False) -> None:
+        if secure_mode:
+            raise ConfigurationError(
+                "secure_mode=True",
+                why="noise from a cryptographic generator is not part of this version, and plain noise is not secure.",
+                cure="use secure_mode=False (noise seeded from the operating system, by torch's generator).",
+            )
+        self.accountant = accountant if isinstance(accountant, Accountant) else make_accountant(accountant)
+        self.nonfinite_records = 0
+        """Records whose gradient was not finite and was replaced by zero. Not covered by ε: do not publish it."""
+        self._tape: Tape | None = None
+        self._draw: Draw | None = None
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._target_delta: float | None = None
+        self._charged: float | None = None  # fixed batches: the least σ charged for in this pass
+
+    # ---------------------------------------------------------------- attaching
+
+    def make_private(
+        self,
+        module: M,
+        optimizer: O,
+        data_loader: DataLoader[Any],
+        *,
+        max_grad_norm: float,
+        noise_multiplier: float | None = None,
+        target_epsilon: float | None = None,
+        target_delta: float | None = None,
+        epochs: int | None = None,
+        steps: int | None = None,
+        clipping: str | Clipping = "flat",
+        loss_reduction: str = "mean",
+        poisson_sampling: bool = True,
+        max_physical_batch_size: int | None = None,
+        noise_generator: torch.Generator | None = None,
+        batch_first: bool = True,
+    ) -> tuple[M, O, DataLoader[Any]]:
+        """Attach to a model, its optimizer and its data; returns the same model and optimizer, and a private loader.
+
+        Args:
+            module: the model. It stays as it is; hooks observe it while the loader's batches are in the user's hands.
+            optimizer: any torch optimizer whose ``step`` needs no closure.
+            data_loader: a DataLoader over a map-style dataset; its batch size B gives the sampling rate q = B / N.
+            max_grad_norm: C, the bound on each record's gradient norm.
+            noise_multiplier: σ, the noise's standard deviation divided by C; or leave it out and give
+            target_epsilon, target_delta, and epochs or steps: the least σ that keeps within them is found.
+            clipping: "flat", "automatic", "per_layer", or an object with ``weights`` and ``sensitivity``.
+            loss_reduction: whether the loss that is back-propagated is the "mean" or the "sum" over the batch.
+            poisson_sampling: draw each record independently (amplification is accounted); if False, the loader's own
+                batches are kept and no amplification is claimed.
+            max_physical_batch_size: serve a logical batch in parts of at most this many records. Call
+                ``optimizer.step()`` after each part as usual; only the last one of a logical batch takes the step.
+            noise_generator: for runs that repeat exactly; by default the noise is seeded from the operating system.
+            batch_first: False if the model's inputs are [t, n, ...].
+
+        Raises:
+            ConfigurationError: an argument out of range, or a combination that says nothing.
+            SamplingError: the loader's batches cannot be accounted.
+            UnsupportedModuleError: a module mixes records or updates weights in the forward.
+        """
+        if self._tape is not None:
+            raise ConfigurationError(
+                "this engine is attached already",
+                why="one engine keeps one model's step together.",
+                cure="call engine.detach() first, or make another engine.",
+            )
+        if not isinstance(module, nn.Module) or not isinstance(optimizer, Optimizer):
+            raise ConfigurationError(
+                f"module is a {type(module).__name__}, optimizer a {type(optimizer).__name__}",
+                cure="pass an nn.Module and a torch.optim.Optimizer.",
+            )
+        if isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
+            raise ConfigurationError(
+                f"the optimizer is {type(optimizer).__name__}",
+                why="LBFGS evaluates the loss several times a step, SparseAdam skips rows without gradient: both would "
+                "use the data beyond the one noisy gradient that is accounted.",
+                cure="use any first-order optimizer (SGD, Adam, AdamW, ...).",
+            )
+        checks.choice("loss_reduction", loss_reduction, ("mean", "sum"))
+        max_grad_norm = checks.number("max_grad_norm", max_grad_norm, low=0.0)
+        if max_physical_batch_size is not None:
+            checks.count("max_physical_batch_size", max_physical_batch_size)
+        rule = clipping_of(clipping)
+        sampling = sampling_of(data_loader, poisson=poisson_sampling)
+        register_optional(module)
+        checks.validate_model(module)
+        sigma = self._noise_multiplier_for(sampling, noise_multiplier, target_epsilon, target_delta, epochs, steps)
+
+        tape = Tape(module, batch_first=batch_first)
+        self._tape, self._optimizer, self._sampling = tape, optimizer, sampling
+        self._clipping, self._loss_reduction = rule, loss_reduction
+        self._noise_multiplier, self._max_grad_norm = sigma, max_grad_norm
+        self._noise = NoiseSource(noise_generator)
+        self._strictly_examined = False
+        try:
+            self._trainable()
+        except Exception:
+            tape.detach()
+            self._tape = None
+            raise
+        self._step_hook = optimizer.register_step_pre_hook(self._before_step)
+        self._loader = PrivateDataLoader(data_loader, sampling, self, max_physical_batch_size)
+        return module, optimizer, self._loader
+
+    def make_private_with_epsilon(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, DataLoader[Any]]:
+        """`make_private` under the name that Opacus gives the call with ``target_epsilon``."""
+        return self.make_private(*args, **kwargs)
+
+    def _noise_multiplier_for(
+        self,
+        sampling: Sampling,
+        noise_multiplier: float | None,
+        target_epsilon: float | None,
+        target_delta: float | None,
+        epochs: int | None,
+        steps: int | None,
+    ) -> float:
+        """σ as given, or the least one that meets the target."""
+        if noise_multiplier is not None:
+            if target_epsilon is not None or epochs is not None or steps is not None:
+                raise ConfigurationError(
+                    "noise_multiplier was given together with target_epsilon, epochs or steps",
+                    why="one determines the other.",
+                    cure="give noise_multiplier alone, or target_epsilon, target_delta and epochs (or steps).",
+                )
+            self._target_delta = target_delta
+            return checks.number("noise_multiplier", noise_multiplier, low=0.0, strict=False)
+        if target_epsilon is None or target_delta is None or (epochs is None) == (steps is None):
+            raise ConfigurationError(
+                "neither noise_multiplier nor a complete target was given",
+                why="the noise follows from one of them.",
+                cure="give noise_multiplier, or target_epsilon, target_delta and one of epochs and steps.",
+            )
+        if self.accountant.ledger:
+            raise ConfigurationError(
+                "target_epsilon was given to an engine that has spent budget already",
+                why="the target would not count what was spent before.",
+                cure="give noise_multiplier, or use a new engine and add up the two budgets.",
+            )
+        checks.number("target_epsilon", target_epsilon, low=0.0)
+        checks.number("target_delta", target_delta, low=0.0, high=1.0)
+        total = checks.count("steps", steps) if steps is not None else checks.count("epochs", epochs) * sampling.steps
+        if isinstance(sampling, FixedBatches):
+            total = -(-total // sampling.steps)
+        self._target_delta = float(target_delta)
+        return calibrate(
+            target_epsilon=target_epsilon, delta=target_delta, sample_rate=sampling.sample_rate, steps=total
+        )
+
+    def detach(self) -> None:
+        """Give everything back as it was. What was spent stays in the accountant."""
+        if self._tape is None:
+            return
+        self._tape.detach()
+        self._step_hook.remove()
+        self._loader.close()
+        self._drop()
+        self._tape = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Public passes: forwards, backwards and steps inside are the user's own, without clipping, noise or accounting."""
+        tape = self._attached()
+        before, tape.paused = tape.paused, True
+        try:
+            yield
+        finally:
+            tape.paused = before
+
+    # ---------------------------------------------------------------- what the user may ask and set
+
+    @property
+    def noise_multiplier(self) -> float:
+        """σ. May be set between steps (a schedule): clipping, noise and ledger follow from the next batch on."""
+        self._attached()
+        return self._noise_multiplier
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        self._attached()
+        self._noise_multiplier = checks.number("noise_multiplier", value, low=0.0, strict=False)
+
+    @property
+    def max_grad_norm(self) -> float:
+        """C. May be set between steps: clipping and noise follow from the next batch on."""
+        self._attached()
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float) -> None:
+        self._attached()
+        self._max_grad_norm = checks.number("max_grad_norm", value, low=0.0)
+
+    @property
+    def sample_rate(self) -> float:
+        """q, the probability with which a record takes part in a step."""
+        self._attached()
+        return self._sampling.sample_rate
+
+    @property
+    def expected_batch_size(self) -> float:
+        """The divisor of the noisy sum: q · N."""
+        self._attached()
+        return self._sampling.expected_batch_size
+
+    def get_epsilon(self, delta: float | None = None) -> float:
+        """ε at ``delta`` (by default target_delta) of everything released so far; 0.0 before the first step."""
+        delta = self._target_delta if delta is None else delta
+        if delta is None:
+            raise ConfigurationError("get_epsilon() without delta", why="ε is a function of δ.", cure="pass delta=1e-5, say.")
+        return self.accountant.epsilon(checks.number("delta", delta, low=0.0, high=1.0))
+
+    def backward(self, losses: Tensor) -> None:
+        """The strict door: one loss a record, [n] or [n, 1]; checks that they are what they say.
+
+        Raises:
+            ConfigurationError: another shape.
+            CoupledRecordsError: (first batch) a record's loss has a gradient at another record's activations.
+            DoubleUseError: not as many losses as records were drawn.
+        """
+        tape = self._attached()
+        if tape.paused:
+            losses.mean().backward()
+            return
+        if losses.ndim == 2 and losses.shape[1] == 1:
+            losses = losses.squeeze(1)
+        if losses.ndim != 1:
+            raise ConfigurationError(
+                f"losses has shape {list(losses.shape)}",
+                why="a loss that was reduced over records, or broadcast to a matrix, is not one loss a record.",
+                cure='compute it with reduction="none" and bring it to shape [n].',
+            )
+        batch = tape.batch
+        if batch is None or losses.shape[0] != batch.n:
+            raise DoubleUseError(
+                f"{losses.shape[0]} losses for {batch.n if batch else 0} drawn records",
+                why="each record that was drawn enters the step once.",
+                cure="compute the losses of the batch that the private loader has just yielded.",
+            )
+        if not self._strictly_examined and batch.n > 1:
+            self._examine(tape, batch, losses)
+        (losses.mean() if self._loss_reduction == "mean" else losses.sum()).backward()
+
+    def _examine(self, tape: Tape, batch: Batch, losses: Tensor) -> None:
+        """The last record's loss must not reach the others."""
+        batch.examined = batch.n - 1
+        try:
+            torch.autograd.grad(losses[-1], tape.anchors(), retain_graph=True, allow_unused=True)
+            self._strictly_examined = True
+        except RuntimeError as error:
+            if "checkpoint" not in str(error):  # reentrant checkpointing allows .backward() only
+                raise
+        finally:
+            batch.examined = None
+
+    # ---------------------------------------------------------------- the loader's side
+
+    def begin_pass(self) -> None:
+        """A new pass over the data: what an abandoned one left unfinished is dropped; it was never released."""
+        self._attached()
+        self._drop()
+        self._charged = None
+
+    def hand_out(self, draw: Draw) -> None:
+        """A physical batch goes to the user."""
+        tape = self._attached()
+        if not self._sums:
+            self._logical = (self._noise_multiplier, self._max_grad_norm)
+        draw.noise_multiplier, draw.max_grad_norm = self._logical
+        for p in self._parameters():
+            p.grad = None
+        self._draw = draw
+        tape.open(draw.n)
+
+    def take_back(self, draw: Draw) -> None:
+        """The user asks for the next batch."""
+        if self._draw is not draw:
+            return  # its step has been taken
+        if draw.last and self._attached().batch is not None and self._attached().batch.forms:  # type: ignore[union-attr]
+            self._drop()
+            raise UnfinishedStepError(
+                "the next batch was asked for, and the last one was back-propagated without optimizer.step()",
+                why="a record could enter one step through several draws, each clipped by itself.",
+                cure="call optimizer.step() after every batch. To gather gradients over several physical batches give "
+                "make_private(max_physical_batch_size=...): the step is then taken on the last of them only.",
+            )
+        self._close(draw)
+        if draw.last:
+            self._drop()
+
+    def empty_draw(self, draw: Draw) -> None:
+        """Nobody was drawn: the noisy step is taken, and accounted, all the same."""
+        self.hand_out(draw)
+        self._optimizer.step()
+
+    # ---------------------------------------------------------------- the step
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        tape = self._attached()
+        if tape.paused:
+            return
+        if any(a is not None for a in (*args[1:], *kwargs.values())):
+            raise ConfigurationError(
+                "optimizer.step() was given a closure",
+                why="it would back-propagate after the gradient of this step has been clipped and noised.",
+                cure="run forward and backward before optimizer.step().",
+            )
+        draw = self._draw
+        if draw is None:
+            if any(p.grad is not None for p in self._parameters()):
+                raise DoubleUseError(
+                    "optimizer.step() without a batch: the last one's step was taken, or none was drawn",
+                    why="the gradients at hand are not those of a drawn, clipped and accounted batch.",
+                    cure="call optimizer.step() once for each batch of the private loader; for public data use "
+                    "engine.paused().",
+                )
+            return
+        try:
+            self._close(draw)
+            if draw.last:
+                self._release(draw)
+        except BaseException:
+            self._drop()
+            raise
+
+    @torch.no_grad()
+    def _close(self, draw: Draw) -> None:
+        """End a physical batch: prove, clip, and add its weighted sums to those of the logical batch."""
+        tape = self._attached()
+        batch = tape.close()
+        self._draw = None
+        if batch is None:
+            return
+        trainable = self._trainable()
+        self._prove(tape, batch)
+        forms = {p: joined(found) for p, found in batch.forms.items() if p.requires_grad}
+        for p in forms:
+            if p not in trainable:
+                raise UncoveredParameterError(
+                    f"{tape.name(p)} received a gradient, but the optimizer does not hold it",
+                    why="it would take its share of the clipping norm and never be trained or accounted.",
+                    cure="add it to the optimizer (optimizer.add_param_group) or freeze it.",
+                )
+        if forms:
+            self._clip(trainable, forms, batch.n, draw.max_grad_norm)
+
+    def _clip(self, trainable: dict[nn.Parameter, int], forms: dict[nn.Parameter, Form], n: int, bound: float) -> None:
+        scale = float(n) if self._loss_reduction == "mean" else 1.0
+        squares = [f.sq_norm() for f in forms.values()]
+        wide = max((s.dtype for s in squares), key=lambda d: torch.finfo(d).bits)
+        norms = torch.zeros(n, len(trainable), dtype=wide, device=squares[0].device)
+        norms[:, [trainable[p] for p in forms]] = torch.stack([s.to(norms) for s in squares], 1).sqrt() * scale
+        finite = torch.isfinite(norms).all(1)
+        if not bool(finite.all()):
+            keep = finite.nonzero().flatten()
+            self.nonfinite_records += n - len(keep)
+            forms, norms = {p: f.take(keep.to(squares[0].device)) for p, f in forms.items()}, norms[keep]
+        weights = self._clipping.weights(norms, bound) * scale
+        for p, form in forms.items():
+            w = weights if weights.ndim == 1 else weights[:, trainable[p]]
+            total = form.weighted_sum(w.to(p.device))
+            held = self._sums.get(p)
+            self._sums[p] = total if held is None else held.add_(total)
+
+    @torch.no_grad()
+    def _release(self, draw: Draw) -> None:
+        """Sums + noise, divided by the expected batch size, become ``p.grad``; the ledger is written first."""
+        trainable = self._trainable()
+        sums = [self._sums.pop(p, None) for p in trainable]
+        wide = [
+            s if s is not None else torch.zeros(p.numel(), device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
+            for p, s in zip(trainable, sums, strict=True)
+        ]
+        self._sums.clear()
+        std = draw.noise_multiplier * self._clipping.sensitivity(draw.max_grad_norm)
+        self._noise.add_to(wide, std)
+        first = self._charged is None or draw.noise_multiplier < self._charged
+        event = self._sampling.event(Gaussian(draw.noise_multiplier), first=first)
+        if event is not None:
+            self.accountant.compose(event)
+            self._charged = draw.noise_multiplier
+        for p, total in zip(trainable, wide, strict=True):
+            p.grad = total.div_(self._sampling.expected_batch_size).view(p.shape).to(p.dtype)
+
+    # ---------------------------------------------------------------- the first-batch proof
+
+    def _prove(self, tape: Tape, batch: Batch) -> None:
+        """Compare the forms with autograd's own gradient, for parameters that were not compared before."""
+        for p in self._parameters(of_model=True):
+            grad, p.grad = p.grad, None
+            tapped = batch.tapped.get(p)
+            if p not in batch.unproven or (grad is not None and not tapped):
+                if grad is not None:
+                    self._refuse_uncovered(tape, batch, p)
+                continue
+            if tapped:
+                form = joined(tapped)
+                ours = form.weighted_sum(torch.ones(batch.n, device=p.device))
+                theirs = torch.zeros_like(ours) if grad is None else grad.to_dense().to(ours.dtype).flatten()
+                scale = float(form.sq_norm().sqrt().sum())
+                gap = float((ours - theirs).norm())
+                narrow = any(t.dtype in (torch.float16, torch.bfloat16) for f in tapped for t in vars(f).values() if isinstance(t, Tensor))
+                if not torch.isfinite(torch.tensor(scale)):
+                    continue
+                if gap > (5e-2 if narrow else 1e-3) * max(scale, float(theirs.norm())) + 1e-12:
+                    raise GradientMismatchError(
+                        f"{tape.name(p)} {list(p.shape)}: the per-record gradients add up to something else than autograd's "
+                        f"gradient (they differ by {gap:.3g}, norm {float(theirs.norm()):.3g})",
+                        why="either its layer's rule is wrong, or the parameter is also used where no rule sees it; what is "
+                        "not clipped per record is not covered by the guarantee.",
+                        cure="correct the rule (dpkit.register_rule), or freeze the parameter.",
+                    )
+            if tapped or p in batch.forms:
+                tape.proven.add(p)
+
+    @staticmethod
+    def _refuse_uncovered(tape: Tape, batch: Batch, p: nn.Parameter) -> None:
+        if batch.passive:
+            raise NonPrivateGradientError(
+                f"{tape.name(p)} received an ordinary gradient: {batch.passive}, while {batch.n} records were drawn",
+                why="the gradient is not clipped per record.",
+                cure="feed the model the batches of the private loader, one row for each record, in the dimension that "
+                "batch_first says.",
+            )
+        raise NonPrivateGradientError(
+            f"{tape.name(p)} {list(p.shape)} received a gradient that the engine did not see",
+            why="what is not clipped per record is not covered by the guarantee.",
+            cure="freeze it, register a rule for its module (dpkit.register_rule), or use the parameter through its module "
+            "inside the model's forward.",
+        )
+
+    # ---------------------------------------------------------------- small things
+
+    def _attached(self) -> Tape:
+        if self._tape is None:
+            raise NotAttachedError("the engine is not attached to a model", cure="call make_private first.")
+        return self._tape
+
+    def _drop(self) -> None:
+        """Forget an unfinished logical batch; nothing of it was released."""
+        if self._tape is not None:
+            self._tape.close()
+            if self._draw is not None:
+                for p in self._parameters():
+                    p.grad = None
+        self._draw = None
+        self._sums.clear()
+
+    def _parameters(self, *, of_model: bool = False) -> list[nn.Parameter]:
+        """The optimizer's parameters; or all of the model's."""
+        if of_model:
+            return list(self._attached().parameters())
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _trainable(self) -> dict[nn.Parameter, int]:
+        """The trainable parameters that the optimizer holds, in its order, with their position."""
+        tape = self._attached()
+        known = tape.parameters()
+        found: dict[nn.Parameter, int] = {}
+        for p in self._parameters():
+            if p not in known:
+                raise UncoveredParameterError(
+                    f"the optimizer holds a parameter {list(p.shape)} that is not in the model",
+                    why="its gradient would not be clipped per record.",
+                    cure="make it part of the module given to make_private, or train it with another optimizer on public data.",
+                )
+            if p.requires_grad:
+                found[p] = len(found)
+        return found

@@ -1,0 +1,245 @@
+"""Who takes part in a step, and how the logical batch is served.
+
+A sampling is a value with ``draws(generator)`` (one pass over the data: the record indices of each logical batch) and
+``event(inner, first)`` (what a step of it costs, given the noise's event). `PrivateDataLoader` serves the draws
+through the user's own dataset, collate_fn and workers, as physical batches where a bound was given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+from dpkit.accountants import Event, PoissonSampled
+
+from .errors import SamplingError
+
+
+class Sampling(Protocol):
+    """What the loader and the ledger ask of a sampling."""
+
+    steps: int
+    expected_batch_size: float
+    sample_rate: float
+    name: str
+
+    def draws(self, generator: torch.Generator) -> Iterator[list[int]]: ...
+
+    def event(self, inner: Event, *, first: bool) -> Event | None: ...
+
+
+@dataclass(frozen=True)
+class PoissonSampling:
+    """Every record takes part in every step independently with probability ``sample_rate``.
+
+    Attributes:
+        records: N, records in the data set.
+        expected_batch_size: B; q = B / N.
+        steps: logical batches in one pass.
+    """
+
+    records: int
+    expected_batch_size: float
+    steps: int
+    name: str = "Poisson sampling"
+
+    @property
+    def sample_rate(self) -> float:  # type: ignore[override]
+        return min(1.0, self.expected_batch_size / self.records)
+
+    def draws(self, generator: torch.Generator) -> Iterator[list[int]]:
+        for _ in range(self.steps):
+            # float64: float32 has steps of 2^-24, and the chance of `u < q` would exceed a small q noticeably
+            u = torch.rand(self.records, generator=generator, dtype=torch.float64, device=generator.device)
+            yield (u < self.sample_rate).nonzero().flatten().tolist()
+
+    def event(self, inner: Event, *, first: bool) -> Event:
+        return inner if self.sample_rate == 1.0 else PoissonSampled(self.sample_rate, inner)
+
+
+@dataclass(frozen=True)
+class FixedBatches:
+    """The user's own fixed-size batches: every record takes part once a pass, in a batch that others may know.
+
+    No amplification is claimed: a pass costs one full-batch Gaussian (parallel composition), with neighbouring data
+    sets that differ by zeroing out one record (add-or-remove-one would shift all later batches).
+    """
+
+    batches: BatchSampler
+    expected_batch_size: float
+    steps: int
+    sample_rate: float = 1.0
+    name: str = "fixed batches"
+
+    def draws(self, generator: torch.Generator) -> Iterator[list[int]]:
+        yield from self.batches
+
+    def event(self, inner: Event, *, first: bool) -> Event | None:
+        return inner if first else None
+
+
+@dataclass(eq=False)
+class Draw:
+    """One physical batch in the user's hands.
+
+    Attributes:
+        n: records in it.
+        last: whether it completes its logical batch, so that ``optimizer.step()`` releases.
+        first: whether it is the first logical batch of a pass.
+        noise_multiplier, max_grad_norm: σ and C of its logical batch, fixed when the batch was handed out.
+    """
+
+    n: int
+    last: bool
+    first: bool
+    noise_multiplier: float = 0.0
+    max_grad_norm: float = 0.0
+
+
+class _PhysicalBatches:
+    """The batch sampler behind `PrivateDataLoader`: splits logical draws, and notes each in ``log`` (workers run ahead)."""
+
+    def __init__(self, sampling: Sampling, generator: torch.Generator, max_size: int | None) -> None:
+        self.sampling, self.generator, self.max_size = sampling, generator, max_size
+        self.log: deque[Draw] = deque()
+
+    def __len__(self) -> int:
+        return self.sampling.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.log = log = deque()
+        return self._serve(log)
+
+    def _serve(self, log: deque[Draw]) -> Iterator[list[int]]:
+        for k, drawn in enumerate(self.sampling.draws(self.generator)):
+            if not drawn:
+                log.append(Draw(0, last=True, first=k == 0))
+                continue
+            size = self.max_size or len(drawn)
+            for start in range(0, len(drawn), size):
+                part = drawn[start : start + size]
+                log.append(Draw(len(part), last=start + size >= len(drawn), first=k == 0))
+                yield part
+
+
+class Listener(Protocol):
+    """The engine, as the loader sees it."""
+
+    def begin_pass(self) -> None: ...
+    def hand_out(self, draw: Draw) -> None: ...
+    def take_back(self, draw: Draw) -> None: ...
+    def empty_draw(self, draw: Draw) -> None: ...
+
+
+class PrivateDataLoader(DataLoader[Any]):
+    """The user's data loader with private batches; ``len`` is the number of logical batches (optimizer steps)."""
+
+    def __init__(self, loader: DataLoader[Any], sampling: Sampling, listener: Listener, max_size: int | None) -> None:
+        generator = loader.generator
+        if generator is None:
+            generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+        self._listener: Listener | None = listener
+        workers: dict[str, Any] = {}
+        if loader.num_workers > 0:
+            workers = {
+                "prefetch_factor": loader.prefetch_factor,
+                "persistent_workers": loader.persistent_workers,
+                "multiprocessing_context": loader.multiprocessing_context,
+            }
+        super().__init__(
+            loader.dataset,
+            batch_sampler=_PhysicalBatches(sampling, generator, max_size),  # type: ignore[arg-type]
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            generator=loader.generator,
+            pin_memory_device=loader.pin_memory_device,
+            **workers,
+        )
+
+    def close(self) -> None:
+        """Stop serving: the engine has been detached."""
+        self._listener = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        listener = self._listener
+        if listener is None:
+            raise SamplingError(
+                "this private data loader belongs to an engine that was detached",
+                why="nobody would count the batches it draws.",
+                cure="use the original data loader, or call make_private again.",
+            )
+        batches: _PhysicalBatches = self.batch_sampler  # type: ignore[assignment]
+        listener.begin_pass()
+        inner = super().__iter__()
+        log = batches.log
+        for batch in inner:
+            while log[0].n == 0:
+                listener.empty_draw(log.popleft())
+            draw = log.popleft()
+            listener.hand_out(draw)
+            yield batch
+            listener.take_back(draw)
+        while log:
+            listener.empty_draw(log.popleft())
+
+
+def sampling_of(loader: DataLoader[Any], *, poisson: bool) -> Sampling:
+    """The sampling that the user's loader asks for; raises `SamplingError` where none can be accounted."""
+    if isinstance(loader, PrivateDataLoader):
+        _refuse("the data loader is private already", "its draws are counted by another engine.", "pass the original one.")
+    if not isinstance(loader, DataLoader):
+        _refuse(
+            f"data_loader is a {type(loader).__name__}",
+            "who takes part in a step has to be drawn, and counted, by the engine.",
+            "pass a torch.utils.data.DataLoader over a map-style dataset.",
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        _refuse(
+            f"the data set is an IterableDataset ({type(loader.dataset).__name__})",
+            "records of a stream cannot be drawn independently, so no sampling rate is true.",
+            "use a map-style dataset (__getitem__ and __len__).",
+        )
+    if loader.batch_sampler is None or type(loader.batch_sampler) is not BatchSampler or loader.batch_size is None:
+        _refuse(
+            f"the loader batches by {type(loader.batch_sampler).__name__}",
+            "batches composed by the user's own rule have no known sampling rate.",
+            "build the DataLoader with batch_size=..., and let the engine draw.",
+        )
+    sampler = loader.sampler
+    records = len(loader.dataset)  # type: ignore[arg-type]
+    plain = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == records
+    )
+    if not plain:
+        _refuse(
+            f"the loader draws by {type(sampler).__name__}",
+            "uniform sampling would be accounted while other records are drawn, or others than asked for.",
+            "use shuffle=True; for a part of the data torch.utils.data.Subset; weights or repetition change the "
+            "sampling rate of single records and are not supported.",
+        )
+    size = loader.batch_size
+    if records == 0:
+        _refuse("the data set is empty", "there is nothing to sample from.", "pass a data set with records.")
+    if size > records:
+        _refuse(
+            f"batch_size {size} exceeds the {records} records of the data set",
+            "no sampling rate gives that expected batch size.",
+            f"use batch_size <= {records}.",
+        )
+    steps = records // size if loader.drop_last else math.ceil(records / size)
+    if poisson:
+        return PoissonSampling(records, float(size), steps)
+    return FixedBatches(loader.batch_sampler, float(size), steps)
+
+
+def _refuse(seen: str, why: str, cure: str) -> None:
+    raise SamplingError(seen, why=why, cure=cure)
