@@ -2,8 +2,7 @@
 
     python examples/two_lines.py
 
-An ordinary PyTorch loop; the two added lines are marked. One image is one record: the guarantee is for an image, not for
-its writer. The last fifth of the images, by other writers in part, is the test set.
+An ordinary PyTorch loop; the two added lines are marked. One image is one record: ε speaks of images, not of writers.
 """
 
 from __future__ import annotations
@@ -26,13 +25,12 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     parser.add_argument("--epsilon", type=float, default=3.0, help="the privacy budget")
     parser.add_argument("--epochs", type=int, default=30)
     args = parser.parse_args(argv)
-    delta = 1e-4  # below 1 / (number of training records)
 
-    torch.manual_seed(0)
     digits = load_digits()
     images = torch.tensor(digits.data / 8 - 1, dtype=torch.float32).view(-1, 1, 8, 8)
     labels = torch.tensor(digits.target)
     train, test = slice(None, 1437), slice(1437, None)
+    delta = 1e-4  # well below 1 / (number of training records)
 
     loader = DataLoader(TensorDataset(images[train], labels[train]), batch_size=256, shuffle=True)
     model = nn.Sequential(nn.Conv2d(1, 32, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(288, 10))

@@ -35,9 +35,11 @@ class Guard(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model: str, layers: int = 1) -> Guard:
-        """A fresh guard on the encoder stored at ``model`` (a folder or a hub id). No dropout: it is noise as well."""
-        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        encoder = transformers.AutoModel.from_pretrained(model, add_pooling_layer=False, **dropout)
+        """A fresh guard on the encoder stored at ``model``: a folder or a hub id.
+
+        The encoder comes in eval mode and stays there: dropout would be one more noise.
+        """
+        encoder = transformers.AutoModel.from_pretrained(model)
         if not hasattr(getattr(encoder, "encoder", None), "layer"):
             raise SystemExit(f"{model}: a {type(encoder).__name__} has no encoder.layer; pass a BERT-like model.")
         return cls(encoder, layers)

@@ -6,6 +6,7 @@ python -m examples.guard_minilm [--epsilons 8 3] [--seed 0] [--model PATH_OR_HUB
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,13 +16,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpkit
 
 from . import data, report
 from .guard import Guard, find_weights, load_tokenizer
+from .report import Bar, Report
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Recipe:
     layers: int = 1
     max_tokens: int = 32
     batch_size: int = 512  # large: the noise is added once a batch, whatever its size
-    epochs: int = 3
+    epochs: int = 2
     lr_layers: float = 1e-3
     lr_head: float = 1e-1
     max_grad_norm: float = 1.0
@@ -50,14 +51,7 @@ class Run:
 
 
 def train(
-    guard: Guard,
-    records: TensorDataset,
-    recipe: Recipe,
-    *,
-    epsilon: float | None,
-    delta: float,
-    seed: int,
-    console: Console,
+    guard: Guard, records: TensorDataset, recipe: Recipe, *, epsilon: float | None, delta: float, seed: int, bar: Bar
 ) -> Run:
     """Train ``guard`` in place; with ``epsilon`` None, by the same loop without privacy."""
     torch.manual_seed(seed)
@@ -68,8 +62,6 @@ def train(
         ]
     )
     loader = DataLoader(records, recipe.batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
-    run = Run("no privacy" if epsilon is None else f"ε = {epsilon:g}", epsilon, None if epsilon is None else delta)
-
     engine = None
     if epsilon is not None:
         engine = dpkit.PrivacyEngine()
@@ -81,33 +73,24 @@ def train(
             target_delta=delta,
             epochs=recipe.epochs,
             max_grad_norm=recipe.max_grad_norm,
-            noise_generator=torch.Generator().manual_seed(seed),  # who knows the seed knows the noise: leave it out
+            noise_generator=torch.Generator().manual_seed(seed),  # repeatable, so not secret: leave it out to release
         )
 
+    run = Run("no privacy" if epsilon is None else f"ε = {epsilon:g}", epsilon, epsilon and delta)
     steps = recipe.epochs * len(loader)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    columns = ("{task.description:<10}", "loss {task.fields[loss]:.3f}", "ε {task.fields[spent]}")
+    bar.begin(run.name, steps)
     start = time.perf_counter()
-    with Progress(
-        TextColumn(columns[0]),
-        BarColumn(),
-        MofNCompleteColumn(),
-        *map(TextColumn, columns[1:]),
-        TimeElapsedColumn(),
-        console=console,
-    ) as progress:
-        task = progress.add_task(run.name, total=steps, loss=float("nan"), spent="∞" if engine is None else "0")
-        for _ in range(recipe.epochs):
-            for hidden, mask, label in loader:
-                loss = F.cross_entropy(guard(hidden, mask), label)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                scheduler.step()
-                if engine is not None:
-                    run.epsilons.append(engine.get_epsilon(delta=delta))
-                    progress.update(task, spent=f"{run.epsilons[-1]:.2f}")
-                progress.update(task, advance=1, loss=loss.item())
+    for _ in range(recipe.epochs):
+        for hidden, mask, label in loader:
+            loss = F.cross_entropy(guard(hidden, mask), label)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            if engine is not None:
+                run.epsilons.append(engine.get_epsilon(delta=delta))
+            bar.count(loss.item(), run.epsilons[-1] if engine else math.inf)
     run.seconds = time.perf_counter() - start
     if engine is not None:
         run.noise_multiplier = engine.noise_multiplier
@@ -123,7 +106,7 @@ def scores(guard: Guard, records: TensorDataset) -> list[float]:
     return torch.cat(chunks).tolist()
 
 
-def main(argv: Sequence[str] | None = None) -> report.Report:
+def main(argv: Sequence[str] | None = None) -> Report:
     """Cache, train each run, judge, print the table and write the files."""
     recipe = Recipe()
     parser = argparse.ArgumentParser(prog="python -m examples.guard_minilm", description=__doc__.split("\n")[0])
@@ -149,14 +132,15 @@ def main(argv: Sequence[str] | None = None) -> report.Report:
         guard, tokenizer = Guard.from_pretrained(weights, recipe.layers), load_tokenizer(weights)
         records = {name: data.cache(guard, tokenizer, split, recipe.max_tokens) for name, split in prompts.items()}
 
-    results = report.Report(prompts, delta, recipe, args.seed)
-    for epsilon in (None, *args.epsilons):
-        guard = Guard.from_pretrained(weights, recipe.layers)
-        run = train(guard, records["train"], recipe, epsilon=epsilon, delta=delta, seed=args.seed, console=console)
-        results.add(run, {name: scores(guard, records[name]) for name in report.JUDGED})
+    results = Report(prompts, delta, recipe, args.seed)
+    with Bar(console) as bar:
+        for epsilon in (None, *args.epsilons):
+            guard = Guard.from_pretrained(weights, recipe.layers)
+            run = train(guard, records["train"], recipe, epsilon=epsilon, delta=delta, seed=args.seed, bar=bar)
+            results.add(run, {name: scores(guard, records[name]) for name in report.JUDGED})
     results.print(console)
     results.write(args.out)
-    console.print(f"wrote {', '.join(str(args.out / name) for name in report.FILES)}", soft_wrap=True)
+    console.print(f"wrote {', '.join(report.FILES)} to {args.out}", soft_wrap=True)
     return results
 
 
