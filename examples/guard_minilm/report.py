@@ -92,7 +92,7 @@ class Report:
         recipe = ", ".join(f"{name} {value:g}" for name, value in asdict(self.recipe).items())
         return [
             f"ε holds at δ = 1/(10 n) = {self.delta:.2g} for adding or removing one of the n = {len(train.labels):,} "
-            "training prompts: a prompt is one record, not the person who wrote it. Each private run is judged by itself; "
+            "training prompts: a prompt is one record, not its writer. Each private run is judged by itself; "
             "who is given several of them is given the sum of their ε.",
             "XSTest is the headline. The held-out prompts are easy: safe and unsafe ones come from different sources, "
             f"and their length alone has AUROC {short:.2f}.",
