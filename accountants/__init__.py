@@ -7,6 +7,7 @@ from .accountant import Accountant
 from .calibration import calibrate, epsilon, make_accountant
 from .errors import AccountingError, UnreachableTargetError, UnsupportedEventError
 from .events import Composed, Event, Gaussian, Laplace, PoissonSampled, Repeated, dpsgd
+from .pld import PLDAccountant
 from .rdp import RDPAccountant
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Event",
     "Gaussian",
     "Laplace",
+    "PLDAccountant",
     "PoissonSampled",
     "RDPAccountant",
     "Repeated",

@@ -59,7 +59,7 @@ _HOMES: dict[str, str] = {
     **dict.fromkeys(("Dense", "Outer", "Rows"), "forms"),
     **dict.fromkeys(("register_rule", "unregister_rule"), "rules"),
 }
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -60,12 +60,16 @@ def number(name: str, value: object, *, low: float, strict: bool = True, high: f
 def count(name: str, value: object) -> int:
     """``value`` as an int >= 1; raises `ConfigurationError` else."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name} = {value!r}", why="it has to be an integer of at least 1.", cure=f"pass a valid {name}.")
+        raise ConfigurationError(
+            f"{name} = {value!r}", why="it has to be an integer of at least 1.", cure=f"pass a valid {name}."
+        )
     return value
 
 
 def choice(name: str, value: object, known: tuple[str, ...]) -> str:
     """``value`` if it is one of the known names; raises `ConfigurationError` else."""
     if value not in known:
-        raise ConfigurationError(f"{name} = {value!r}", why="it is not known.", cure=f"use one of {', '.join(map(repr, known))}.")
+        raise ConfigurationError(
+            f"{name} = {value!r}", why="it is not known.", cure=f"use one of {', '.join(map(repr, known))}."
+        )
     return str(value)

@@ -53,9 +53,18 @@ class Form:
         """The same form for a subset of the records (indices [k])."""
         raise NotImplementedError
 
+    def folded(self, k: int) -> Form:
+        """The same gradients where each k rows in a row belong to one record: n·k records become n."""
+        raise NotImplementedError
+
     @property
     def n(self) -> int:
         raise NotImplementedError
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it was made of half-precision tensors."""
+        return any(v.dtype in (torch.float16, torch.bfloat16) for v in vars(self).values() if isinstance(v, Tensor))
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,9 @@ class Dense(Form):
     def take(self, records: Tensor) -> Dense:
         return Dense(self.value[records])
 
+    def folded(self, k: int) -> Dense:
+        return Dense(wide(self.value).unflatten(0, (-1, k)).sum(1))
+
 
 @dataclass(frozen=True)
 class Outer(Form):
@@ -96,7 +108,9 @@ class Outer(Form):
         if self.a.ndim == 2:
             object.__setattr__(self, "a", self.a.unsqueeze(1))
         if self.g.shape[:-1] != self.a.shape[:-1]:
-            raise ValueError(f"Outer: g {list(self.g.shape)} and a {list(self.a.shape)} differ before the last dimension")
+            raise ValueError(
+                f"Outer: g {list(self.g.shape)} and a {list(self.a.shape)} differ before the last dimension"
+            )
 
     @property
     def n(self) -> int:
@@ -131,6 +145,14 @@ class Outer(Form):
 
     def take(self, records: Tensor) -> Outer:
         return Outer(self.g[records], self.a[records])
+
+    def folded(self, k: int) -> Form:
+        if self.g.ndim > 3:
+            return Dense(self.dense()).folded(k)
+        return Outer(
+            self.g.reshape(-1, k * self.g.shape[1], self.g.shape[2]),
+            self.a.reshape(-1, k * self.a.shape[1], self.a.shape[2]),
+        )
 
 
 def _gram(g: Tensor, a: Tensor) -> Tensor:
@@ -185,6 +207,13 @@ class Rows(Form):
     def take(self, records: Tensor) -> Rows:
         return Rows(self.index[records], self.g[records], self.v)
 
+    def folded(self, k: int) -> Rows:
+        return Rows(
+            self.index.reshape(-1, k * self.index.shape[1]),
+            self.g.reshape(-1, k * self.g.shape[1], self.g.shape[2]),
+            self.v,
+        )
+
 
 @dataclass(frozen=True)
 class Joined(Form):
@@ -195,6 +224,10 @@ class Joined(Form):
     @property
     def n(self) -> int:
         return self.parts[0].n
+
+    @property
+    def narrow(self) -> bool:
+        return any(p.narrow for p in self.parts)
 
     def dense(self) -> Tensor:
         first = self.parts[0].dense()

@@ -23,56 +23,62 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import CoupledRecordsError, FoldedBatchError, GradientMismatchError
 from .forms import Form
+from .records import Folded, Place, Records, Shape, place
 from .standin import StandIn
 from .trees import leaves, tree_map
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Folded:
-    """A dimension whose size is a multiple of the number of records: positions or windows folded into the batch."""
-
-    dim: int
-    factor: float
-
-
-Dim = int | None | Folded
-
-
-def record_dim(full: Shape, part: Shape, n: int, m: int) -> Dim:
-    """The dimension that went from n to m records, or None if none changed."""
-    if len(full) != len(part):
-        return Folded(0, float("nan"))
-    changed = [d for d, (a, b) in enumerate(zip(full, part, strict=True)) if a != b]
-    if not changed:
-        return None
-    d = changed[0]
-    if len(changed) > 1:
-        return Folded(d, float("nan"))
-    return d if (full[d], part[d]) == (n, m) else Folded(d, full[d] / n)
 
 
 @dataclass
 class Call:
-    """One call of a layer with a rule, or one operation on stand-ins, as the probe saw it."""
+    """One call of a layer with a rule, or one operation on stand-ins, as the probe saw it.
+
+    Attributes:
+        arguments, outputs: the tensors among them (None for stand-ins and for what is no tensor), in order.
+        numbers: the integers among the arguments.
+        tainted: whether an argument was computed from the batch.
+    """
 
     what: str
-    shapes: list[Shape | None]  # of the plain tensors among the arguments (None for stand-ins), in order
-    numbers: list[int | None]  # the integers among the arguments
-    tainted: bool  # whether an argument was computed from the batch
-    outputs: list[Shape | None]
+    arguments: list[Seen | None]
+    numbers: list[int | None]
+    tainted: bool
+    outputs: list[Seen | None] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A tensor's shape; and the tensor, where a dimension may hold several rows a record."""
+
+    shape: Shape
+    value: Tensor | None
+
+    @staticmethod
+    def of(v: Any, n: int) -> Seen | None:
+        if not isinstance(v, Tensor) or isinstance(v, StandIn):
+            return None
+        folded = any(s > n and s % n == 0 for s in v.shape[:2])
+        return Seen(tuple(v.shape), v.detach() if folded else None)
 
 
 @dataclass
 class Site:
-    """What is known about one call: where the records are."""
+    """What is known about one call: where the records are.
+
+    Attributes:
+        numbers: for each argument that is an integer growing with the records, the rows a record in it.
+        data: the result is ordinary batch data.
+    """
 
     what: str
-    arguments: list[Dim]
-    numbers: list[bool]  # True: this integer is the number of records
-    outputs: list[Dim]
-    data: bool  # the result is ordinary batch data
+    arguments: list[Place]
+    numbers: list[int | None]
+    outputs: list[Place]
+    data: bool
+
+    @property
+    def folded(self) -> Folded | None:
+        """A place that could not be told, if there is one."""
+        return next((p for p in (*self.arguments, *self.outputs) if isinstance(p, Folded)), None)
 
 
 @dataclass
@@ -84,7 +90,6 @@ class Plan:
     ops: dict[tuple[nn.Parameter, int], Site] = field(default_factory=dict)
     bare: set[nn.Parameter] = field(default_factory=set)  # parameters met outside a layer with a rule
     losses: dict[int, str] = field(default_factory=dict)  # scalar outputs that mix records: leaf number -> reason
-    n: int = 0
 
 
 class Taint(TorchDispatchMode):
@@ -114,7 +119,8 @@ class Taint(TorchDispatchMode):
 class Recorder:
     """The router of one probing run: stand-ins give their logical values, and every meeting is written down."""
 
-    def __init__(self) -> None:
+    def __init__(self, n: int) -> None:
+        self.n = n
         self.taint = Taint()
         self.calls: dict[tuple[nn.Module, int], Call] = {}
         self.ops: dict[tuple[nn.Parameter, int], Call] = {}
@@ -122,18 +128,19 @@ class Recorder:
         self._called: dict[nn.Module, int] = defaultdict(int)
         self._operated: dict[nn.Parameter, int] = defaultdict(int)
 
+    def _seen(self, tree: Any) -> list[Seen | None]:
+        return [Seen.of(v, self.n) for v in leaves(tree)]
+
     def call(self, layer: nn.Module, args: Any, kwargs: Any) -> bool:
         """Note a call of a layer with a rule. Returns whether it may use the rule: its input comes from the batch."""
         k = self._called[layer]
         self._called[layer] += 1
-        values = leaves((args, kwargs))
-        standins = any(isinstance(v, StandIn) for v in values)
         tainted = self.taint.has((args, kwargs))
-        self.calls[layer, k] = Call(type(layer).__name__, [_shape(v) for v in values], [], tainted, [])
-        return tainted and not standins
+        self.calls[layer, k] = Call(type(layer).__name__, self._seen((args, kwargs)), [], tainted)
+        return tainted and not any(isinstance(v, StandIn) for v in leaves((args, kwargs)))
 
     def returned(self, layer: nn.Module, output: Any) -> None:
-        self.calls[layer, self._called[layer] - 1].outputs = [_shape(v) for v in leaves(output)]
+        self.calls[layer, self._called[layer] - 1].outputs = self._seen(output)
 
     def operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = leaves((args, kwargs))
@@ -144,9 +151,9 @@ class Recorder:
         plain_args, plain_kwargs = tree_map(lambda v: v.value if isinstance(v, StandIn) else v, (args, kwargs))
         tainted = self.taint.has((plain_args, plain_kwargs))
         numbers = [v if type(v) is int else None for v in values]
-        shapes = [_shape(v) for v in values]
+        arguments = self._seen((args, kwargs))
         out = func(*plain_args, **plain_kwargs)
-        self.ops[origin, k] = Call(name_of(func), shapes, numbers, tainted, [_shape(v) for v in leaves(out)])
+        self.ops[origin, k] = Call(name_of(func), arguments, numbers, tainted, self._seen(out))
         if tainted:
             return out
         return tree_map(lambda v: StandIn.of(v, origin, self) if isinstance(v, Tensor) else v, out)
@@ -156,30 +163,31 @@ def name_of(func: Any) -> str:
     return getattr(func, "__name__", str(func))
 
 
-def _shape(v: Any) -> Shape | None:
-    return tuple(v.shape) if isinstance(v, Tensor) and not isinstance(v, StandIn) else None
-
-
-def merge(full: Recorder, part: Recorder, plan: Plan, n: int, m: int) -> None:
+def merge(full: Recorder, part: Recorder, plan: Plan) -> None:
     """Write into ``plan`` what the two runs' comparison tells."""
+    n, m = full.n, part.n
     for mine, theirs, into in ((full.calls, part.calls, plan.calls), (full.ops, part.ops, plan.ops)):
         for key, a in mine.items():
             b = theirs.get(key)  # type: ignore[call-overload]
-            if b is None or (a.what, len(a.shapes), len(a.outputs)) != (b.what, len(b.shapes), len(b.outputs)):
+            if b is None or (a.what, len(a.arguments), len(a.outputs)) != (b.what, len(b.arguments), len(b.outputs)):
                 continue
             into[key] = Site(  # type: ignore[index]
                 what=a.what,
-                arguments=[_dim(x, y, n, m) for x, y in zip(a.shapes, b.shapes, strict=True)],
-                numbers=[x == n and y == m and x != y for x, y in zip(a.numbers, b.numbers, strict=True)],
-                outputs=[_dim(x, y, n, m) for x, y in zip(a.outputs, b.outputs, strict=True)],
+                arguments=[_place(x, y, n, m) for x, y in zip(a.arguments, b.arguments, strict=True)],
+                numbers=[_rows(x, y, n, m) for x, y in zip(a.numbers, b.numbers, strict=True)],
+                outputs=[_place(x, y, n, m) for x, y in zip(a.outputs, b.outputs, strict=True)],
                 data=a.tainted,
             )
     plan.bare |= full.bare | part.bare
-    plan.n = n
 
 
-def _dim(a: Shape | None, b: Shape | None, n: int, m: int) -> Dim:
-    return None if a is None or b is None else record_dim(a, b, n, m)
+def _place(a: Seen | None, b: Seen | None, n: int, m: int) -> Place:
+    return None if a is None or b is None else place(a.shape, b.shape, n, m, (a.value, b.value))
+
+
+def _rows(x: int | None, y: int | None, n: int, m: int) -> int | None:
+    """k, if an integer argument is k·n in one run and k·m in the other."""
+    return x // n if x is not None and y is not None and x != y and x % n == 0 and x // n * m == y else None
 
 
 def cut(tree: Any, dims: list[int | None], n: int, m: int) -> Any:
@@ -240,11 +248,11 @@ def same(full: Any, part: Any, n: int, m: int) -> str | None:
     for k, (a, b) in enumerate(zip(leaves(full), leaves(part), strict=False)):
         if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or isinstance(a, StandIn):
             continue
-        d = record_dim(tuple(a.shape), tuple(b.shape), n, m)
-        if not isinstance(d, int) or not a.is_floating_point():
+        where = place(tuple(a.shape), tuple(b.shape), n, m)
+        if not isinstance(where, Records) or not a.is_floating_point():
             continue
         kept = min(n, m)
-        x, y = a.narrow(d, 0, kept).double(), b.narrow(d, 0, kept).double()
+        x, y = where.split(a)[:kept].double(), where.split(b)[:kept].double()
         tolerance = 5e-2 if a.dtype in (torch.float16, torch.bfloat16) else 1e-3
         finite = torch.isfinite(x) & torch.isfinite(y)
         scale = float(x[finite].abs().max()) if bool(finite.any()) else 0.0
@@ -260,7 +268,9 @@ def mixed_losses(full: Any, part: Any, alone: Any, n: int, m: int, arguments: An
     names = arguments[1] if isinstance(arguments, tuple) and len(arguments) == 2 else {}
     labels = names.get("labels") if isinstance(names, dict) else None
     for k, (a, b, c) in enumerate(zip(leaves(full), leaves(part), leaves(alone), strict=False)):
-        if not all(isinstance(v, Tensor) and v.numel() == 1 and v.ndim == 0 and v.is_floating_point() for v in (a, b, c)):
+        if not all(
+            isinstance(v, Tensor) and v.numel() == 1 and v.ndim == 0 and v.is_floating_point() for v in (a, b, c)
+        ):
             continue
         x, y, z = float(a), float(b), float(c)
         scale = 1e-3 * max(abs(n * x), abs(m * y), abs(z), 1e-6)
@@ -279,25 +289,27 @@ def refuse_coupling(path: str, what: str) -> None:
     )
 
 
-def refuse_folded(path: str, what: str, dims: list[Dim]) -> None:
-    folded = next(d for d in dims if isinstance(d, Folded))
+def refuse_folded(path: str, what: str, folded: Folded) -> None:
     factor = "several" if folded.factor != folded.factor else f"{folded.factor:g}"
     raise FoldedBatchError(
-        f"{path}: dimension {folded.dim} of the input of {what} holds {factor} rows a record",
+        f"{path}: dimension {folded.dim} in {what} holds {factor} rows a record, in an order that could not be told",
         why="each row would be clipped as if it were a record, so a record could move the sum by several times C.",
         cure="keep the records in a dimension of their own ([n, t, ...] rather than [n*t, ...]).",
     )
 
 
-def refuse_misattributed(name: str, form: Form, expected: Tensor | None, record: int) -> None:
-    """Raise unless ``form`` gives the whole gradient of one record's outputs to that record, and nothing to others."""
+def refuse_misattributed(name: str, form: Form, expected: Tensor | None, record: int, largest: float) -> None:
+    """Raise unless ``form`` gives the whole gradient of one record's outputs to that record, and nothing to others.
+
+    ``largest`` is the largest gradient norm of a parameter: what is small against it may be rounding alone.
+    """
     norms = form.sq_norm().sqrt()
     ours = form.weighted_sum(torch.ones_like(norms))
     theirs = torch.zeros_like(ours) if expected is None else expected.to_dense().to(ours).flatten()
     size = float(theirs.norm())
     if not (size < float("inf") and bool(torch.isfinite(norms).all())):
         return
-    tolerance = 1e-3 * max(size, float(norms.max())) + 1e-12
+    tolerance = (5e-2 if form.narrow else 1e-3) * max(size, float(norms.max()), 1e-3 * largest)
     if float((ours - theirs).norm()) > tolerance:
         raise GradientMismatchError(
             f"{name}: the gradient of record {record} is found as {float(ours.norm()):.4g} where autograd says {size:.4g}",

@@ -39,10 +39,19 @@ class Rule:
 
 
 _RULES: dict[type[nn.Module], Rule] = {}
-_BOOKKEEPING = {"__init__", "extra_repr", "reset_parameters", "_load_from_state_dict", "__setstate__", "_fill_padding_idx_with_zero"}
+_BOOKKEEPING = {
+    "__init__",
+    "extra_repr",
+    "reset_parameters",
+    "_load_from_state_dict",
+    "__setstate__",
+    "_fill_padding_idx_with_zero",
+}
 
 
-def register_rule(*kinds: type[nn.Module], input_for: Iterable[str] | None = None) -> Callable[[RuleFunction], RuleFunction]:
+def register_rule(
+    *kinds: type[nn.Module], input_for: Iterable[str] | None = None
+) -> Callable[[RuleFunction], RuleFunction]:
     """Register a rule for module classes; a duplicate raises.
 
     Args:
@@ -282,7 +291,10 @@ def _affine_channels(layer: Any, normalised: Tensor | None, grad: Tensor) -> Yie
     """y = normalised * weight + bias with one weight a channel: [n, c, ...]."""
     if trains(layer.weight):
         assert normalised is not None
-        yield layer.weight, summed((grad * normalised).flatten(2).transpose(1, 2) if grad.ndim > 2 else grad * normalised)
+        yield (
+            layer.weight,
+            summed((grad * normalised).flatten(2).transpose(1, 2) if grad.ndim > 2 else grad * normalised),
+        )
     if trains(layer.bias):
         yield layer.bias, summed(grad.flatten(2).transpose(1, 2) if grad.ndim > 2 else grad)
 

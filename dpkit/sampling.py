@@ -195,7 +195,9 @@ class PrivateDataLoader(DataLoader[Any]):
 def sampling_of(loader: DataLoader[Any], *, poisson: bool) -> Sampling:
     """The sampling that the user's loader asks for; raises `SamplingError` where none can be accounted."""
     if isinstance(loader, PrivateDataLoader):
-        _refuse("the data loader is private already", "its draws are counted by another engine.", "pass the original one.")
+        _refuse(
+            "the data loader is private already", "its draws are counted by another engine.", "pass the original one."
+        )
     if not isinstance(loader, DataLoader):
         _refuse(
             f"data_loader is a {type(loader).__name__}",

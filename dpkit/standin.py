@@ -19,11 +19,51 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .records import Records
+from .trees import leaves
+
 _METADATA = frozenset(
-    "size dim ndimension numel nelement stride storage_offset is_contiguous is_floating_point is_complex get_device "
-    "element_size __len__ is_pinned is_shared is_inference is_signed is_same_size has_names data_ptr untyped_storage "
-    "is_floating_point is_complex is_tensor item tolist __bool__ __float__ __int__ __index__ __repr__ __format__ "
-    "__hash__ numpy __contains__ __deepcopy__ __reduce_ex__ equal allclose".split()
+    [
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "stride",
+        "storage_offset",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "get_device",
+        "element_size",
+        "__len__",
+        "is_pinned",
+        "is_shared",
+        "is_inference",
+        "is_signed",
+        "is_same_size",
+        "has_names",
+        "data_ptr",
+        "untyped_storage",
+        "is_floating_point",
+        "is_complex",
+        "is_tensor",
+        "item",
+        "tolist",
+        "__bool__",
+        "__float__",
+        "__int__",
+        "__index__",
+        "__repr__",
+        "__format__",
+        "__hash__",
+        "numpy",
+        "__contains__",
+        "__deepcopy__",
+        "__reduce_ex__",
+        "equal",
+        "allclose",
+    ]
 )
 _COMPUTED_ATTRIBUTES = frozenset(["T", "mT", "H", "mH", "real", "imag"])
 _CONSTANTS = frozenset(["detach", "data"])
@@ -40,12 +80,13 @@ class StandIn(Tensor):
 
     Attributes:
         origin: the parameter it came from.
-        record: the dimension of the logical value that carries records, or None. Such a stand-in is data already.
-        copies: [n, *logical shape], with size 1 at ``record``; None while probing.
+        records: where the logical value carries records, or None; if it does, it is data already.
+        copies: [n, ...], the value as each record alone has it; None while probing, and before it is first needed.
+        root: whether it is the whole parameter itself.
     """
 
     origin: nn.Parameter
-    record: int | None
+    records: Records | None
     copies: Tensor | None
     router: Router
     root: bool
@@ -57,11 +98,11 @@ class StandIn(Tensor):
         router: Router,
         *,
         copies: Tensor | None = None,
-        record: int | None = None,
+        records: Records | None = None,
         root: bool = False,
     ) -> StandIn:
         self: StandIn = torch.Tensor._make_subclass(StandIn, value.detach())
-        self.origin, self.router, self.copies, self.record, self.root = origin, router, copies, record, root
+        self.origin, self.router, self.copies, self.records, self.root = origin, router, copies, records, root
         return self
 
     @property
@@ -86,21 +127,5 @@ class StandIn(Tensor):
         if name in _METADATA:
             plain = [a.value if isinstance(a, StandIn) else a for a in args]
             return func(*plain, **kwargs)
-        owner = next(s for s in _standins(args, kwargs))
-        return owner.router.operate(func, args, kwargs)
-
-
-def _standins(args: Any, kwargs: Any) -> list[StandIn]:
-    from .trees import leaves
-
-    return [v for v in leaves((args, kwargs)) if isinstance(v, StandIn)]
-
-
-def as_data(copies: Tensor, record: int) -> Tensor:
-    """[n, ..., 1 at record, ...] (one batch of one for each record) as one batch: [..., n at record, ...]."""
-    return copies.squeeze(record + 1).movedim(0, record)
-
-
-def as_copies(data: Tensor, record: int) -> Tensor:
-    """One batch [..., n at record, ...] as n batches of one: [n, ..., 1, ...]."""
-    return data.movedim(record, 0).unsqueeze(record + 1)
+        router = next(v for v in leaves((args, kwargs)) if isinstance(v, StandIn)).router
+        return router.operate(func, args, kwargs)

@@ -4,8 +4,8 @@ A case builds a model, draws a batch of n records, and says what each record's l
 train and eval mode compute the same. ``tests/hf_models.py`` has the Hugging Face architectures in the same form.
 
 Tags: "loop_only": the second oracle (batched VJP) does not apply. "may_refuse": a stated refusal is as good as the
-exact answer. "recurrent", "bag", "hard": kinds of it. "time_first": the batch is the second dimension inside.
-"float32_inside": the model itself casts to float32, so float64 cannot agree to 1e-10.
+exact answer. "recurrent", "bag", "hard", "checkpoint": kinds of model. "time_first": inside, the batch is the second
+dimension. "float32_inside": the model itself casts to float32, so float64 cannot agree to 1e-10.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def tokens(length: int, vocab: int) -> Callable[[int, Generator], Tensor]:
 
 def text(n: int, length: int, vocab: int, generator: Generator) -> dict[str, Tensor]:
     """Right-padded sequences of various lengths: input_ids, attention_mask, and next-token labels (-100 ignored)."""
+    length = max(length, 2)
     ids = torch.randint(1, vocab, (n, length), generator=generator)
     lengths = torch.randint(2, length + 1, (n, 1), generator=generator)
     mask = torch.arange(length) < lengths
@@ -286,12 +287,34 @@ def _shared() -> list[ModelCase]:
         plain("shared-weight", m.SharedWeight, normal(3, 4)),
         plain("tied-autoencoder", m.TiedAutoencoder, normal(6)),
         plain("never-called", m.NeverCalled, normal(4, 5)),
-        ModelCase(
-            "siamese-two-forwards",
-            lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
-            lambda n, g: (torch.randn(n, 4, generator=g), torch.randn(n, 4, generator=g)),
-            lambda model, batch: (model(batch[0]) - model(batch[1]) - 0.3).square().sum(1),
-        ),
+    ]
+
+
+def _several_forwards() -> list[ModelCase]:
+    """The model runs more than once before the backward."""
+
+    def mlp() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def pair(n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        return torch.randn(n, 4, generator=generator), torch.randn(n, 4, generator=generator)
+
+    def siamese(model: nn.Module, batch: PyTree) -> Tensor:
+        return (model(batch[0]) - model(batch[1]) - 0.3).square().sum(1)
+
+    def fixed_target(model: nn.Module, batch: PyTree) -> Tensor:
+        with torch.no_grad():
+            target = model(batch[1])
+        return (model(batch[0]) - target).square().sum(1)
+
+    def one_ignored(model: nn.Module, batch: PyTree) -> Tensor:
+        model(batch[1])
+        return (model(batch[0]) - 0.3).square().sum(1)
+
+    return [
+        ModelCase("two-forwards", mlp, pair, siamese),
+        ModelCase("no-grad-forward-first", mlp, pair, fixed_target),
+        ModelCase("ignored-forward-first", mlp, pair, one_ignored),
     ]
 
 
@@ -327,6 +350,14 @@ def _interfaces() -> list[ModelCase]:
         plain(
             "checkpoint-reentrant", lambda: m.Checkpointed(reentrant=True), normal(4, 6), tags="checkpoint loop_only"
         ),
+        ModelCase(
+            "two-heads",
+            m.TwoHeads,
+            lambda n, g: (torch.randn(n, 4, generator=g), torch.randn(n, generator=g)),
+            lambda model, batch: squared(torch.cat(model(batch[0]), 1), batch[1]),
+        ),
+        plain("in-place", m.InPlace, normal(3, 6, 6)),
+        plain("fused-projection", m.FusedProjection, normal(5, 4)),
         plain("nested", m.Nested, normal(5)),
         plain("unused", m.Unused, normal(4)),
         plain("frozen", m.frozen_mlp, normal(4)),
@@ -353,6 +384,10 @@ def _hard() -> list[ModelCase]:
             normal(6, 3),
             tags="recurrent may_refuse",
         ),
+        plain("cross-attention", m.CrossAttention, normal(3, 8), normal(4, 6), normal(4, 5), tags="hard may_refuse"),
+        plain("shared-row", m.SharedRow, normal(6, 4), tags="hard may_refuse"),
+        plain("shared-row-T-equals-n", m.SharedRow, normal(5, 4), tags="hard may_refuse"),
+        plain("learned-queries", m.LearnedQueries, normal(6, 4), tags="hard may_refuse"),
         plain("windows", m.Windows, normal(6, 3), tags="hard may_refuse"),
         plain("flattened", m.Flattened, normal(6, 3), tags="hard may_refuse"),
         plain("experts", m.Experts, normal(6, 3), tags="hard may_refuse"),
@@ -360,8 +395,8 @@ def _hard() -> list[ModelCase]:
 
 
 CASES: tuple[ModelCase, ...] = (
-    *_linear(), *_convolutions(), *_embeddings(), *_norms(), *_transformers(), *_shared(), *_stray(), *_interfaces(),
-    *_hard(),
+    *_linear(), *_convolutions(), *_embeddings(), *_norms(), *_transformers(), *_shared(), *_several_forwards(),
+    *_stray(), *_interfaces(), *_hard(),
 )  # fmt: skip
 
 

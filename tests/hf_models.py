@@ -39,7 +39,7 @@ QUIET = {
 
 
 def configuration(name: str, **options: Any) -> Any:
-    """``transformers.<name>Config`` with `options`, and every kind of dropout that it knows off."""
+    """``transformers.<name>Config`` with `options`; its dropout, of whatever name, and its cache are off."""
     import transformers
 
     kind = getattr(transformers, f"{name}Config")
@@ -47,6 +47,9 @@ def configuration(name: str, **options: Any) -> Any:
     for key, value in QUIET.items():
         if hasattr(config, key):
             setattr(config, key, value)
+    for part in (config, getattr(config, "text_config", None)):
+        if hasattr(part, "use_cache"):
+            part.use_cache = False
     return config
 
 
@@ -111,8 +114,7 @@ def classified(model: nn.Module, batch: PyTree) -> Tensor:
 
 def generated(model: nn.Module, batch: PyTree) -> Tensor:
     """One label per token, -100 ignored."""
-    options = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
-    return language_loss(model(**_inputs(batch), **options).logits, batch["labels"])
+    return language_loss(model(**_inputs(batch)).logits, batch["labels"])
 
 
 def paired(model: nn.Module, batch: PyTree) -> Tensor:

@@ -443,6 +443,86 @@ class Bag(nn.Module):
         return self.head(self.bag(tokens))
 
 
+class InPlace(nn.Module):
+    """Changes layers' outputs in place, as ResNets do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)
+        self.relu = nn.ReLU(inplace=True)
+        self.mlp, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.norm(self.conv(x))).mean((2, 3))
+        z = self.mlp(y)
+        z += y
+        return self.head(self.relu(z))
+
+
+class FusedProjection(nn.Module):
+    """Splits one layer's output into views that go different ways."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return F.scaled_dot_product_attention(q, k, v) + q.tanh()
+
+
+class SharedRow(nn.Module):
+    """A layer runs on the records and on a table of batch size one, as in DeBERTa."""
+
+    def __init__(self, width: int = 4, length: int = 6) -> None:
+        super().__init__()
+        self.table = nn.Embedding(length, width)
+        self.project = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.project(self.table(torch.arange(x.shape[1]))[None])
+        return torch.tanh(self.project(x)) * places
+
+
+class LearnedQueries(nn.Module):
+    """A layer runs on a parameter; the records come in afterwards, by attention."""
+
+    def __init__(self, width: int = 4, queries: int = 3) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, queries, width))
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.query(self.queries).expand(x.shape[0], -1, -1)
+        return F.scaled_dot_product_attention(q, self.key(x), x)
+
+
+class CrossAttention(nn.Module):
+    """torch's attention with every parameter that it can have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=5, add_bias_kv=True, batch_first=True)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.head(self.attention(query, key, value, need_weights=False)[0])
+
+
+class TwoHeads(nn.Module):
+    """Two outputs; used in another order than registered, one head from a ParameterList."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.right = nn.Linear(width, 2)
+        self.tables = nn.ParameterList([torch.randn(width, 3) / 2, torch.randn(3)])
+        self.body = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.tanh(self.body(x))
+        return x @ self.tables[0] + self.tables[1], self.right(x)
+
+
 def weight_normed_mlp() -> nn.Module:
     """Weights that are functions of the parameters (direction and length)."""
     return nn.Sequential(weight_norm(nn.Linear(4, 6)), nn.Tanh(), weight_norm(nn.Linear(6, 2)))

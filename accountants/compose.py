@@ -1,0 +1,265 @@
+"""From pairs and counts to a spectrum: the tilt, the grid and the window that make an answer tight.
+
+Nothing here is part of a guarantee: whatever tilt, grid or estimate is chosen, `lattice` and `spectrum` return true bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import brentq
+
+from .lattice import Lattice, choose_edges, dominated, dominating
+from .pairs import Atoms, Pair
+from .spectrum import Spectrum
+
+MAX_SIZE = 1 << 22
+SHADE = 0.85  # a tilt a little below the optimum: lighter tails, so shorter windows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the composed loss has what matters for one question."""
+
+    theta: float
+    slope: float
+    """−d log delta / d epsilon, the tilt at which the tails count."""
+    epsilon: float
+    log_delta: float
+    deviation: float
+    pilots: list[Atoms]
+    spans: list[tuple[float, float]]
+    head: float
+    tail: float
+
+
+def moments(atoms: Atoms, t: float) -> tuple[float, float, float]:
+    """K(t), K'(t), K''(t) of a law given by atoms."""
+    exponent = t * atoms.loss
+    top = float(exponent.max())
+    weight = atoms.mass * np.exp(exponent - top)
+    total = float(weight.sum())
+    mean = float(np.dot(weight, atoms.loss)) / total
+    variance = float(np.dot(weight, (atoms.loss - mean) ** 2)) / total
+    return top + math.log(total), mean, variance
+
+
+def _root(rising: Callable[[float], float], start: float) -> float:
+    """log t where ``rising(log t)`` crosses zero, within e^-16 .. e^23; the nearer end if it does not."""
+    low = high = min(max(start, -15.0), 22.0)
+    while rising(low) > 0.0 and low > -16.0:
+        low -= 1.0
+    while rising(high) < 0.0 and high < 23.0:
+        high += 1.0
+    if low < high and rising(low) < 0.0 < rising(high):
+        return float(brentq(rising, low, high, xtol=1e-3))
+    return high if rising(high) < 0.0 else low
+
+
+def make_plan(
+    pairs: Sequence[Pair], counts: Sequence[int], *, log_delta: float, epsilon: float | None = None
+) -> Plan:
+    """The tilt for a question: for a given δ the θ that minimises (ΣTK(θ) − log δ)/θ; for a given ε the saddle point.
+
+    With ``epsilon`` given, ``log_delta`` only sets how far the tails are followed.
+    """
+    steps = max(1, sum(counts))
+    head, tail = -37.0 - math.log(steps), log_delta - 17.0 - math.log(steps)
+    spans = [pair.span(head, tail) for pair in pairs]
+    pilots = [pair.atoms(np.array(span)) for pair, span in zip(pairs, spans, strict=True)]
+
+    def sums(t: float) -> tuple[float, float, float]:
+        k = m = v = 0.0
+        for atoms, n in zip(pilots, counts, strict=True):
+            a, b, c = moments(atoms, t)
+            k, m, v = k + n * a, m + n * b, v + n * c
+        return k, m, v
+
+    def by_delta(log_t: float) -> float:
+        t = math.exp(log_t)
+        k, m, _ = sums(t)
+        return t * m - k + log_delta
+
+    def by_epsilon(log_t: float) -> float:
+        return sums(math.exp(log_t))[1] - float(epsilon or 0.0)
+
+    variance = max(sums(0.0)[2], 1e-300)
+    start = 0.5 * math.log(max(-2.0 * log_delta, 1e-3) / variance)
+    best = math.exp(_root(by_delta if epsilon is None else by_epsilon, start))
+    theta = SHADE * best
+    k, _, variance = sums(theta)
+    deviation = math.sqrt(max(variance, 0.0))
+    shrink = math.log(max(1.0, 2.5 * theta * (1.0 + theta) * deviation))
+    if epsilon is None:
+        estimate = max((k - log_delta - shrink) / theta, 1e-3 * deviation, 1e-12)
+    else:
+        estimate, log_delta = epsilon, min(-1e-9, k - theta * epsilon - shrink)
+    return Plan(theta, best, estimate, log_delta, deviation, pilots, spans, head, tail)
+
+
+def _origin(pair: Pair, pilot: Atoms, step: float) -> float:
+    """Where to pin the grid: on a true atom, on the R-mean of a bulk narrower than the grid, else anywhere."""
+    breaks = pair.breaks()
+    if breaks:
+        return breaks[0]
+    order = np.argsort(pilot.loss)
+    loss, mass = pilot.loss[order], pilot.mass[order]
+    total = np.cumsum(mass)
+    middle = float(loss[int(np.searchsorted(total, 0.5 * total[-1]))])
+    near = np.abs(loss - middle) < 0.5 * step
+    if float(mass[near].sum()) < 0.3:
+        return 0.0
+    return middle - math.log(float(np.dot(mass[near], np.exp(middle - loss[near]))) / float(mass[near].sum()))
+
+
+def build(
+    pairs: Sequence[Pair],
+    counts: Sequence[int],
+    plan: Plan,
+    tolerance: float,
+    *,
+    upper: bool,
+    fewest: Sequence[int] | None = None,
+    step: float | None = None,
+) -> tuple[Spectrum, float]:
+    """A spectrum whose discretisation costs about ``tolerance`` of epsilon at most, and an estimate of that cost.
+
+    With ``step`` given the grid is that, whatever it costs.
+    """
+    steps = max(1, sum(counts))
+    budget = tolerance * plan.epsilon
+    fixed = step is not None
+    if step is None:
+        step = min(math.sqrt(12.0 * budget / (steps * (1.0 + plan.slope))), 0.5 / (1.0 + plan.slope), 0.02)
+    floor = 12.0 * plan.deviation / MAX_SIZE
+    tail_mass, head_mass = math.exp(plan.tail), math.exp(plan.head)
+    thetas = (plan.theta, plan.slope)
+    for _ in range(3):
+        step = max(step, floor)
+        laws: list[Lattice] = []
+        costs = [0.0, 0.0]
+        for pair, n, pilot, (lo, hi) in zip(pairs, counts, plan.pilots, plan.spans, strict=True):
+            origin = _origin(pair, pilot, step)
+            edges = choose_edges(pilot, lo, hi, origin, step, thetas, pair.breaks())
+            if upper:
+                law = dominating(pair, edges, origin, step, head_mass, tail_mass)
+            else:
+                law = dominated(pair, edges, origin, step)
+            laws.append(law)
+            for i, theta in enumerate(thetas):
+                costs[i] += n * abs(law.log_mgf(theta) - moments(pilot, theta)[0]) / theta
+        cost = costs[0]
+        if fixed or cost <= budget * 1.05 or step <= floor or not upper:
+            break
+        step *= min(0.9, max(0.3, math.sqrt(0.85 * budget / cost)))
+    # the mass outside the window may cost a fiftieth of the tolerance: weigh it against B ≈ 1 / (2.5 θ (1 + θ) deviation)
+    share = 0.02 * budget * (1.0 + plan.theta) / max(1.0, (1.0 + plan.theta) * plan.deviation)
+    wrap = min(27.0, max(8.0, -math.log(min(share, 0.1)) + 1.0))
+    spectrum = Spectrum(
+        laws, list(counts), plan.theta, upper=upper, fewest=None if fewest is None else list(fewest), wrap=wrap
+    )
+    return spectrum, cost
+
+
+def refine(plan: Plan, spectrum: Spectrum, counts: tuple[int, ...], epsilon: float) -> Plan:
+    """The plan again, with epsilon and the slope of log delta there as first found."""
+    dx = max(1e-3 * epsilon, 2.0 * spectrum.step)
+    slope = (spectrum.log_delta(epsilon, counts) - spectrum.log_delta(epsilon + dx, counts)) / dx
+    if not (math.isfinite(slope) and slope > 0.0):
+        slope = plan.slope
+    return replace(plan, epsilon=epsilon, slope=min(max(slope, 0.5 * plan.theta), 30.0 * plan.theta))
+
+
+@dataclass(frozen=True)
+class Chernoff:
+    """A quick bound without any transform: delta(ε) ≤ c(θ)·exp(ΣTK(θ) − θε) + P(L = ∞), c(θ) = θ^θ/(1+θ)^{1+θ}.
+
+    Guarantee: K is that of dominating lattice laws, so the bound holds for the pairs.
+    """
+
+    theta: float
+    log_k: tuple[float, ...]
+    infinite: tuple[float, ...]
+
+    def _lost(self, counts: Sequence[int]) -> float:
+        if any(p >= 1.0 and n for p, n in zip(self.infinite, counts, strict=True)):
+            return 1.0
+        return -math.expm1(sum(n * math.log1p(-p) for p, n in zip(self.infinite, counts, strict=True) if n))
+
+    def _scale(self, counts: Sequence[int]) -> float:
+        t = self.theta
+        total = sum(n * (k + 1e-14 * (1.0 + abs(k))) for n, k in zip(counts, self.log_k, strict=True))
+        return total + t * math.log(t) - (1.0 + t) * math.log1p(t)
+
+    def epsilon(self, counts: Sequence[int], log_delta: float) -> float:
+        rest = math.exp(log_delta) - self._lost(counts)
+        return math.inf if rest <= 0.0 else max(0.0, (self._scale(counts) - math.log(rest)) / self.theta)
+
+    def log_delta(self, counts: Sequence[int], epsilon: float) -> float:
+        lost = self._lost(counts)
+        value = math.exp(min(0.0, self._scale(counts) - self.theta * epsilon)) + lost
+        return min(0.0, math.log(value)) if value > 0.0 else -math.inf
+
+
+def chernoff(pairs: Sequence[Pair], counts: Sequence[int], plan: Plan) -> Chernoff:
+    """The Chernoff bound of this plan, on a grid of 1e-3 of epsilon."""
+    steps = max(1, sum(counts))
+    step = min(math.sqrt(12e-3 * plan.epsilon / (steps * (1.0 + plan.slope))), 0.5 / (1.0 + plan.slope), 0.02)
+    theta = plan.slope
+    laws = []
+    for pair, pilot, (lo, hi) in zip(pairs, plan.pilots, plan.spans, strict=True):
+        origin = _origin(pair, pilot, step)
+        edges = choose_edges(pilot, lo, hi, origin, step, (theta,), pair.breaks())
+        laws.append(dominating(pair, edges, origin, step, math.exp(plan.head), math.exp(plan.tail)))
+    return Chernoff(theta, tuple(law.log_mgf(theta) for law in laws), tuple(law.infinite for law in laws))
+
+
+def refine(plan: Plan, spectrum: Spectrum, counts: tuple[int, ...], epsilon: float) -> Plan:
+    """The plan again, with epsilon and the slope of log delta there as first found."""
+    dx = max(1e-3 * epsilon, 2.0 * spectrum.step)
+    slope = (spectrum.log_delta(epsilon, counts) - spectrum.log_delta(epsilon + dx, counts)) / dx
+    if not (math.isfinite(slope) and slope > 0.0):
+        slope = plan.slope
+    return replace(plan, epsilon=epsilon, slope=min(max(slope, 0.5 * plan.theta), 30.0 * plan.theta))
+
+
+def solve_epsilon(spectrum: Spectrum, counts: tuple[int, ...], log_delta: float, guess: float) -> float:
+    """An epsilon with delta(epsilon) ≤ δ by an upper spectrum, or ≥ δ by a lower one; 0 or inf where there is none.
+
+    Secant steps on log delta, aimed a relative 3e-10 of δ to the safe side; the returned epsilon was itself evaluated.
+    """
+    side = -1.0 if spectrum.upper else 1.0
+
+    def excess(x: float) -> float:
+        return spectrum.log_delta(x, counts) - log_delta
+
+    if spectrum.upper and excess(0.0) <= 0.0:
+        return 0.0
+    low, high = 0.0, math.inf
+    x, slope = max(guess, 1e-12), -spectrum.theta
+    previous: tuple[float, float] | None = None
+    for _ in range(200):
+        value = excess(x)
+        if 0.0 <= side * value < 1e-9:
+            return x
+        if value > 0.0:
+            low = max(low, x)
+        else:
+            high = min(high, x)
+        if math.isfinite(high) and high - low <= 1e-12 * high:
+            break
+        proposal = math.nan
+        if math.isfinite(value):
+            if previous is not None and (value - previous[1]) * (x - previous[0]) < 0.0:
+                slope = (value - previous[1]) / (x - previous[0])
+            previous = (x, value)
+            proposal = x - (value - side * 3e-10) / slope
+        if not low < proposal < high:
+            proposal = 2.0 * low + spectrum.step if math.isinf(high) else 0.5 * (low + high)
+        x = proposal
+        if x > 1e9:
+            return math.inf if spectrum.upper else low
+    return high if spectrum.upper else low

@@ -1,0 +1,165 @@
+"""Where autograd meets the tape: identities that hand gradients over, and the batch that collects them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .errors import CoupledRecordsError, DoubleUseError
+from .forms import Dense, Form, Outer
+from .records import Records
+from .rules import looked_up
+
+Emit = Callable[[Tensor | None, Tensor], Iterable[tuple[nn.Parameter | None, Form]]]
+
+
+class Tap(torch.autograd.Function):
+    """Identity whose backward hands (input, gradient) to a rule.
+
+    The input is kept by ``save_for_backward``, so activation checkpointing keeps its saving and a later in-place change
+    is an error. The output is no view, so in-place operations on it stay possible.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor | None,
+        anchor: Tensor,
+        emit: Emit,
+        batch: Batch,
+        x_records: Records,
+        y_records: Records,
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.emit, ctx.batch, ctx.x_records, ctx.y_records = emit, batch, x_records, y_records
+        ctx.set_materialize_grads(False)
+        return y.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if grad is not None:
+            (x,) = ctx.saved_tensors
+            rows = ctx.y_records.lead(grad)
+            if ctx.batch.examined is not None:
+                ctx.batch.examine(rows, ctx.y_records.factor)
+            else:
+                factor = ctx.y_records.factor
+                for parameter, form in ctx.emit(None if x is None else ctx.x_records.lead(x.detach()), rows):
+                    ctx.batch.add(parameter, form if factor == 1 else form.folded(factor), tapped=True)
+        return grad, None, None, None, None, None, None
+
+
+class Spread(torch.autograd.Function):
+    """n copies of a parameter, whose gradients are the per-sample gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, parameter: nn.Parameter, batch: Batch, n: int) -> Tensor:
+        ctx.parameter, ctx.batch = parameter, batch
+        ctx.set_materialize_grads(False)
+        return parameter.detach().expand(n, *parameter.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if grad is not None:
+            if ctx.batch.examined is not None:
+                ctx.batch.examine(grad)
+            else:
+                ctx.batch.add(ctx.parameter, Dense(grad), tapped=False)
+        return None, None, None, None
+
+
+class Pick(torch.autograd.Function):
+    """Rows of each record's copy of a table, [n, ..., d], without making the copies."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, table: nn.Parameter, index: Tensor, padding: int | None, batch: Batch
+    ) -> Tensor:
+        ctx.table, ctx.index, ctx.padding, ctx.batch = table, index, padding, batch
+        ctx.set_materialize_grads(False)
+        return F.embedding(index, table.detach())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if grad is not None:
+            if ctx.batch.examined is not None:
+                ctx.batch.examine(grad)
+            else:
+                ctx.batch.add(ctx.table, looked_up(ctx.index, grad, ctx.table.shape[0], ctx.padding), tapped=False)
+        return None, None, None, None, None
+
+
+class Refusal(torch.autograd.Function):
+    """Identity whose backward raises: for a loss that mixes records."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, error: Exception) -> Tensor:
+        ctx.error = error
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise ctx.error
+
+
+@dataclass(eq=False)
+class Batch:
+    """One physical batch while it is in the user's hands: the forms that its backward passes have brought.
+
+    Attributes:
+        n: records in it.
+        forms: per parameter, its forms in order of arrival.
+        tapped: the forms that came through rules (those that the first-batch proof compares with autograd).
+        passive: why forwards in this batch were left alone, if any was.
+    """
+
+    n: int
+    forms: dict[nn.Parameter, list[Form]] = field(default_factory=lambda: defaultdict(list))
+    tapped: dict[nn.Parameter, list[Form]] = field(default_factory=lambda: defaultdict(list))
+    unproven: frozenset[nn.Parameter] = frozenset()  # not yet compared with autograd's own gradient
+    passive: str = ""
+    closed: bool = False
+    examined: int | None = None  # strict door: the only record that the running backward may touch
+
+    def add(self, parameter: nn.Parameter | None, form: Form, *, tapped: bool) -> None:
+        if parameter is None or not parameter.requires_grad:
+            return
+        if self.closed:
+            raise DoubleUseError(
+                "a backward pass reached a batch whose step has been taken",
+                why="its records would enter a second step that they were not drawn for.",
+                cure="run forward and backward on each batch that the private loader yields, before optimizer.step().",
+            )
+        if form.n != self.n:
+            raise DoubleUseError(
+                f"{form.n} records were back-propagated in a step that drew {self.n}",
+                why="the step is accounted for the records that were drawn, each of them once.",
+                cure="feed the batches of the private loader as they come; evaluate under torch.no_grad() or "
+                "engine.paused(). Several views of one record belong in one more dimension, not in more rows.",
+            )
+        if isinstance(form, Outer):
+            form = form.settled()
+        self.forms[parameter].append(form)
+        if tapped and parameter in self.unproven:
+            self.tapped[parameter].append(form)
+
+    def examine(self, grad: Tensor, factor: int = 1) -> None:
+        """Strict door, first batch: the loss of one record must not reach another record's rows."""
+        others = torch.arange(grad.shape[0], device=grad.device) // factor != self.examined
+        if bool((grad[others] != 0).any()):
+            raise CoupledRecordsError(
+                f"the loss of record {self.examined} has a gradient at another record's activations",
+                why="clipping bounds what a record does through its own gradient only.",
+                cure="make losses[i] depend on record i alone.",
+            )
