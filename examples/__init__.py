@@ -1,0 +1,1 @@
+"""Examples of dpkit: public API only, each read in one sitting."""

@@ -1,0 +1,1 @@
+"""A safe/unsafe prompt guard: a pre-trained MiniLM, privately fine-tuned."""

@@ -1,0 +1,5 @@
+"""python -m examples.guard_minilm"""
+
+from .train import main
+
+main()
