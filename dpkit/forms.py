@@ -80,12 +80,15 @@ class Dense(Form):
     def dense(self) -> Tensor:
         return wide(self.value)
 
+    def _flat(self) -> Tensor:
+        return wide(self.value).reshape(self.n, self.value.shape[1:].numel())  # n may be 0, so -1 would say nothing
+
     def sq_norm(self) -> Tensor:
-        flat = wide(self.value).reshape(self.n, -1)
+        flat = self._flat()
         return torch.linalg.vector_norm(flat, dim=1).square()
 
     def weighted_sum(self, w: Tensor) -> Tensor:
-        flat = wide(self.value).reshape(self.n, -1)
+        flat = self._flat()
         return w.to(flat.dtype) @ flat
 
     def take(self, records: Tensor) -> Dense:
