@@ -51,7 +51,7 @@ def attach(
     accountant: Any = "rdp",
     **options: Any,
 ) -> Run:
-    """`make_private` with σ = 0 and C = 1 unless told otherwise; the sampling rate is 1 unless a batch size is given."""
+    """`make_private` with σ = 0 and C = 1 unless told otherwise; the sampling rate is 1 without a batch size."""
     dataset = data() if dataset is None else dataset
     optimizer = torch.optim.SGD(model.parameters(), lr=lr) if optimizer is None else optimizer
     given = DataLoader(dataset, batch_size=batch_size or len(dataset), **(loader or {}))  # type: ignore[arg-type]
@@ -89,5 +89,9 @@ def weights(model: nn.Module) -> Tensor:
 @contextlib.contextmanager
 def drawing(*draws: Sequence[int]) -> Iterator[None]:
     """Every pass consists of these logical batches, whatever the generator says."""
-    with mock.patch.object(PoissonSampling, "draws", lambda self, generator: iter([list(d) for d in draws])):
+
+    def chosen(self: PoissonSampling, generator: torch.Generator) -> Iterator[list[int]]:
+        return iter([list(d) for d in draws])
+
+    with mock.patch.object(PoissonSampling, "draws", chosen):
         yield
