@@ -29,7 +29,8 @@ from .forms import Form, joined
 from .noise import NoiseSource
 from .rules import register_optional
 from .sampling import Draw, FixedBatches, PrivateDataLoader, Sampling, sampling_of
-from .tape import Batch, Tape
+from .tape import Tape
+from .taps import Batch
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
@@ -213,7 +214,7 @@ class PrivacyEngine:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Public passes: forwards, backwards and steps inside are the user's own, without clipping, noise or accounting."""
+        """Public passes: forwards, backwards and steps inside are not clipped, noised or accounted."""
         tape = self._attached()
         before, tape.paused = tape.paused, True
         try:
@@ -465,10 +466,10 @@ class PrivacyEngine:
             # a gradient that is zero but for rounding (an attention key's bias) is judged against the largest one
             if gap > (5e-2 if narrow else 1e-3) * max(scale, size, 1e-3 * largest):
                 raise GradientMismatchError(
-                    f"{tape.name(p)} {list(p.shape)}: the per-record gradients add up to something else than autograd's "
-                    f"gradient (they differ by {gap:.3g}, norm {size:.3g})",
-                    why="either its layer's rule is wrong, or the parameter is also used where no rule sees it; what is "
-                    "not clipped per record is not covered by the guarantee.",
+                    f"{tape.name(p)} {list(p.shape)}: the per-record gradients add up to something else than "
+                    f"autograd's gradient (they differ by {gap:.3g}, norm {size:.3g})",
+                    why="either its layer's rule is wrong, or the parameter is also used where no rule sees it; what "
+                    "is not clipped per record is not covered by the guarantee.",
                     cure="correct the rule (dpkit.register_rule), or freeze the parameter.",
                 )
             tape.proven.add(p)
@@ -485,8 +486,8 @@ class PrivacyEngine:
         raise NonPrivateGradientError(
             f"{tape.name(p)} {list(p.shape)} received a gradient that the engine did not see",
             why="what is not clipped per record is not covered by the guarantee.",
-            cure="freeze it, register a rule for its module (dpkit.register_rule), or use the parameter through its module "
-            "inside the model's forward.",
+            cure="freeze it, register a rule for its module (dpkit.register_rule), or use the parameter through its "
+            "module inside the model's forward.",
         )
 
     # ---------------------------------------------------------------- small things
@@ -520,7 +521,7 @@ class PrivacyEngine:
                 raise UncoveredParameterError(
                     f"the optimizer holds a parameter {list(p.shape)} that is not in the model",
                     why="its gradient would not be clipped per record.",
-                    cure="make it part of the module given to make_private, or train it with another optimizer on public data.",
+                    cure="make it part of the module given to make_private, or train it elsewhere on public data.",
                 )
             if p.requires_grad:
                 found[p] = len(found)

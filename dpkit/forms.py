@@ -82,7 +82,8 @@ class Dense(Form):
 
     def sq_norm(self) -> Tensor:
         flat = wide(self.value).reshape(self.n, -1)
-        return torch.linalg.vector_norm(flat, dim=1).square()
+        norms: Tensor = torch.linalg.vector_norm(flat, dim=1)
+        return norms.square()
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         flat = wide(self.value).reshape(self.n, -1)
@@ -92,7 +93,7 @@ class Dense(Form):
         return Dense(self.value[records])
 
     def folded(self, k: int) -> Dense:
-        return Dense(wide(self.value).unflatten(0, (-1, k)).sum(1))
+        return Dense(wide(self.value).reshape(-1, k, *self.value.shape[1:]).sum(1))
 
 
 @dataclass(frozen=True)

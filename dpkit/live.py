@@ -105,7 +105,10 @@ class Live:
             def emit(a: Tensor | None, g: Tensor) -> Any:
                 return _linear_forms(weight, bias, a, g)
 
-            return Tap.apply(y, x, self.tape.anchor(y), emit, self.batch, *there) if torch.is_grad_enabled() else y
+            if torch.is_grad_enabled():
+                tapped: Tensor = Tap.apply(y, x, self.tape.anchor(y), emit, self.batch, *there)
+                return tapped
+            return y
         if func is F.embedding:
             how = (
                 dict(zip(("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"), args[2:], strict=False))
@@ -150,7 +153,7 @@ class Live:
             elif isinstance(v, Tensor) and isinstance(r := site.arguments[k], Records):
                 if v.shape[r.dim] != self.n * r.factor:
                     raise DoubleUseError(
-                        f"{self.tape.name(origin)} meets {v.shape[r.dim]} rows in {name} in a forward of {self.n} records",
+                        f"{self.tape.name(origin)} meets {v.shape[r.dim]} rows in {name} among {self.n} records",
                         why="copy i of a parameter must meet record i alone.",
                         cure="run the model on one batch of records at a time.",
                     )
@@ -181,7 +184,7 @@ class Live:
                 why="the change happens to all records' copies at once and cannot be attributed.",
                 cure="use the operation that returns a new tensor.",
             )
-        functorch = torch._C._functorch
+        functorch: Any = torch._C._functorch
         functorch._set_vmap_fallback_warning_enabled(False)  # slow operations are right all the same
         try:
             out = torch.vmap(single, randomness="same")(*mapped)
@@ -233,7 +236,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Scaled dot-product attention for ``vmap``, whose fused kernels give no gradient to a mask (T5's relative bias)."""
+    """Scaled dot-product attention for ``vmap``: the fused kernels give no gradient to a mask (T5's relative bias)."""
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)

@@ -43,7 +43,7 @@ class NoiseSource:
             return
         for s in sums:
             generator, flat = self.generator(s.device), s.view(-1)
-            # On a CPU in pieces that stay in its cache: a fresh buffer of the parameters' size costs more than the draw.
+            # On a CPU in pieces that stay in its cache: a fresh buffer of the parameters' size costs as much again.
             size = _PIECE if s.device.type == "cpu" else flat.numel()
             noise = torch.empty(min(size, flat.numel()), device=s.device, dtype=s.dtype)
             for piece in flat.split(size):

@@ -14,7 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from .forms import Form
 from .records import Folded, Place, Records, Shape, place
 from .standin import StandIn
 from .trees import leaves, tree_map
+
+K = TypeVar("K")
 
 
 @dataclass
@@ -165,20 +167,25 @@ def name_of(func: Any) -> str:
 
 def merge(full: Recorder, part: Recorder, plan: Plan) -> None:
     """Write into ``plan`` what the two runs' comparison tells."""
-    n, m = full.n, part.n
-    for mine, theirs, into in ((full.calls, part.calls, plan.calls), (full.ops, part.ops, plan.ops)):
-        for key, a in mine.items():
-            b = theirs.get(key)  # type: ignore[call-overload]
-            if b is None or (a.what, len(a.arguments), len(a.outputs)) != (b.what, len(b.arguments), len(b.outputs)):
-                continue
-            into[key] = Site(  # type: ignore[index]
-                what=a.what,
-                arguments=[_place(x, y, n, m) for x, y in zip(a.arguments, b.arguments, strict=True)],
-                numbers=[_rows(x, y, n, m) for x, y in zip(a.numbers, b.numbers, strict=True)],
-                outputs=[_place(x, y, n, m) for x, y in zip(a.outputs, b.outputs, strict=True)],
-                data=a.tainted,
-            )
+    plan.calls.update(_sites(full.calls, part.calls, full.n, part.n))
+    plan.ops.update(_sites(full.ops, part.ops, full.n, part.n))
     plan.bare |= full.bare | part.bare
+
+
+def _sites(full: dict[K, Call], part: dict[K, Call], n: int, m: int) -> dict[K, Site]:
+    sites: dict[K, Site] = {}
+    for key, a in full.items():
+        b = part.get(key)
+        if b is None or (a.what, len(a.arguments), len(a.outputs)) != (b.what, len(b.arguments), len(b.outputs)):
+            continue
+        sites[key] = Site(
+            what=a.what,
+            arguments=[_place(x, y, n, m) for x, y in zip(a.arguments, b.arguments, strict=True)],
+            numbers=[_rows(x, y, n, m) for x, y in zip(a.numbers, b.numbers, strict=True)],
+            outputs=[_place(x, y, n, m) for x, y in zip(a.outputs, b.outputs, strict=True)],
+            data=a.tainted,
+        )
+    return sites
 
 
 def _place(a: Seen | None, b: Seen | None, n: int, m: int) -> Place:
@@ -312,7 +319,7 @@ def refuse_misattributed(name: str, form: Form, expected: Tensor | None, record:
     tolerance = (5e-2 if form.narrow else 1e-3) * max(size, float(norms.max()), 1e-3 * largest)
     if float((ours - theirs).norm()) > tolerance:
         raise GradientMismatchError(
-            f"{name}: the gradient of record {record} is found as {float(ours.norm()):.4g} where autograd says {size:.4g}",
+            f"{name}: the gradient of record {record} is found as {float(ours.norm()):.4g}, autograd says {size:.4g}",
             why="what is not clipped per record is not covered by the guarantee.",
             cure="correct the layer's rule (dpkit.register_rule), or freeze the parameter.",
         )

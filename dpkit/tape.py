@@ -269,14 +269,14 @@ class Tape:
             plan = self._examine(module, args, kwargs, dims, batch.n)
             if batch.n > 1:
                 self._plans[key] = plan
-        sizes = {t.shape[d] for t, d in zip(tensors, plan.inputs, strict=True) if d is not None}
-        if len(sizes) != 1:
+        rows = {t.shape[d] for t, d in zip(tensors, plan.inputs, strict=True) if d is not None}
+        if len(rows) != 1:
             batch.passive = (
-                f"{self.path(module)} was called on tensors with different numbers of records {sorted(sizes)}"
+                f"{self.path(module)} was called on tensors with different numbers of records {sorted(rows)}"
             )
             return
         self._latest = plan
-        self._router = Live(self, plan, batch, sizes.pop())
+        self._router = Live(self, plan, batch, rows.pop())
 
     def _find_records(self, tensors: list[Tensor], n: int) -> list[int | None]:
         first = 0 if self.batch_first else 1

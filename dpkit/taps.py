@@ -17,7 +17,7 @@ from .forms import Dense, Form, Outer
 from .records import Records
 from .rules import looked_up
 
-Emit = Callable[[Tensor | None, Tensor], Iterable[tuple[nn.Parameter | None, Form]]]
+Emit = Callable[[Tensor | None, Tensor], Iterable[tuple[Tensor | None, Form]]]
 
 
 class Tap(torch.autograd.Function):
@@ -132,8 +132,9 @@ class Batch:
     closed: bool = False
     examined: int | None = None  # strict door: the only record that the running backward may touch
 
-    def add(self, parameter: nn.Parameter | None, form: Form, *, tapped: bool) -> None:
-        if parameter is None or not parameter.requires_grad:
+    def add(self, parameter: Tensor | None, form: Form, *, tapped: bool) -> None:
+        """Take a form in; ``tapped``: by a rule, so that autograd's own gradient of that use can be compared."""
+        if not isinstance(parameter, nn.Parameter) or not parameter.requires_grad:
             return
         if self.closed:
             raise DoubleUseError(
