@@ -17,7 +17,7 @@ from .pairs import Atoms, Pair
 from .spectrum import Spectrum
 
 MAX_SIZE = 1 << 22
-SHADE = 0.85  # a tilt a little below the optimum: lighter tails, so shorter windows
+SHADES = (0.85, 0.93, 0.98, 1.0)  # a tilt a little below the optimum: lighter tails, so shorter windows
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,20 @@ def make_plan(
     variance = max(sums(0.0)[2], 1e-300)
     start = 0.5 * math.log(max(-2.0 * log_delta, 1e-3) / variance)
     best = math.exp(_root(by_delta if epsilon is None else by_epsilon, start))
-    theta = SHADE * best
-    k, _, variance = sums(theta)
-    deviation = math.sqrt(max(variance, 0.0))
-    shrink = math.log(max(1.0, 2.5 * theta * (1.0 + theta) * deviation))
-    if epsilon is None:
-        estimate = max((k - log_delta - shrink) / theta, 1e-3 * deviation, 1e-12)
-    else:
-        estimate, log_delta = epsilon, min(-1e-9, k - theta * epsilon - shrink)
+    for shade in SHADES:
+        theta = shade * best
+        k, mean, variance = sums(theta)
+        deviation = math.sqrt(max(variance, 0.0))
+        shrink = math.log(max(1.0, 2.5 * theta * (1.0 + theta) * deviation))
+        if epsilon is None:
+            estimate = max((k - log_delta - shrink) / theta, 1e-3 * deviation, 1e-12)
+        else:
+            estimate = max(epsilon, 1e-12)
+        # tilted too little, a law that turns from many small losses to one large one never gets near epsilon
+        if estimate - mean <= 2.5 * deviation:
+            break
+    if epsilon is not None:
+        log_delta = min(-1e-9, k - theta * epsilon - shrink)
     return Plan(theta, best, estimate, log_delta, deviation, pilots, spans, head, tail)
 
 

@@ -22,6 +22,9 @@ import numpy as np
 from .pairs import Array, Atoms, Ints, Pair, U
 
 
+MAX_CELLS = 40_000
+
+
 @dataclass(frozen=True)
 class Lattice:
     """A discrete loss law: P-mass ``mass`` at the losses ``origin + step · index``, and ``infinite`` at infinity."""
@@ -71,6 +74,7 @@ def choose_edges(
     root = np.cbrt(density)
     scale = step / math.sqrt(3.0 * float(np.dot(root, width)))
     want = np.maximum(step, np.minimum(scale / root, 0.25 / (1.0 + max(thetas))))
+    want *= max(1.0, float(np.sum(width / want)) / MAX_CELLS)  # looser, never wrong
     count = np.concatenate([[0.0], np.cumsum(width / want)])
     positions = np.interp(np.arange(0.0, math.ceil(count[-1]) + 1.0), count, marks)
     grid = np.rint((positions - origin) / step).astype(np.int64)

@@ -26,8 +26,10 @@ log2(3)·8u and < (4 + 2 + √5 + 1)u < 10u ≤ log2(5)·8u. Whatever the mix of
 
 The real-input transform computes half of the same outputs by the same butterflies. N is chosen 5-smooth.
 
-Powers. Ĝ = exp(ΣT_i log F̂_i) has relative error at most expm1(ΣT_i(e_F/(|F̂_i| − e_F) + 4u(1 + |log F̂_i|)) + 4u(1 + |ΣT log F̂|)).
-Where that is useless (F̂ near e_F) both Ĝ and G are at most Π(|F̂_i| + e_F)^{T_i}, whose double bounds the difference.
+Powers. Ĝ = exp(ΣT_i log F̂_i) has relative error at most expm1(ΣT_i e_i + 4u(1 + |log Ĝ|)), e_i = e_F/(|F̂_i| − e_F) + 4u(1 +
+|log F̂_i|) the error of log F̂_i. Where F̂_i < 2 e_F, F_i is at most 3 e_F: e_F is put in its place and e_i = 100 stands for
+"anything up to e^100 times that". Where few frequencies count, 1 − F is summed directly instead (`_direct`): its error is a
+few roundings of 1 − F itself, about 1/T, so that the error of the power does not grow with T.
 
 Weights, sums. The geometric sums have relative error ≤ 32u each; the phases are reduced in exact integers; a sum of K terms
 by numpy's pairwise rule errs by at most (log2 K + 128)u of the sum of moduli. Dropped frequencies are bounded by their moduli.
@@ -119,8 +121,12 @@ class Spectrum:
             spectra.append(rfft(np.bincount((law.index - shift) % self.size, weights=weight, minlength=self.size)))
             self._noise.append(8.0 * U * (math.log2(self.size) + 1.0) * float(weight.sum()) * (1.0 + 1e-10))
         self._k, self._rest = self._alive(spectra)
-        self._spectra = [f[self._k] for f in spectra]
-        self._sizes = [np.maximum(np.abs(f), 1e-300) for f in self._spectra]
+        self._logs: list[Complex] = []
+        self._doubts: list[Array] = []
+        for law, weight, shift, f, noise in zip(laws, self._tilted, self._shifts, spectra, self._noise, strict=True):
+            log_f, doubt = self._direct(law.index - shift, weight) or self._transformed(f[self._k], noise)
+            self._logs.append(log_f)
+            self._doubts.append(doubt)
         angle = 2.0 * math.pi * self._k / self.size
         self._near, self._far = self._geometric(theta, angle), self._geometric(1.0 + theta, angle)
         self._double = np.where((self._k == 0) | (2 * self._k == self.size), 1.0, 2.0) / self.size
@@ -152,6 +158,35 @@ class Spectrum:
         if alive.all():
             return np.flatnonzero(alive), 0.0
         return np.flatnonzero(alive), 2.0 * math.exp(ceiling) * (1.0 + math.log(self.size)) * (1.0 + 1e-9)
+
+    def _transformed(self, f: Complex, noise: float) -> tuple[Complex, Array]:
+        """log F and a bound on its error, from the fast transform."""
+        size = np.abs(f)
+        log_f: Complex = np.log(np.where(size > 2.0 * noise, f, 1.0)) + np.where(size > 2.0 * noise, 0.0, math.log(noise))
+        # where F is lost in e_F it is taken as e_F, and G as unknown up to a factor e^100
+        doubt = np.where(size > 2.0 * noise, noise / np.maximum(size - noise, 1e-300), 100.0)
+        return log_f, doubt + 4.0 * U * (1.0 + np.abs(log_f))
+
+    def _direct(self, index: Ints, weight: Array) -> tuple[Complex, Array] | None:
+        """log F and a bound on its error by plain sums of 1 − F, where those are few; None where they are not.
+
+        1 − F = Σ w (1 − e^{−iφ}) is of the order of 1/T where it counts, and known to a relative rounding or so: then the
+        error of F^T no longer grows with T.
+        """
+        if len(self._k) * len(index) > 3_000_000:
+            return None
+        total = math.fsum(weight)
+        phase = (self._k[:, None] * (index % self.size)[None, :]) % self.size
+        phase = np.where(2 * phase > self.size, phase - self.size, phase)
+        half = (math.pi / self.size) * phase
+        sine = np.sin(half)
+        missing = (2.0 * sine * sine) @ weight + 1j * ((2.0 * sine * np.cos(half)) @ weight)
+        # a sum of n products errs by at most n u of the sum of moduli; each factor by a few roundings
+        slip = (len(index) + 16.0) * U * 2.0 * (np.abs(sine) @ weight)
+        if float(slip.max()) > 1e-3 or float(np.abs(missing).max()) > 0.9:
+            return None
+        log_f: Complex = math.log(total) + np.log1p(-missing / total)
+        return log_f, 1.01 * slip / np.abs(total - missing) + 8.0 * U * np.abs(log_f) + 4.0 * U
 
     def _chernoff_table(self) -> list[tuple[float, list[float]]]:
         scale = max(self.deviation, self.step)
@@ -203,20 +238,15 @@ class Spectrum:
         start = math.floor((mean - left - 0.5 * max(spare, 0.0) - base) / h)
         outside = 2.0 * math.exp(-self.wrap) if spare > 0.0 else 1.0
         log_g = np.zeros(len(k), dtype=np.complex128)
-        doubt, ceiling = np.zeros(len(k)), np.zeros(len(k))
-        for c, f, size, noise in zip(counts, self._spectra, self._sizes, self._noise, strict=True):
+        doubt = np.zeros(len(k))
+        for c, log_f, slip_f in zip(counts, self._logs, self._doubts, strict=True):
             if c:
-                log_f = np.log(np.where(f == 0.0, 1e-300, f))
                 log_g += c * log_f
-                ceiling += c * np.log(size + noise)
-                slip_f = noise / np.maximum(size - noise, 1e-300)
-                doubt += c * (slip_f + 4.0 * U * (1.0 + np.abs(log_f)))
+                doubt += c * slip_f
         g = np.exp(log_g)
         size = np.abs(g)
         doubt += 4.0 * U * (1.0 + np.abs(log_g))
-        relative = size * np.expm1(np.minimum(doubt, 100.0))
-        hopeless = 2.0 * np.exp(np.minimum(ceiling, 100.0))
-        slip = np.where(doubt < 100.0, np.minimum(relative, hopeless), hopeless)
+        slip = size * np.expm1(np.minimum(doubt, 100.0))
         weight_size = self._double * 2.0 * (np.abs(self._near) + np.abs(self._far))
         error = float(np.sum(weight_size * (slip + (size + slip) * (64.0 + math.log2(len(k) + 1) + 128.0) * U)))
         error += self._rest

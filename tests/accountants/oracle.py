@@ -69,7 +69,7 @@ def contour_delta(steps: list[tuple[float, float, int]], epsilon: float, *, log_
             start += 256
             if float(np.abs(value[-8:]).max()) < 1e-15 * max(abs(total), 1e-300):
                 return total * ds / math.pi
-            if start > 60_000:
+            if start > 6_000:
                 raise NoAnswerError
 
     first = integral(4.0, spacing)
