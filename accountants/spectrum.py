@@ -4,35 +4,47 @@ The law of one step is tilted, w_j = p_j e^{θ l_j − K(θ)}, so that the compo
 
     delta(ε) = e^{ΣTK − θε} · B + P(L = ∞),    B = Σ_{L > ε} r(L) (e^{−θ(L−ε)} − e^{−(1+θ)(L−ε)}),
 
-with r = w^{*T} the composed tilted law. B is a sum over an N-periodic index and is taken in the Fourier domain (Parseval):
-B = (1/N) Σ_k conj(W_k) Π_i F_ik^{T_i}, with W the transform of the two geometric weights in closed form. The powers of F
+with r = w^{*T} the composed tilted law. B is a sum over an N-periodic index and is taken in the Fourier domain
+(Parseval):
+B = (1/N) Σ_k conj(W_k) Π_i F_ik^{T_i}, with W the transform of the two geometric weights in closed form. The powers
+of F
 die out after a few hundred frequencies, so one spectrum answers any epsilon, and any number of steps, in microseconds.
 
 What is bounded, u = 2^-53 (one rounding):
 
-Wrap-around and window. The index is periodic with period N, the window is [j0, j0 + N). Mass of r outside it is read at a
+Wrap-around and window. The index is periodic with period N, the window is [j0, j0 + N). Mass of r outside it is read
+at a
 wrong place, where a weight is at most c = θ^θ/(1+θ)^{1+θ} ≤ 1, just as its own weight is. Chernoff at θ ± t on the
 lattice law itself bounds that mass by τ, so the error is at most c·τ.
 
-FFT round-off. In a Cooley-Tukey transform of length N = Π radices, every output is a sum over the inputs of products along
-one path through the stages. A computed complex product is xy(1 + e) with |e| ≤ √5 u (Brent, Percival, Zimmermann 2007), a
-stored root of unity has relative error ≤ u (rounded from extended accuracy), a computed sum is (x + y)(1 + e), |e| ≤ u, and
+FFT round-off. In a Cooley-Tukey transform of length N = Π radices, every output is a sum over the inputs of products
+along
+one path through the stages. A computed complex product is xy(1 + e) with |e| ≤ √5 u (Brent, Percival, Zimmermann
+2007), a
+stored root of unity has relative error ≤ u (rounded from extended accuracy), a computed sum is (x + y)(1 + e), |e| ≤
+u, and
 its e goes to both terms. So the computed output is Σ_j x_j ω^{jk} Π(1 + e), with, per stage of radix 2, one sum, one
 product and one root: |e| ≤ (1 + √5 + 1)u(1 + O(u)) < 5u; of radix 4, two sums and one product and root, < 6u ≤ 2·5u; of
-radix 3 and 5 the inner sums have two and four terms and one constant factor in real arithmetic: < (2 + 2 + √5 + 1)u < 8u ≤
+radix 3 and 5 the inner sums have two and four terms and one constant factor in real arithmetic: < (2 + 2 + √5 + 1)u <
+8u ≤
 log2(3)·8u and < (4 + 2 + √5 + 1)u < 10u ≤ log2(5)·8u. Whatever the mix of radices 2 to 5, hence, with ‖x‖₁ = Σ|x_j|,
 
     |F̂_k − F_k| ≤ e_F = 8u · log2(N) · (1 + 1e-10) · ‖x‖₁      for every k.
 
 The real-input transform computes half of the same outputs by the same butterflies. N is chosen 5-smooth.
 
-Powers. Ĝ = exp(ΣT_i log F̂_i) has relative error at most expm1(ΣT_i e_i + 4u(1 + |log Ĝ|)), e_i = e_F/(|F̂_i| − e_F) + 4u(1 +
-|log F̂_i|) the error of log F̂_i. Where F̂_i < 2 e_F, F_i is at most 3 e_F: e_F is put in its place and e_i = 100 stands for
-"anything up to e^100 times that". Where few frequencies count, 1 − F is summed directly instead (`_direct`): its error is a
+Powers. Ĝ = exp(ΣT_i log F̂_i) has relative error at most expm1(ΣT_i e_i + 4u(1 + |log Ĝ|)), e_i = e_F/(|F̂_i| − e_F)
++ 4u(1 +
+|log F̂_i|) the error of log F̂_i. Where F̂_i < 2 e_F, F_i is at most 3 e_F: e_F is put in its place and e_i = 100
+stands for
+"anything up to e^100 times that". Where few frequencies count, 1 − F is summed directly instead (`_direct`): its
+error is a
 few roundings of 1 − F itself, about 1/T, so that the error of the power does not grow with T.
 
-Weights, sums. The geometric sums have relative error ≤ 32u each; the phases are reduced in exact integers; a sum of K terms
-by numpy's pairwise rule errs by at most (log2 K + 128)u of the sum of moduli. Dropped frequencies are bounded by their moduli.
+Weights, sums. The geometric sums have relative error ≤ 32u each; the phases are reduced in exact integers; a sum of K
+terms
+by numpy's pairwise rule errs by at most (log2 K + 128)u of the sum of moduli. Dropped frequencies are bounded by
+their moduli.
 """
 
 from __future__ import annotations
@@ -135,7 +147,8 @@ class Spectrum:
     def _alive(self, spectra: list[Complex]) -> tuple[Ints, float]:
         """The frequencies whose power at the fewest steps exceeds e^-_FADE, and a bound on all others' share in B.
 
-        With G ≤ e^-_FADE (1 + e_F/|F|)^T for the others and |1 − ρ e^{−iφ}| ≥ sin(φ/2) ≥ φ/π for 0 ≤ ρ ≤ 1, φ ≤ π, their
+        With G ≤ e^-_FADE (1 + e_F/|F|)^T for the others and |1 − ρ e^{−iφ}| ≥ sin(φ/2) ≥ φ/π for 0 ≤ ρ ≤ 1, φ ≤ π,
+        their
         share is at most (2/N) Σ_k |G_k| (|D1| + |D2|) ≤ 2 max|G| (1 + log N).
         """
         if len(spectra) == 1:
@@ -162,7 +175,9 @@ class Spectrum:
     def _transformed(self, f: Complex, noise: float) -> tuple[Complex, Array]:
         """log F and a bound on its error, from the fast transform."""
         size = np.abs(f)
-        log_f: Complex = np.log(np.where(size > 2.0 * noise, f, 1.0)) + np.where(size > 2.0 * noise, 0.0, math.log(noise))
+        log_f: Complex = np.log(np.where(size > 2.0 * noise, f, 1.0)) + np.where(
+            size > 2.0 * noise, 0.0, math.log(noise)
+        )
         # where F is lost in e_F it is taken as e_F, and G as unknown up to a factor e^100
         doubt = np.where(size > 2.0 * noise, noise / np.maximum(size - noise, 1e-300), 100.0)
         return log_f, doubt + 4.0 * U * (1.0 + np.abs(log_f))
@@ -170,7 +185,8 @@ class Spectrum:
     def _direct(self, index: Ints, weight: Array) -> tuple[Complex, Array] | None:
         """log F and a bound on its error by plain sums of 1 − F, where those are few; None where they are not.
 
-        1 − F = Σ w (1 − e^{−iφ}) is of the order of 1/T where it counts, and known to a relative rounding or so: then the
+        1 − F = Σ w (1 − e^{−iφ}) is of the order of 1/T where it counts, and known to a relative rounding or so: then
+        the
         error of F^T no longer grows with T.
         """
         if len(self._k) * len(index) > 3_000_000:
@@ -253,7 +269,8 @@ class Spectrum:
         largest = math.exp(theta * math.log(theta) - (1.0 + theta) * math.log1p(theta))
         error += outside * largest
         turn = np.exp(2j * math.pi / n * ((k * ((start + n) % n)) % n))
-        near, far = self._double * g * np.conj(self._near), self._double * g * np.conj(self._far)
+        near: Complex = (self._double * g * np.conj(self._near)).astype(np.complex128)
+        far: Complex = (self._double * g * np.conj(self._far)).astype(np.complex128)
         survive = 0.0
         for c, law in zip(counts, self.laws, strict=True):
             if c:

@@ -1,6 +1,7 @@
 """An independent judge: delta by a contour integral, without any grid of losses.
 
-delta(ε) = (1/π) ∫_0^∞ Re[e^{K(z) − zε} / (z (z + 1))] ds on z = θ + is, K(z) = Σ T log E_P e^{zL}, for any θ > 0. Both the
+delta(ε) = (1/π) ∫_0^∞ Re[e^{K(z) − zε} / (z (z + 1))] ds on z = θ + is, K(z) = Σ T log E_P e^{zL}, for any θ > 0.
+Both the
 inner expectation and the outer integral are trapezoid sums of analytic functions; each is done twice, with half the
 spacing, and the two must agree.
 """
