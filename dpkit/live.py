@@ -29,7 +29,7 @@ class Live:
     def __init__(self, tape: Tape, plan: probe.Plan, batch: Batch, n: int) -> None:
         self.tape, self.plan, self.batch, self.n = tape, plan, batch, n
         self._called: dict[nn.Module, int] = defaultdict(int)
-        self._operated: dict[nn.Parameter, int] = defaultdict(int)
+        self._operated: dict[tuple[nn.Parameter, str], int] = defaultdict(int)
         self._copies: dict[nn.Parameter, Tensor] = {}
 
     def count(self, layer: nn.Module) -> int:
@@ -51,12 +51,12 @@ class Live:
     def operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = leaves((args, kwargs))
         origin = next(v for v in values if isinstance(v, StandIn)).origin
-        k = self._operated[origin]
-        self._operated[origin] += 1
         name = probe.name_of(func)
-        site = self.plan.ops.get((origin, k))
-        if site is None or site.what != name or len(site.arguments) != len(values):
-            site = self._guess(values, name, origin)
+        k = self._operated[origin, name]
+        self._operated[origin, name] += 1
+        site = self.plan.ops.get((origin, name, k))
+        if site is None or len(site.arguments) != len(values):
+            site = self._infer(values, name, origin) if self.tape.stack else self._guess(values, name)
         if site.folded is not None:
             probe.refuse_folded(self.tape.name(origin), name, site.folded)
         fast = self._by_rule(func, args, kwargs, site)
@@ -64,14 +64,23 @@ class Live:
             return fast
         return self._by_copies(func, args, kwargs, values, site, name, origin)
 
-    def _guess(self, values: list[Any], name: str, origin: nn.Parameter) -> probe.Site:
+    def _infer(self, values: list[Any], name: str, origin: nn.Parameter) -> probe.Site:
+        """An operation that the probe did not see (another length, another path): allowed where nothing is open."""
+        standins = [v for v in values if isinstance(v, StandIn)]
+        alone = not any(isinstance(v, Tensor) and not isinstance(v, StandIn) for v in values)
+        counts = any(type(v) is int and v > 1 and v % self.n == 0 for v in values)  # may be the number of records
+        if alone and not counts and all(s.records is None for s in standins):
+            return probe.Site(name, [None] * len(values), [None] * len(values), [], data=False)
+        if alone and len(standins) == 1 and name in _SHAPE_PRESERVING:
+            return probe.Site(name, [None] * len(values), [None] * len(values), [standins[0].records], data=False)
+        raise UncoveredParameterError(
+            f"{self.tape.name(origin)}: the operation {name} did not occur when the first batch was examined",
+            why="which dimension of its arguments carries the records has not been measured.",
+            cure="keep the model's operations the same from batch to batch, or register a rule for the module.",
+        )
+
+    def _guess(self, values: list[Any], name: str) -> probe.Site:
         """Outside the forward (in the user's loss) nothing was measured: there, records lead."""
-        if self.tape.stack:
-            raise UncoveredParameterError(
-                f"{self.tape.name(origin)}: the operation {name} did not occur when the first batch was examined",
-                why="which dimension of its arguments carries the records has not been measured.",
-                cure="keep the model's operations the same from batch to batch, or register a rule for the module.",
-            )
         places: list[Place] = [
             Records(0) if isinstance(v, Tensor) and not isinstance(v, StandIn) and v.shape[:1] == (self.n,) else None
             for v in values
@@ -90,7 +99,7 @@ class Live:
                 self._copies[parameter] = parameter.detach().expand(self.n, *parameter.shape)
         return self._copies[parameter]
 
-    def _by_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], site: probe.Site) -> Tensor | None:
+    def _by_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], site: probe.Site) -> Any:
         """Matrix products and table look-ups with a whole parameter: the forms that their layers would give."""
         if len(args) < 2 or isinstance(args[0], StandIn) or not isinstance(args[1], StandIn) or not args[1].root:
             return None
@@ -249,6 +258,7 @@ def _attention(
     return F.dropout(scores.softmax(-1), dropout_p) @ value
 
 
+_SHAPE_PRESERVING = frozenset(["contiguous", "clone", "to", "float", "double", "half", "bfloat16", "exp", "tanh"])
 _UNDER_VMAP: dict[Any, Callable[..., Any]] = {F.embedding: _embedding, F.scaled_dot_product_attention: _attention}
 
 

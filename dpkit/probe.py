@@ -89,7 +89,7 @@ class Plan:
 
     inputs: list[int | None]  # record dimension of every tensor leaf of the arguments
     calls: dict[tuple[nn.Module, int], Site] = field(default_factory=dict)
-    ops: dict[tuple[nn.Parameter, int], Site] = field(default_factory=dict)
+    ops: dict[tuple[nn.Parameter, str, int], Site] = field(default_factory=dict)
     bare: set[nn.Parameter] = field(default_factory=set)  # parameters met outside a layer with a rule
     losses: dict[int, str] = field(default_factory=dict)  # scalar outputs that mix records: leaf number -> reason
 
@@ -125,10 +125,10 @@ class Recorder:
         self.n = n
         self.taint = Taint()
         self.calls: dict[tuple[nn.Module, int], Call] = {}
-        self.ops: dict[tuple[nn.Parameter, int], Call] = {}
+        self.ops: dict[tuple[nn.Parameter, str, int], Call] = {}
         self.bare: set[nn.Parameter] = set()
         self._called: dict[nn.Module, int] = defaultdict(int)
-        self._operated: dict[nn.Parameter, int] = defaultdict(int)
+        self._operated: dict[tuple[nn.Parameter, str], int] = defaultdict(int)
 
     def _seen(self, tree: Any) -> list[Seen | None]:
         return [Seen.of(v, self.n) for v in leaves(tree)]
@@ -148,14 +148,15 @@ class Recorder:
         values = leaves((args, kwargs))
         origin = next(v for v in values if isinstance(v, StandIn)).origin
         self.bare.update(v.origin for v in values if isinstance(v, StandIn))
-        k = self._operated[origin]
-        self._operated[origin] += 1
+        name = name_of(func)
+        k = self._operated[origin, name]
+        self._operated[origin, name] += 1
         plain_args, plain_kwargs = tree_map(lambda v: v.value if isinstance(v, StandIn) else v, (args, kwargs))
         tainted = self.taint.has((plain_args, plain_kwargs))
         numbers = [v if type(v) is int else None for v in values]
         arguments = self._seen((args, kwargs))
         out = func(*plain_args, **plain_kwargs)
-        self.ops[origin, k] = Call(name_of(func), arguments, numbers, tainted, self._seen(out))
+        self.ops[origin, name, k] = Call(name, arguments, numbers, tainted, self._seen(out))
         if tainted:
             return out
         return tree_map(lambda v: StandIn.of(v, origin, self) if isinstance(v, Tensor) else v, out)

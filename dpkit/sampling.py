@@ -8,13 +8,14 @@ through the user's own dataset, collate_fn and workers, as physical batches wher
 from __future__ import annotations
 
 import math
+import secrets
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from dpkit.accountants import Event, PoissonSampled
 
@@ -151,7 +152,8 @@ class PrivateDataLoader(DataLoader[Any]):
     def __init__(self, loader: DataLoader[Any], sampling: Sampling, listener: Listener, max_size: int | None) -> None:
         generator = loader.generator
         if generator is None:
-            generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+            # not from torch's global one: amplification holds against those only who cannot repeat the draw
+            generator = torch.Generator().manual_seed(secrets.randbits(63))
         self._listener: Listener | None = listener
         workers: dict[str, Any] = {}
         if loader.num_workers > 0:
@@ -239,6 +241,12 @@ def sampling_of(loader: DataLoader[Any], *, poisson: bool) -> Sampling:
         )
     if records == 0:
         _refuse("the data set is empty", "there is nothing to sample from.", "pass a data set with records.")
+    if _repeats(loader.dataset):
+        _refuse(
+            "the data set is a Subset that holds a record several times",
+            "the record would take part in a step with more than the sampling rate, and be clipped once for each copy.",
+            "use each index once.",
+        )
     if size > records:
         _refuse(
             f"batch_size {size} exceeds the {records} records of the data set",
@@ -249,6 +257,14 @@ def sampling_of(loader: DataLoader[Any], *, poisson: bool) -> Sampling:
     if poisson:
         return PoissonSampling(records, float(size), steps)
     return FixedBatches(batches, float(size), steps)
+
+
+def _repeats(dataset: Any) -> bool:
+    while isinstance(dataset, Subset):
+        if len(set(dataset.indices)) < len(dataset.indices):
+            return True
+        dataset = dataset.dataset
+    return False
 
 
 def _refuse(seen: str, why: str, cure: str) -> NoReturn:

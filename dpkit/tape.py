@@ -89,6 +89,7 @@ class Tape:
         self._router: Live | probe.Recorder | None = None
         self._anchors: dict[torch.device, Tensor] = {}
         self._handles: list[Any] = []
+        self._watches: list[Any] = []
         self._statistics = checks.batch_statistics(model)
         for path, module in model.named_modules():
             self._paths[module] = path or type(module).__name__
@@ -131,12 +132,16 @@ class Tape:
         """From now on, forwards are private: n records are in the user's hands."""
         self.restore()
         unproven = frozenset(p for p in self._names if p.requires_grad and p not in self.proven)
-        self.batch = Batch(n, unproven=unproven)
+        self.batch = batch = Batch(n, unproven=unproven)
+        self._watches = [p.register_post_accumulate_grad_hook(_Hook(batch.keep)) for p in unproven]
 
     def close(self) -> Batch | None:
         """End the batch and return what its backward passes brought."""
         self.restore()
         batch, self.batch = self.batch, None
+        for watch in self._watches:
+            watch.remove()
+        self._watches.clear()
         if batch is not None:
             batch.closed = True
         return batch
