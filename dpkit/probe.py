@@ -76,6 +76,35 @@ class Site:
     numbers: list[int | None]
     outputs: list[Place]
     data: bool
+    ranks: list[int | None] = field(default_factory=list)
+
+    def fits(self, values: list[Any], n: int) -> bool:
+        """Whether a call with these arguments, n records, can be the one that was measured.
+
+        What requires a gradient descends from the batch (every parameter is detached or stands in), so it must carry
+        records.
+        """
+        if len(values) != len(self.arguments):
+            return False
+        for v, there, rank in zip(values, self.arguments, self.ranks, strict=True):
+            if isinstance(v, StandIn) or not isinstance(v, Tensor):
+                if rank is not None:
+                    return False
+            elif (
+                v.ndim != rank
+                or (there is None and v.requires_grad)
+                or (isinstance(there, Records) and v.shape[there.dim] != n * there.factor)
+            ):
+                return False
+        return True
+
+    def agrees(self, other: Site) -> bool:
+        """Whether the other says the same of where the records are."""
+        return (self.arguments, self.outputs[: len(other.outputs)], self.data) == (
+            other.arguments,
+            other.outputs[: len(self.outputs)],
+            other.data,
+        )
 
     @property
     def folded(self) -> Folded | None:
@@ -88,8 +117,8 @@ class Plan:
     """What one probe has learnt about one kind of call of the model."""
 
     inputs: list[int | None]  # record dimension of every tensor leaf of the arguments
-    calls: dict[tuple[nn.Module, int], Site] = field(default_factory=dict)
-    ops: dict[tuple[nn.Parameter, str, int], Site] = field(default_factory=dict)
+    calls: dict[tuple[nn.Module, int], list[Site]] = field(default_factory=dict)  # alternatives: paths of the model
+    ops: dict[tuple[nn.Parameter, str, int], list[Site]] = field(default_factory=dict)
     bare: set[nn.Parameter] = field(default_factory=set)  # parameters met outside a layer with a rule
     losses: dict[int, str] = field(default_factory=dict)  # scalar outputs that mix records: leaf number -> reason
 
@@ -168,9 +197,24 @@ def name_of(func: Any) -> str:
 
 def merge(full: Recorder, part: Recorder, plan: Plan) -> None:
     """Write into ``plan`` what the two runs' comparison tells."""
-    plan.calls.update(_sites(full.calls, part.calls, full.n, part.n))
-    plan.ops.update(_sites(full.ops, part.ops, full.n, part.n))
+    for key, site in _sites(full.calls, part.calls, full.n, part.n).items():
+        plan.calls[key] = [site]
+    for op, site in _sites(full.ops, part.ops, full.n, part.n).items():
+        plan.ops[op] = [site]
     plan.bare |= full.bare | part.bare
+
+
+def extend(plan: Plan, other: Plan) -> None:
+    """Add to ``plan`` what another probe of the same model, on another path, has learnt."""
+    for call, sites in other.calls.items():
+        plan.calls[call] = _with(plan.calls.get(call, []), sites)
+    for op, sites in other.ops.items():
+        plan.ops[op] = _with(plan.ops.get(op, []), sites)
+    plan.bare |= other.bare
+
+
+def _with(known: list[Site], more: list[Site]) -> list[Site]:
+    return known + [s for s in more if not any(s.agrees(k) and s.ranks == k.ranks for k in known)]
 
 
 def _sites(full: dict[K, Call], part: dict[K, Call], n: int, m: int) -> dict[K, Site]:
@@ -185,6 +229,7 @@ def _sites(full: dict[K, Call], part: dict[K, Call], n: int, m: int) -> dict[K, 
             numbers=[_rows(x, y, n, m) for x, y in zip(a.numbers, b.numbers, strict=True)],
             outputs=[_place(x, y, n, m) for x, y in zip(a.outputs, b.outputs, strict=True)],
             data=a.tainted,
+            ranks=[None if x is None else len(x.shape) for x in a.arguments],
         )
     return sites
 
