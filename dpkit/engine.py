@@ -314,7 +314,7 @@ class PrivacyEngine:
         batch.examined = batch.n - 1
         try:
             torch.autograd.grad(losses[-1], tape.anchors(), retain_graph=True, allow_unused=True)
-            self._strictly_examined = True
+            self._strictly_examined = bool(torch.isfinite(losses).all())  # else the next batch is examined too
         except RuntimeError as error:
             if "checkpoint" not in str(error):  # reentrant checkpointing allows .backward() only
                 raise
