@@ -26,6 +26,9 @@ from .events import (
     banded_matrix,
     dpsgd,
 )
+from .filters import BudgetSpentError, GDPFilter, RDPFilter, RDPOdometer
+from .gdp import GDPAccountant
+from .interop import from_dp_accounting, from_opacus
 from .pld import PLDAccountant
 from .rdp import RDPAccountant
 from .tradeoff import TradeOff, tradeoff
@@ -34,17 +37,22 @@ __all__ = [
     "Accountant",
     "AccountingError",
     "ApproximateDP",
+    "BudgetSpentError",
     "Composed",
     "DeterministicBatches",
     "DiscreteGaussian",
     "DiscreteLaplace",
     "Event",
+    "GDPAccountant",
+    "GDPFilter",
     "Gaussian",
     "GroupOf",
     "Laplace",
     "PLDAccountant",
     "PoissonSampled",
     "RDPAccountant",
+    "RDPFilter",
+    "RDPOdometer",
     "RandomizedResponse",
     "Repeated",
     "SampledWithoutReplacement",
@@ -59,6 +67,8 @@ __all__ = [
     "delta",
     "dpsgd",
     "epsilon",
+    "from_dp_accounting",
+    "from_opacus",
     "make_accountant",
     "tradeoff",
 ]

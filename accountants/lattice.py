@@ -170,22 +170,25 @@ def dominated(pair: Pair, edges: Ints, origin: float, step: float) -> Lattice:
     n = len(edges) - 1
     mass = atoms.mass * (1.0 - atoms.mass_error)
     loss = atoms.loss - atoms.loss_error - 4.0 * U * (np.abs(atoms.loss) + abs(origin))
+    pinned: Array = np.zeros(n + 1)
     if pair.breaks():
-        # atoms sit on edges: put the edges just below their lowered losses, and the atoms back on the edges
-        nudge = float((atoms.loss - loss).max()) + 4.0 * U * float(np.abs(points).max())
-        points, origin = points - nudge, origin - nudge
-        nearest = np.clip(np.searchsorted(points, loss, side="right") - 1, 0, n)
-        loss = np.where(loss - points[nearest] < 2.0 * nudge, np.minimum(loss, points[nearest]), loss)
+        # true atoms sit on edges: put the edges a hair below them and move them down, instead of merging them with others
+        points, origin = points - 1e-9 * step, origin - 1e-9 * step
     cell = np.searchsorted(points, loss, side="right") - 1
     inside = (cell >= 0) & (cell < n)
     mass, loss, cell = mass[inside], loss[inside], cell[inside]
+    if pair.breaks():
+        pin = loss - points[cell] < 3e-9 * step
+        lowered = mass[pin] * np.exp(points[cell[pin]] - loss[pin])
+        pinned = np.bincount(cell[pin], weights=lowered, minlength=n + 1).astype(np.float64)
+        mass, loss, cell = mass[~pin], loss[~pin], cell[~pin]
     width = np.expm1(np.diff(points))
     # Q-masses and first moments per cell, all in units of the left edge's R
     q: Array = np.bincount(cell, weights=mass * np.exp(points[cell] - loss), minlength=n).astype(np.float64)
     low: Array = np.bincount(cell, weights=mass * -np.expm1(points[cell] - loss), minlength=n).astype(np.float64)
     high: Array = np.bincount(cell, weights=mass * np.expm1(points[cell + 1] - loss), minlength=n).astype(np.float64)
     # U at the edges: call[i] = call[i + 1] + S_{i+1} (r_{i+1} − r_i) + low[i], S in units of r_i
-    slack = _slack(cell)
+    slack = _slack(np.append(cell, 0))
     growth = np.exp(np.diff(points))
     out = np.zeros(n + 1)
     above = np.zeros(n + 1)
@@ -216,6 +219,6 @@ def dominated(pair: Pair, edges: Ints, origin: float, step: float) -> Lattice:
     if gap > call[stop]:  # V is below zero there already: stop one edge earlier
         out[stop] = 0.0
         out[last] += slope + above[last]
-    out = np.maximum(out * (1.0 - 8.0 * slack), 0.0)
+    out = (np.maximum(out, 0.0) + pinned) * (1.0 - 8.0 * slack)
     keep = out > 0.0
     return Lattice(origin, step, edges[keep], out[keep], pair.infinite)

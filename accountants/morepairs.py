@@ -194,7 +194,8 @@ class GroupPair(SmoothPair):
             middle = 0.5 * (a + b)
             below = self.log_ratio(middle) < loss
             a, b = np.where(below, middle, a), np.where(below, b, middle)
-        return 0.5 * (a + b)
+        out: Array = 0.5 * (a + b)
+        return out
 
     def y_span(self, head: float, tail: float) -> tuple[float, float]:
         if self.flipped:
