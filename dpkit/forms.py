@@ -88,14 +88,8 @@ class Dense(Form):
         return wide(self.value).reshape(self.n, self.value.shape[1:].numel())  # n may be 0, so -1 would say nothing
 
     def sq_norm(self) -> Tensor:
-<<<<<<< HEAD
-        flat = wide(self.value).reshape(self.n, -1)
-        norms: Tensor = torch.linalg.vector_norm(flat, dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self._flat(), dim=1)
         return norms.square()
-=======
-        flat = self._flat()
-        return torch.linalg.vector_norm(flat, dim=1).square()
->>>>>>> props
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         flat = self._flat()
