@@ -88,8 +88,8 @@ class Dense(Form):
         return wide(self.value).reshape(self.n, self.value.shape[1:].numel())  # n may be 0, so -1 would say nothing
 
     def sq_norm(self) -> Tensor:
-        flat = self._flat()
-        return torch.linalg.vector_norm(flat, dim=1).square()
+        norms: Tensor = torch.linalg.vector_norm(self._flat(), dim=1)
+        return norms.square()
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         flat = self._flat()
@@ -99,7 +99,7 @@ class Dense(Form):
         return Dense(self.value[records])
 
     def folded(self, k: int) -> Dense:
-        return Dense(wide(self.value).unflatten(0, (-1, k)).sum(1))
+        return Dense(wide(self.value).reshape(-1, k, *self.value.shape[1:]).sum(1))
 
 
 @dataclass(frozen=True)
