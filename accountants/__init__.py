@@ -4,27 +4,71 @@ Events (`Gaussian`, `PoissonSampled`, ...) say what was done; accountants (`RDPA
 """
 
 from .accountant import Accountant
-from .calibration import calibrate, epsilon, make_accountant
+from .calibration import calibrate, delta, epsilon, make_accountant
 from .errors import AccountingError, UnreachableTargetError, UnsupportedEventError
-from .events import Composed, Event, Gaussian, Laplace, PoissonSampled, Repeated, dpsgd
+from .events import (
+    ApproximateDP,
+    Composed,
+    DeterministicBatches,
+    DiscreteGaussian,
+    DiscreteLaplace,
+    Event,
+    Gaussian,
+    GroupOf,
+    Laplace,
+    PoissonSampled,
+    RandomizedResponse,
+    Repeated,
+    SampledWithoutReplacement,
+    TruncatedPoissonSampled,
+    adaptive_clipping,
+    adaptive_clipping_gradient_noise,
+    banded_matrix,
+    dpsgd,
+)
+from .filters import BudgetSpentError, GDPFilter, RDPFilter, RDPOdometer
+from .gdp import GDPAccountant
+from .interop import from_dp_accounting, from_opacus
 from .pld import PLDAccountant
 from .rdp import RDPAccountant
+from .tradeoff import TradeOff, tradeoff
 
 __all__ = [
     "Accountant",
     "AccountingError",
+    "ApproximateDP",
+    "BudgetSpentError",
     "Composed",
+    "DeterministicBatches",
+    "DiscreteGaussian",
+    "DiscreteLaplace",
     "Event",
+    "GDPAccountant",
+    "GDPFilter",
     "Gaussian",
+    "GroupOf",
     "Laplace",
     "PLDAccountant",
     "PoissonSampled",
     "RDPAccountant",
+    "RDPFilter",
+    "RDPOdometer",
+    "RandomizedResponse",
     "Repeated",
+    "SampledWithoutReplacement",
+    "TradeOff",
+    "TruncatedPoissonSampled",
     "UnreachableTargetError",
     "UnsupportedEventError",
+    "adaptive_clipping",
+    "adaptive_clipping_gradient_noise",
+    "banded_matrix",
     "calibrate",
+    "delta",
     "dpsgd",
     "epsilon",
+    "from_dp_accounting",
+    "from_opacus",
     "make_accountant",
+    "tradeoff",
 ]

@@ -1,6 +1,7 @@
 """From pairs and counts to a spectrum: the tilt, the grid and the window that make an answer tight.
 
-Nothing here is part of a guarantee: whatever tilt, grid or estimate is chosen, `lattice` and `spectrum` return true bounds.
+Nothing here is part of a guarantee: whatever tilt, grid or estimate is chosen, `lattice` and `spectrum` return true
+bounds.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import numpy as np
 from scipy.optimize import brentq
 
 from .lattice import Lattice, choose_edges, dominated, dominating
-from .pairs import Atoms, Pair
+from .pairs import Atoms, DiscretePair, Pair
 from .spectrum import Spectrum
 
 MAX_SIZE = 1 << 22
-SHADE = 0.85  # a tilt a little below the optimum: lighter tails, so shorter windows
+SHADES = (0.85, 0.93, 0.98, 1.0)  # a tilt a little below the optimum: lighter tails, so shorter windows
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ def _root(rising: Callable[[float], float], start: float) -> float:
         high += 1.0
     if low < high and rising(low) < 0.0 < rising(high):
         return float(brentq(rising, low, high, xtol=1e-3))
-    return high if rising(high) < 0.0 else low
+    if rising(high) < 0.0:
+        return math.nan
+    return low
 
 
-def make_plan(
-    pairs: Sequence[Pair], counts: Sequence[int], *, log_delta: float, epsilon: float | None = None
-) -> Plan:
+def make_plan(pairs: Sequence[Pair], counts: Sequence[int], *, log_delta: float, epsilon: float | None = None) -> Plan:
     """The tilt for a question: for a given δ the θ that minimises (ΣTK(θ) − log δ)/θ; for a given ε the saddle point.
 
     With ``epsilon`` given, ``log_delta`` only sets how far the tails are followed.
@@ -88,15 +89,27 @@ def make_plan(
 
     variance = max(sums(0.0)[2], 1e-300)
     start = 0.5 * math.log(max(-2.0 * log_delta, 1e-3) / variance)
-    best = math.exp(_root(by_delta if epsilon is None else by_epsilon, start))
-    theta = SHADE * best
-    k, _, variance = sums(theta)
-    deviation = math.sqrt(max(variance, 0.0))
-    shrink = math.log(max(1.0, 2.5 * theta * (1.0 + theta) * deviation))
-    if epsilon is None:
-        estimate = max((k - log_delta - shrink) / theta, 1e-3 * deviation, 1e-12)
-    else:
-        estimate, log_delta = epsilon, min(-1e-9, k - theta * epsilon - shrink)
+    log_best = _root(by_delta if epsilon is None else by_epsilon, start)
+    if math.isnan(log_best):
+        # a bounded loss: no tilt reaches this far; take one that gets most of the way to the end
+        most = by_delta(20.0) - log_delta
+        log_best = _root(lambda x: by_delta(x) - log_delta - 0.8 * most, start)
+        log_best = log_best if math.isfinite(log_best) else start
+    best = math.exp(log_best)
+    for shade in SHADES:
+        theta = shade * best
+        k, mean, variance = sums(theta)
+        deviation = math.sqrt(max(variance, 0.0))
+        shrink = math.log(max(1.0, 2.5 * theta * (1.0 + theta) * deviation))
+        if epsilon is None:
+            estimate = max((k - log_delta - shrink) / theta, 1e-3 * deviation, 1e-12)
+        else:
+            estimate = max(epsilon, 1e-12)
+        # tilted too little, a law that turns from many small losses to one large one never gets near epsilon
+        if estimate - mean <= 2.5 * deviation:
+            break
+    if epsilon is not None:
+        log_delta = min(-1e-9, k - theta * epsilon - shrink)
     return Plan(theta, best, estimate, log_delta, deviation, pilots, spans, head, tail)
 
 
@@ -124,26 +137,35 @@ def build(
     upper: bool,
     fewest: Sequence[int] | None = None,
     step: float | None = None,
+    wider: float = 0.0,
 ) -> tuple[Spectrum, float]:
     """A spectrum whose discretisation costs about ``tolerance`` of epsilon at most, and an estimate of that cost.
 
-    With ``step`` given the grid is that, whatever it costs.
+    With ``step`` given the grid is that, whatever it costs. ``wider`` lowers the log of the mass outside the window.
     """
     steps = max(1, sum(counts))
     budget = tolerance * plan.epsilon
     fixed = step is not None
+    # one large loss alone: interpolating delta over a cell of width w costs (slope w)²/8 of it
+    widest = math.sqrt(4.0 * budget / plan.slope)
     if step is None:
         step = min(math.sqrt(12.0 * budget / (steps * (1.0 + plan.slope))), 0.5 / (1.0 + plan.slope), 0.02)
     floor = 12.0 * plan.deviation / MAX_SIZE
     tail_mass, head_mass = math.exp(plan.tail), math.exp(plan.head)
     thetas = (plan.theta, plan.slope)
+    spacings = [pair.spacing() for pair in pairs]
+    spacing = max(spacings)
+    if len(pairs) == 1 and spacing > 0.0 and isinstance(pairs[0], DiscretePair):
+        step, floor = spacing, 0.0  # the law lies on this grid: there is nothing to approximate
     for _ in range(3):
         step = max(step, floor)
+        if spacing > 0.0:  # so that the atoms lie on edges
+            step = spacing / max(1, math.floor(spacing / step))
         laws: list[Lattice] = []
         costs = [0.0, 0.0]
         for pair, n, pilot, (lo, hi) in zip(pairs, counts, plan.pilots, plan.spans, strict=True):
             origin = _origin(pair, pilot, step)
-            edges = choose_edges(pilot, lo, hi, origin, step, thetas, pair.breaks())
+            edges = choose_edges(pilot, lo, hi, origin, step, thetas, widest, pair.breaks())
             if upper:
                 law = dominating(pair, edges, origin, step, head_mass, tail_mass)
             else:
@@ -155,9 +177,10 @@ def build(
         if fixed or cost <= budget * 1.05 or step <= floor or not upper:
             break
         step *= min(0.9, max(0.3, math.sqrt(0.85 * budget / cost)))
-    # the mass outside the window may cost a fiftieth of the tolerance: weigh it against B ≈ 1 / (2.5 θ (1 + θ) deviation)
+    # the mass outside the window may cost a fiftieth of the tolerance: weigh it against B ≈ 1 / (2.5 θ (1 + θ)
+    # deviation)
     share = 0.02 * budget * (1.0 + plan.theta) / max(1.0, (1.0 + plan.theta) * plan.deviation)
-    wrap = min(27.0, max(8.0, -math.log(min(share, 0.1)) + 1.0))
+    wrap = min(27.0, max(8.0, -math.log(min(share, 0.1)) + 1.0)) + wider
     spectrum = Spectrum(
         laws, list(counts), plan.theta, upper=upper, fewest=None if fewest is None else list(fewest), wrap=wrap
     )
@@ -212,18 +235,9 @@ def chernoff(pairs: Sequence[Pair], counts: Sequence[int], plan: Plan) -> Cherno
     laws = []
     for pair, pilot, (lo, hi) in zip(pairs, plan.pilots, plan.spans, strict=True):
         origin = _origin(pair, pilot, step)
-        edges = choose_edges(pilot, lo, hi, origin, step, (theta,), pair.breaks())
+        edges = choose_edges(pilot, lo, hi, origin, step, (theta,), math.inf, pair.breaks())
         laws.append(dominating(pair, edges, origin, step, math.exp(plan.head), math.exp(plan.tail)))
     return Chernoff(theta, tuple(law.log_mgf(theta) for law in laws), tuple(law.infinite for law in laws))
-
-
-def refine(plan: Plan, spectrum: Spectrum, counts: tuple[int, ...], epsilon: float) -> Plan:
-    """The plan again, with epsilon and the slope of log delta there as first found."""
-    dx = max(1e-3 * epsilon, 2.0 * spectrum.step)
-    slope = (spectrum.log_delta(epsilon, counts) - spectrum.log_delta(epsilon + dx, counts)) / dx
-    if not (math.isfinite(slope) and slope > 0.0):
-        slope = plan.slope
-    return replace(plan, epsilon=epsilon, slope=min(max(slope, 0.5 * plan.theta), 30.0 * plan.theta))
 
 
 def solve_epsilon(spectrum: Spectrum, counts: tuple[int, ...], log_delta: float, guess: float) -> float:

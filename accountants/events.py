@@ -224,6 +224,168 @@ class PoissonSampled(Event):
         _check_event("event", self.event)
 
 
+@dataclass(frozen=True)
+class DiscreteGaussian(Event):
+    """An integer released with discrete Gaussian noise of parameter ``sigma`` (Canonne, Kamath, Steinke 2020).
+
+    ``sensitivity`` is the most, a whole number, that adding or removing one record moves the integer.
+    """
+
+    sigma: float
+    sensitivity: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sigma", _number("sigma", self.sigma, 0.0, 1e4, open_low=True))
+        object.__setattr__(self, "sensitivity", _count("sensitivity", self.sensitivity, 1))
+
+
+@dataclass(frozen=True)
+class DiscreteLaplace(Event):
+    """An integer released with two-sided geometric noise, P(k) ∝ e^{−|k|/scale}."""
+
+    scale: float
+    sensitivity: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", _number("scale", self.scale, 0.0, 1e6, open_low=True))
+        object.__setattr__(self, "sensitivity", _count("sensitivity", self.sensitivity, 1))
+
+
+@dataclass(frozen=True)
+class RandomizedResponse(Event):
+    """One person's report of one of ``categories`` values, replaced by a uniform one with ``noise_probability``.
+
+    The report is always made: under add-or-remove-one and zero-out, an absent person's is taken as of some fixed value.
+    """
+
+    noise_probability: float
+    categories: int = 2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "noise_probability", _number("noise_probability", self.noise_probability, 0.0, 1.0))
+        object.__setattr__(self, "categories", _count("categories", self.categories, 2))
+
+
+@dataclass(frozen=True)
+class ApproximateDP(Event):
+    """Any mechanism of which only (``epsilon``, ``delta``)-DP is known, under the accountant's adjacency."""
+
+    epsilon: float
+    delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "epsilon", _number("epsilon", self.epsilon, 0.0, 700.0))
+        object.__setattr__(self, "delta", _number("delta", self.delta, 0.0, 1.0))
+
+
+@dataclass(frozen=True)
+class SampledWithoutReplacement(Event):
+    """``event`` on a uniform batch of exactly ``batch_size`` of ``dataset_size`` records."""
+
+    batch_size: int
+    dataset_size: int
+    event: Event
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batch_size", _count("batch_size", self.batch_size))
+        object.__setattr__(self, "dataset_size", _count("dataset_size", self.dataset_size, 1))
+        _check_event("event", self.event)
+        if self.batch_size > self.dataset_size:
+            raise AccountingError(
+                f"batch_size {self.batch_size} of {self.dataset_size} records.",
+                why="a batch without replacement is at most the data set.",
+                cure="lower batch_size.",
+            )
+
+
+@dataclass(frozen=True)
+class TruncatedPoissonSampled(Event):
+    """`PoissonSampled`, but a batch of more than ``max_batch_size`` of ``dataset_size`` records is cut to that size."""
+
+    sample_rate: float
+    dataset_size: int
+    max_batch_size: int
+    event: Event
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sample_rate", _number("sample_rate", self.sample_rate, 0.0, 1.0))
+        object.__setattr__(self, "dataset_size", _count("dataset_size", self.dataset_size, 1))
+        object.__setattr__(self, "max_batch_size", _count("max_batch_size", self.max_batch_size))
+        _check_event("event", self.event)
+
+
+@dataclass(frozen=True)
+class DeterministicBatches(Event):
+    """One epoch over fixed, data-independent batches (shuffled or not): every record is in exactly one.
+
+    Judged as one full-participation run of ``event`` (parallel composition). That is the safe number for shuffling: its
+    amplification has no proven tight bound, and accounting it as Poisson sampling understates epsilon.
+    """
+
+    event: Event
+
+    def __post_init__(self) -> None:
+        _check_event("event", self.event)
+
+
+@dataclass(frozen=True)
+class GroupOf(Event):
+    """``event`` as seen by a group of ``size`` records that come and go together."""
+
+    size: int
+    event: Event
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", _count("size", self.size, 1))
+        _check_event("event", self.event)
+
+
+def adaptive_clipping(noise_multiplier: float, count_noise: float, groups: int = 1) -> Gaussian:
+    """A gradient sum and the clipped-fraction count of adaptive clipping, released from one batch, as one Gaussian.
+
+    Args:
+        noise_multiplier: noise of the gradient sum, std / C.
+        count_noise: standard deviation of the noise of each count; a record moves its count by 1/2 (Andrew et al.
+        2021).
+        groups: how many counts there are, one a parameter group.
+
+    >>> round(adaptive_clipping(1.0, 5.0).noise_multiplier, 6)
+    0.995037
+    """
+    z = _number("noise_multiplier", noise_multiplier, 0.0, open_low=True)
+    s = _number("count_noise", count_noise, 0.0, open_low=True)
+    return Gaussian((z**-2 + _count("groups", groups) / (4.0 * s * s)) ** -0.5)
+
+
+def adaptive_clipping_gradient_noise(noise_multiplier: float, count_noise: float, groups: int = 1) -> float:
+    """The gradient noise multiplier that, with the counts, amounts to one Gaussian of ``noise_multiplier``.
+
+    Raises:
+        AccountingError: the counts alone reveal more than that.
+    """
+    z = _number("noise_multiplier", noise_multiplier, 0.0, open_low=True)
+    s = _number("count_noise", count_noise, 0.0, open_low=True)
+    rest = z**-2 - _count("groups", groups) / (4.0 * s * s)
+    if rest <= 0.0:
+        raise AccountingError(
+            f"noise_multiplier {z:g} with count_noise {s:g} and {groups} group(s).",
+            why="the counts alone spend the whole budget; no gradient noise is enough.",
+            cure=f"raise count_noise above {0.5 * z * math.sqrt(groups):g}.",
+        )
+    return float(rest**-0.5)
+
+
+def banded_matrix(noise_multiplier: float, bands: int, sample_rate: float, steps: int) -> Event:
+    """A ``bands``-banded matrix mechanism with cyclic Poisson sampling: ceil(steps / bands) Poisson steps.
+
+    Args:
+        noise_multiplier: noise std over C times the largest column norm of the banded matrix.
+        sample_rate: the rate within the one of ``bands`` groups whose turn it is (Choquette-Choo et al. 2023).
+    """
+    count = _count("bands", bands, 1)
+    return dpsgd(noise_multiplier, sample_rate, -(-_count("steps", steps) // count))
+
+
 def dpsgd(noise_multiplier: float, sample_rate: float, steps: int) -> Event:
     """DP-SGD: ``steps`` noisy sums over Poisson batches.
 

@@ -1,10 +1,12 @@
 """Loss laws on a uniform grid: one that dominates the pair, and one that the pair dominates.
 
 Upper (connect the dots; Doroshenko, Ghazi, Kamath, Kumar, Manurangsi 2022): every atom is split on the two edges of its
-cell so that its P-mass and its Q-mass are both kept. In the likelihood ratio R under Q that is a mean-preserving spread,
+cell so that its P-mass and its Q-mass are both kept. In the likelihood ratio R under Q that is a mean-preserving
+spread,
 and delta(epsilon) = E_Q[(R − e^epsilon)+] is convex in R, so delta can only grow, and does so again under composition.
 
-Lower (after the same paper's optimistic construction): the highest polygon below that convex function with corners on the
+Lower (after the same paper's optimistic construction): the highest polygon below that convex function with corners on
+the
 edges. Both bounds are second order in the cell width.
 
 Not every grid point is an edge: cells are narrow where the tilted law has its mass and wide in the tails, which is what
@@ -21,6 +23,8 @@ import numpy as np
 
 from .pairs import Array, Atoms, Ints, Pair, U
 
+MAX_CELLS = 40_000
+
 
 @dataclass(frozen=True)
 class Lattice:
@@ -34,7 +38,8 @@ class Lattice:
 
     @property
     def loss(self) -> Array:
-        return self.origin + self.step * self.index
+        out: Array = self.origin + self.step * self.index.astype(np.float64)
+        return out
 
     def log_mgf(self, t: float) -> float:
         """log E[e^{tL}; L < ∞]."""
@@ -44,12 +49,21 @@ class Lattice:
 
 
 def choose_edges(
-    pilot: Atoms, lo: float, hi: float, origin: float, step: float, thetas: Sequence[float], breaks: Sequence[float] = ()
+    pilot: Atoms,
+    lo: float,
+    hi: float,
+    origin: float,
+    step: float,
+    thetas: Sequence[float],
+    widest: float,
+    breaks: Sequence[float] = (),
 ) -> Ints:
-    """Grid indices of cell edges covering [lo, hi]: about one step apart where the tilted law is dense, wider elsewhere.
+    """Grid indices of cell edges covering [lo, hi]: about one step apart where the tilted law is dense, wider
+    elsewhere.
 
     A cell of width w and tilted mass f·w adds about f·w·w²/12 to the log moment, so w grows like f^(-1/3), by a factor
-    that lets all the wide cells together cost a third of what cells of one step everywhere would; f is the larger of the
+    that lets all the wide cells together cost a third of what cells of one step everywhere would; f is the larger of
+    the
     densities at the given tilts.
     """
     first = math.floor((lo - origin) / step) - 1
@@ -70,7 +84,8 @@ def choose_edges(
     density = np.maximum(density, 1e-30 * density.max())
     root = np.cbrt(density)
     scale = step / math.sqrt(3.0 * float(np.dot(root, width)))
-    want = np.maximum(step, np.minimum(scale / root, 0.25 / (1.0 + max(thetas))))
+    want = np.maximum(step, np.minimum(scale / root, min(widest, 0.25 / (1.0 + max(thetas)))))
+    want *= max(1.0, float(np.sum(width / want)) / MAX_CELLS)  # looser, never wrong
     count = np.concatenate([[0.0], np.cumsum(width / want)])
     positions = np.interp(np.arange(0.0, math.ceil(count[-1]) + 1.0), count, marks)
     grid = np.rint((positions - origin) / step).astype(np.int64)
@@ -83,7 +98,8 @@ def _collect(size: int, *parts: tuple[Ints, Array]) -> Array:
     """Sum masses into bins. Positive terms: relative error at most (terms per bin)·u, added by the caller's slack."""
     index = np.concatenate([part[0] for part in parts])
     mass = np.concatenate([part[1] for part in parts])
-    return np.bincount(index, weights=mass, minlength=size)
+    out: Array = np.bincount(index, weights=mass, minlength=size).astype(np.float64)
+    return out
 
 
 def _slack(cell: Ints) -> float:
@@ -98,7 +114,7 @@ def dominating(pair: Pair, edges: Ints, origin: float, step: float, head_mass: f
     Guarantee: dominates ``pair``. Mass below the first edge (at most ``head_mass``) is moved up to it, mass above the
     last (at most ``tail_mass``) to infinity, and all rounding of masses and losses is rounded up.
     """
-    points = origin + step * edges
+    points: Array = origin + step * edges.astype(np.float64)
     atoms = pair.atoms(points)
     loss = atoms.loss + atoms.loss_error + 4.0 * U * (np.abs(atoms.loss) + abs(origin))
     cell = np.clip(np.searchsorted(points, loss, side="right") - 1, 0, len(points) - 2)
@@ -108,6 +124,9 @@ def dominating(pair: Pair, edges: Ints, origin: float, step: float, head_mass: f
     up = mass * share
     total = _collect(len(edges), (cell, mass - up), (cell + 1, up)) * (1.0 + _slack(cell))
     total[0] += head_mass
+    missing = 1.0 - pair.infinite - tail_mass - float(total.sum())
+    if missing > 1e-9:  # never expected: a law that lost mass must not pass for one that has it
+        total[-1] += missing
     keep = total > 0.0
     return Lattice(origin, step, edges[keep], total[keep], pair.infinite + tail_mass)
 
@@ -139,26 +158,44 @@ def dominated(pair: Pair, edges: Ints, origin: float, step: float) -> Lattice:
 
     Let U(k) = E_Q(R − k)+, with every cell merged into one atom (data processing: U can only fall). From left to right
     this draws a high polygon V ≤ U with corners on edges only: it leaves each edge along the tangent to U that passes
-    through it. Tangents to a convex function stay below it and get flatter, so V is convex, below U, and the call function
-    of a law on the edges that is smaller in convex order; where V would fall below zero (far tail) the mass that is left is put on the last edge
-    before, which lowers V by a constant. Only local quantities occur: D, the gap U − V at an edge, and a, the difference of
+    through it. Tangents to a convex function stay below it and get flatter, so V is convex, below U, and the call
+    function
+    of a law on the edges that is smaller in convex order; where V would fall below zero (far tail) the mass that is
+    left is put on the last edge
+    before, which lowers V by a constant. Only local quantities occur: D, the gap U − V at an edge, and a, the
+    difference of
     the two slopes in units of the edge's R, so that nothing cancels.
     """
-    points = origin + step * edges
+    points: Array = origin + step * edges.astype(np.float64)
     atoms = pair.atoms(points)
     n = len(edges) - 1
     mass = atoms.mass * (1.0 - atoms.mass_error)
     loss = atoms.loss - atoms.loss_error - 4.0 * U * (np.abs(atoms.loss) + abs(origin))
+    pinned: Array = np.zeros(n + 1)
+    bulk = np.abs(loss - origin) < 0.5 * step
+    if not pair.breaks() and float(mass[bulk].sum()) > 0.3:
+        # a bulk narrower than the grid is merged into one atom, and the grid moved to where that lies
+        weight = float(mass[bulk].sum())
+        mean = origin - math.log(float(np.dot(mass[bulk], np.exp(origin - loss[bulk]))) / weight)
+        mean -= 8.0 * U * (abs(mean) + bulk.sum() * step)
+        points, origin = points + (mean - origin), mean
+        mass, loss = np.append(mass[~bulk], weight * (1.0 - bulk.sum() * U)), np.append(loss[~bulk], mean)
+    # atoms lie on edges: put the edges a hair below them and move them down, instead of merging them with others
+    points, origin = points - 1e-9 * step, origin - 1e-9 * step
     cell = np.searchsorted(points, loss, side="right") - 1
     inside = (cell >= 0) & (cell < n)
     mass, loss, cell = mass[inside], loss[inside], cell[inside]
+    pin = loss - points[cell] < 3e-9 * step
+    lowered = mass[pin] * np.exp(points[cell[pin]] - loss[pin])
+    pinned = np.bincount(cell[pin], weights=lowered, minlength=n + 1).astype(np.float64)
+    mass, loss, cell = mass[~pin], loss[~pin], cell[~pin]
     width = np.expm1(np.diff(points))
     # Q-masses and first moments per cell, all in units of the left edge's R
-    q = np.bincount(cell, weights=mass * np.exp(points[cell] - loss), minlength=n)
-    low = np.bincount(cell, weights=mass * -np.expm1(points[cell] - loss), minlength=n)
-    high = np.bincount(cell, weights=mass * np.expm1(points[cell + 1] - loss), minlength=n)
+    q: Array = np.bincount(cell, weights=mass * np.exp(points[cell] - loss), minlength=n).astype(np.float64)
+    low: Array = np.bincount(cell, weights=mass * -np.expm1(points[cell] - loss), minlength=n).astype(np.float64)
+    high: Array = np.bincount(cell, weights=mass * np.expm1(points[cell + 1] - loss), minlength=n).astype(np.float64)
     # U at the edges: call[i] = call[i + 1] + S_{i+1} (r_{i+1} − r_i) + low[i], S in units of r_i
-    slack = _slack(cell)
+    slack = _slack(np.append(cell, 0))
     growth = np.exp(np.diff(points))
     out = np.zeros(n + 1)
     above = np.zeros(n + 1)
@@ -169,7 +206,11 @@ def dominated(pair: Pair, edges: Ints, origin: float, step: float) -> Lattice:
         u += s * float(width[i]) + float(low[i])
         s += float(q[i])
         above[i], call[i] = s, u
-    gap, slope, carried = 0.0, 0.0, 0.0  # carried: V's slope left of the edge minus U's right of it, in this edge's units
+    gap, slope, carried = (
+        0.0,
+        0.0,
+        0.0,
+    )  # carried: V's slope left of the edge minus U's right of it, in this edge's units
     tight = 1.0 - 4.0 * slack
     for i in range(n):
         if gap > call[i]:
@@ -185,6 +226,6 @@ def dominated(pair: Pair, edges: Ints, origin: float, step: float) -> Lattice:
     if gap > call[stop]:  # V is below zero there already: stop one edge earlier
         out[stop] = 0.0
         out[last] += slope + above[last]
-    out = np.maximum(out * (1.0 - 8.0 * slack), 0.0)
+    out = (np.maximum(out, 0.0) + pinned) * (1.0 - 8.0 * slack)
     keep = out > 0.0
     return Lattice(origin, step, edges[keep], out[keep], pair.infinite)

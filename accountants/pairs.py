@@ -57,6 +57,10 @@ class Pair(ABC):
         """Losses at which the law has true atoms or jumps; grids do well to have edges there."""
         return []
 
+    def spacing(self) -> float:
+        """The distance of which all differences of breaks are multiples; 0 if there is none."""
+        return 0.0
+
 
 @dataclass(frozen=True)
 class SmoothPair(Pair):
@@ -65,9 +69,11 @@ class SmoothPair(Pair):
     With ``flipped`` the roles of P and Q are exchanged: the loss is then −log R and its law is taken under Q.
 
     Quadrature. A cell of losses is a cell of y, cut until it is no wider than 0.75 / slope(y), where slope bounds the
-    logarithmic derivative of both densities at distance ≤ 3 / slope in the complex plane (there both are analytic and at
+    logarithmic derivative of both densities at distance ≤ 3 / slope in the complex plane (there both are analytic and
+    at
     most e^3.5 times their value on the cell). On the Bernstein ellipse with half-axis 3 / slope, rho ≥ 16, so the n = 8
-    Gauss rule errs by at most (64/15) e^4 rho^-16 / (1 − rho^-2) < 2e-17 of the cell's mass; cells 16 times narrower have
+    Gauss rule errs by at most (64/15) e^4 rho^-16 / (1 − rho^-2) < 2e-17 of the cell's mass; cells 16 times narrower
+    have
     rho ≥ 256 and need only n = 4. Both lie below one rounding.
     """
 
@@ -116,6 +122,9 @@ class SmoothPair(Pair):
     def atoms(self, edges: Array) -> Atoms:
         forward = -edges[::-1] if self.flipped else edges
         y_edges = self.inverse(forward)
+        # near the end of the support many y share one float: the last edge takes them all
+        last = forward[-1] + 8.0 * U * abs(forward[-1])
+        y_edges[-1] = max(y_edges[-1], float(self.inverse(np.array([last]))[0]))
         low, high = self._clip(y_edges)
         y_edges = np.clip(y_edges, low, high)
         cuts = np.union1d(y_edges, self._cached_cuts(low, high))
@@ -251,6 +260,16 @@ class DiscretePair(Pair):
 
     def breaks(self) -> list[float]:
         return list(self.losses)
+
+    def spacing(self) -> float:
+        points = np.unique(np.array(self.losses))
+        if len(points) < 2:
+            return 1.0
+        gaps = np.diff(points)
+        gap = float(gaps.min())
+        if gap < 1e-9 or float(np.abs(gaps / gap - np.rint(gaps / gap)).max()) > 1e-9:
+            return 0.0
+        return float(points[-1] - points[0]) / float(np.rint((points[-1] - points[0]) / gap))
 
     def supremum(self) -> float:
         return max(self.losses, default=0.0) * (1.0 + 8.0 * U)

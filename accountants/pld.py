@@ -98,18 +98,28 @@ class Direction:
         plan = self._plan(room, log_delta)
         best = math.inf if upper else 0.0
         step: float | None = None
+        wider, finest = 0.0, 1.0
         before: tuple[float, float] | None = None
-        for _ in range(4):
-            spectrum, cost = build(self.pairs, room, plan, tolerance, upper=upper, fewest=counts, step=step)
+        for _ in range(5):
+            spectrum, cost = build(
+                self.pairs, room, plan, tolerance * finest**2, upper=upper, fewest=counts, step=step, wider=wider
+            )
             answer = solve_epsilon(spectrum, counts, log_delta, plan.epsilon)
             best = min(best, answer) if upper else max(best, answer)
+            value, error, _, _ = spectrum.bracket(answer if 0.0 < answer < math.inf else plan.epsilon, counts)
+            if wider == 0.0 and error > 0.1 * tolerance * plan.theta * plan.epsilon * value:
+                # what lies outside the window weighs more here than was guessed
+                wider = min(16.0, max(2.0, math.log(error / value) + 16.0)) if value > 0.0 else 16.0
+                step = spectrum.step
+                if 0.0 < answer < math.inf and value > 10.0 * error:
+                    plan = refine(plan, spectrum, counts, answer)
+                continue
             if not 0.0 < answer < math.inf:
                 break
             if before is not None:
                 # the error is second order in the step: compare with the coarser grid
                 ratio = (before[0] / spectrum.step) ** 2
                 cost = abs(before[1] - answer) / max(ratio - 1.0, 0.5)
-            value, error, _, _ = spectrum.bracket(answer, counts)
             self._store(_Built(spectrum, plan, cost, error / value if value > 0.0 else math.inf))
             budget = tolerance * answer * (1.0 if upper else 2.0)
             better = refine(plan, spectrum, counts, answer)
@@ -118,6 +128,7 @@ class Direction:
                 break
             finer = 0.5 if before is None else min(0.7, max(0.1, math.sqrt(0.7 * budget / cost)))
             before, step, plan = (spectrum.step, answer), spectrum.step * finer, better
+            finest *= finer
             if spectrum.size > 2 * MAX_SIZE // 3:
                 break
         return best
@@ -182,13 +193,16 @@ class PLDAccountant(Accountant):
     """The composed privacy loss itself, discretised from above and from below.
 
     Guarantee: `epsilon` and `delta` are upper bounds, and with `epsilon_bounds` the truth is bracketed. Discretisation
-    (`lattice`), truncation, wrap-around and floating-point error (`spectrum`) are all inside the bounds. Both directions,
-    removing a record and adding one, are composed separately. The schedule of events must be fixed in advance; for one that
+    (`lattice`), truncation, wrap-around and floating-point error (`spectrum`) are all inside the bounds. Both
+    directions,
+    removing a record and adding one, are composed separately. The schedule of events must be fixed in advance; for
+    one that
     depends on earlier answers use `dpkit.accountants.filters`.
 
     Args:
         adjacency: see `Accountant`.
-        tolerance: how much of epsilon the grid may cost, relative; what is reported stays an upper bound whatever it is.
+        tolerance: how much of epsilon the grid may cost, relative; what is reported stays an upper bound whatever it
+        is.
 
     >>> acc = PLDAccountant().compose(PoissonSampled(0.01, Gaussian(1.1)), 1000)
     >>> low, high = acc.epsilon_bounds(delta=1e-5)
@@ -219,7 +233,7 @@ class PLDAccountant(Accountant):
             mu_squared += n * term.mu_squared
             if term.remove is not None and term.add is not None:
                 key = (term.remove, term.add)
-                both[key] = both.get(key, 0) + n * term.runs
+                both[key] = both.get(key, 0) + n
         if both and 0.0 < mu_squared < math.inf:
             # all Gaussians are one Gaussian, exactly
             sigma = 1.0 / math.sqrt(mu_squared)
@@ -237,7 +251,27 @@ class PLDAccountant(Accountant):
         """The directions to compose; one if they are the same."""
         return [self._direction(pairs) for pairs in ((remove,) if remove == add else (remove, add))]
 
+    def _leak(self) -> float:
+        """Total variation between what was run and what is judged, over all runs."""
+        return sum(n * judge(event, self.adjacency).leak for event, n in self._ledger)
+
     def _epsilon(self, delta: float) -> float:
+        leak = self._leak()
+        if leak == 0.0:
+            return self._epsilon_exact(delta)
+        # delta'(ε) ≤ delta(ε) + (1 + e^ε)·leak; both sides grow with ε, so step up until it holds
+        epsilon = 0.0
+        for _ in range(200):
+            spent = (1.0 + math.exp(min(epsilon, 700.0))) * leak
+            if spent >= delta:
+                return math.inf
+            needed = self._epsilon_exact(delta - spent)
+            if needed <= epsilon:
+                return epsilon
+            epsilon = needed * (1.0 + 1e-9)
+        return math.inf
+
+    def _epsilon_exact(self, delta: float) -> float:
         mu_squared, remove, add, counts = self._terms()
         log_delta = math.log(delta)
         if math.isinf(mu_squared):
@@ -251,6 +285,10 @@ class PLDAccountant(Accountant):
         return best
 
     def _delta(self, epsilon: float) -> float:
+        leak = self._leak()
+        return self._delta_exact(epsilon) + (leak * (1.0 + math.exp(min(epsilon, 700.0))) if leak else 0.0)
+
+    def _delta_exact(self, epsilon: float) -> float:
         mu_squared, remove, add, counts = self._terms()
         if math.isinf(mu_squared):
             return 1.0
@@ -269,7 +307,7 @@ class PLDAccountant(Accountant):
         """
         log_delta = math.log(check_delta(delta))
         upper = self.epsilon(delta)
-        if not self._ledger or upper == 0.0:
+        if not self._ledger or upper == 0.0 or self._leak() > 0.0:
             return 0.0, upper
         mu_squared, remove, add, counts = self._terms()
         if math.isinf(mu_squared):
@@ -287,7 +325,7 @@ class PLDAccountant(Accountant):
         """(lower, upper) for the true delta at ``epsilon``."""
         epsilon = check_epsilon(epsilon)
         upper = self.delta(epsilon)
-        if not self._ledger or upper == 0.0:
+        if not self._ledger or upper == 0.0 or self._leak() > 0.0:
             return 0.0, upper
         mu_squared, remove, add, counts = self._terms()
         if math.isinf(mu_squared):

@@ -4,33 +4,47 @@ The law of one step is tilted, w_j = p_j e^{θ l_j − K(θ)}, so that the compo
 
     delta(ε) = e^{ΣTK − θε} · B + P(L = ∞),    B = Σ_{L > ε} r(L) (e^{−θ(L−ε)} − e^{−(1+θ)(L−ε)}),
 
-with r = w^{*T} the composed tilted law. B is a sum over an N-periodic index and is taken in the Fourier domain (Parseval):
-B = (1/N) Σ_k conj(W_k) Π_i F_ik^{T_i}, with W the transform of the two geometric weights in closed form. The powers of F
+with r = w^{*T} the composed tilted law. B is a sum over an N-periodic index and is taken in the Fourier domain
+(Parseval):
+B = (1/N) Σ_k conj(W_k) Π_i F_ik^{T_i}, with W the transform of the two geometric weights in closed form. The powers
+of F
 die out after a few hundred frequencies, so one spectrum answers any epsilon, and any number of steps, in microseconds.
 
 What is bounded, u = 2^-53 (one rounding):
 
-Wrap-around and window. The index is periodic with period N, the window is [j0, j0 + N). Mass of r outside it is read at a
+Wrap-around and window. The index is periodic with period N, the window is [j0, j0 + N). Mass of r outside it is read
+at a
 wrong place, where a weight is at most c = θ^θ/(1+θ)^{1+θ} ≤ 1, just as its own weight is. Chernoff at θ ± t on the
 lattice law itself bounds that mass by τ, so the error is at most c·τ.
 
-FFT round-off. In a Cooley-Tukey transform of length N = Π radices, every output is a sum over the inputs of products along
-one path through the stages. A computed complex product is xy(1 + e) with |e| ≤ √5 u (Brent, Percival, Zimmermann 2007), a
-stored root of unity has relative error ≤ u (rounded from extended accuracy), a computed sum is (x + y)(1 + e), |e| ≤ u, and
+FFT round-off. In a Cooley-Tukey transform of length N = Π radices, every output is a sum over the inputs of products
+along
+one path through the stages. A computed complex product is xy(1 + e) with |e| ≤ √5 u (Brent, Percival, Zimmermann
+2007), a
+stored root of unity has relative error ≤ u (rounded from extended accuracy), a computed sum is (x + y)(1 + e), |e| ≤
+u, and
 its e goes to both terms. So the computed output is Σ_j x_j ω^{jk} Π(1 + e), with, per stage of radix 2, one sum, one
 product and one root: |e| ≤ (1 + √5 + 1)u(1 + O(u)) < 5u; of radix 4, two sums and one product and root, < 6u ≤ 2·5u; of
-radix 3 and 5 the inner sums have two and four terms and one constant factor in real arithmetic: < (2 + 2 + √5 + 1)u < 8u ≤
+radix 3 and 5 the inner sums have two and four terms and one constant factor in real arithmetic: < (2 + 2 + √5 + 1)u <
+8u ≤
 log2(3)·8u and < (4 + 2 + √5 + 1)u < 10u ≤ log2(5)·8u. Whatever the mix of radices 2 to 5, hence, with ‖x‖₁ = Σ|x_j|,
 
     |F̂_k − F_k| ≤ e_F = 8u · log2(N) · (1 + 1e-10) · ‖x‖₁      for every k.
 
 The real-input transform computes half of the same outputs by the same butterflies. N is chosen 5-smooth.
 
-Powers. Ĝ = exp(ΣT_i log F̂_i) has relative error at most expm1(ΣT_i(e_F/(|F̂_i| − e_F) + 4u(1 + |log F̂_i|)) + 4u(1 + |ΣT log F̂|)).
-Where that is useless (F̂ near e_F) both Ĝ and G are at most Π(|F̂_i| + e_F)^{T_i}, whose double bounds the difference.
+Powers. Ĝ = exp(ΣT_i log F̂_i) has relative error at most expm1(ΣT_i e_i + 4u(1 + |log Ĝ|)), e_i = e_F/(|F̂_i| − e_F)
++ 4u(1 +
+|log F̂_i|) the error of log F̂_i. Where F̂_i < 2 e_F, F_i is at most 3 e_F: e_F is put in its place and e_i = 100
+stands for
+"anything up to e^100 times that". Where few frequencies count, 1 − F is summed directly instead (`_direct`): its
+error is a
+few roundings of 1 − F itself, about 1/T, so that the error of the power does not grow with T.
 
-Weights, sums. The geometric sums have relative error ≤ 32u each; the phases are reduced in exact integers; a sum of K terms
-by numpy's pairwise rule errs by at most (log2 K + 128)u of the sum of moduli. Dropped frequencies are bounded by their moduli.
+Weights, sums. The geometric sums have relative error ≤ 32u each; the phases are reduced in exact integers; a sum of K
+terms
+by numpy's pairwise rule errs by at most (log2 K + 128)u of the sum of moduli. Dropped frequencies are bounded by
+their moduli.
 """
 
 from __future__ import annotations
@@ -119,8 +133,14 @@ class Spectrum:
             spectra.append(rfft(np.bincount((law.index - shift) % self.size, weights=weight, minlength=self.size)))
             self._noise.append(8.0 * U * (math.log2(self.size) + 1.0) * float(weight.sum()) * (1.0 + 1e-10))
         self._k, self._rest = self._alive(spectra)
-        self._spectra = [f[self._k] for f in spectra]
-        self._sizes = [np.maximum(np.abs(f), 1e-300) for f in self._spectra]
+        self._logs: list[Complex] = []
+        self._doubts: list[Array] = []
+        for law, weight, shift, f, noise in zip(laws, self._tilted, self._shifts, spectra, self._noise, strict=True):
+            plain = sum(counts) * noise < 1e-9  # the fast transform's error is no matter
+            direct = None if plain else self._direct(law.index - shift, weight)
+            log_f, doubt = direct or self._transformed(f[self._k], noise)
+            self._logs.append(log_f)
+            self._doubts.append(doubt)
         angle = 2.0 * math.pi * self._k / self.size
         self._near, self._far = self._geometric(theta, angle), self._geometric(1.0 + theta, angle)
         self._double = np.where((self._k == 0) | (2 * self._k == self.size), 1.0, 2.0) / self.size
@@ -129,7 +149,8 @@ class Spectrum:
     def _alive(self, spectra: list[Complex]) -> tuple[Ints, float]:
         """The frequencies whose power at the fewest steps exceeds e^-_FADE, and a bound on all others' share in B.
 
-        With G ≤ e^-_FADE (1 + e_F/|F|)^T for the others and |1 − ρ e^{−iφ}| ≥ sin(φ/2) ≥ φ/π for 0 ≤ ρ ≤ 1, φ ≤ π, their
+        With G ≤ e^-_FADE (1 + e_F/|F|)^T for the others and |1 − ρ e^{−iφ}| ≥ sin(φ/2) ≥ φ/π for 0 ≤ ρ ≤ 1, φ ≤ π,
+        their
         share is at most (2/N) Σ_k |G_k| (|D1| + |D2|) ≤ 2 max|G| (1 + log N).
         """
         if len(spectra) == 1:
@@ -152,6 +173,38 @@ class Spectrum:
         if alive.all():
             return np.flatnonzero(alive), 0.0
         return np.flatnonzero(alive), 2.0 * math.exp(ceiling) * (1.0 + math.log(self.size)) * (1.0 + 1e-9)
+
+    def _transformed(self, f: Complex, noise: float) -> tuple[Complex, Array]:
+        """log F and a bound on its error, from the fast transform."""
+        size = np.abs(f)
+        log_f: Complex = np.log(np.where(size > 2.0 * noise, f, 1.0)) + np.where(
+            size > 2.0 * noise, 0.0, math.log(noise)
+        )
+        # where F is lost in e_F it is taken as e_F, and G as unknown up to a factor e^100
+        doubt = np.where(size > 2.0 * noise, noise / np.maximum(size - noise, 1e-300), 100.0)
+        return log_f, doubt + 4.0 * U * (1.0 + np.abs(log_f))
+
+    def _direct(self, index: Ints, weight: Array) -> tuple[Complex, Array] | None:
+        """log F and a bound on its error by plain sums of 1 − F, where those are few; None where they are not.
+
+        1 − F = Σ w (1 − e^{−iφ}) is of the order of 1/T where it counts, and known to a relative rounding or so: then
+        the
+        error of F^T no longer grows with T.
+        """
+        if len(self._k) * len(index) > 3_000_000:
+            return None
+        total = math.fsum(weight)
+        phase = (self._k[:, None] * (index % self.size)[None, :]) % self.size
+        phase = np.where(2 * phase > self.size, phase - self.size, phase)
+        half = (math.pi / self.size) * phase
+        sine = np.sin(half)
+        missing = (2.0 * sine * sine) @ weight + 1j * ((2.0 * sine * np.cos(half)) @ weight)
+        # a sum of n products errs by at most n u of the sum of moduli; each factor by a few roundings
+        slip = (len(index) + 16.0) * U * 2.0 * (np.abs(sine) @ weight)
+        if float(slip.max()) > 1e-3 or float(np.abs(missing).max()) > 0.9:
+            return None
+        log_f: Complex = math.log(total) + np.log1p(-missing / total)
+        return log_f, 1.01 * slip / np.abs(total - missing) + 8.0 * U * np.abs(log_f) + 4.0 * U
 
     def _chernoff_table(self) -> list[tuple[float, list[float]]]:
         scale = max(self.deviation, self.step)
@@ -203,27 +256,23 @@ class Spectrum:
         start = math.floor((mean - left - 0.5 * max(spare, 0.0) - base) / h)
         outside = 2.0 * math.exp(-self.wrap) if spare > 0.0 else 1.0
         log_g = np.zeros(len(k), dtype=np.complex128)
-        doubt, ceiling = np.zeros(len(k)), np.zeros(len(k))
-        for c, f, size, noise in zip(counts, self._spectra, self._sizes, self._noise, strict=True):
+        doubt = np.zeros(len(k))
+        for c, log_f, slip_f in zip(counts, self._logs, self._doubts, strict=True):
             if c:
-                log_f = np.log(np.where(f == 0.0, 1e-300, f))
                 log_g += c * log_f
-                ceiling += c * np.log(size + noise)
-                slip_f = noise / np.maximum(size - noise, 1e-300)
-                doubt += c * (slip_f + 4.0 * U * (1.0 + np.abs(log_f)))
+                doubt += c * slip_f
         g = np.exp(log_g)
         size = np.abs(g)
         doubt += 4.0 * U * (1.0 + np.abs(log_g))
-        relative = size * np.expm1(np.minimum(doubt, 100.0))
-        hopeless = 2.0 * np.exp(np.minimum(ceiling, 100.0))
-        slip = np.where(doubt < 100.0, np.minimum(relative, hopeless), hopeless)
+        slip = size * np.expm1(np.minimum(doubt, 100.0))
         weight_size = self._double * 2.0 * (np.abs(self._near) + np.abs(self._far))
         error = float(np.sum(weight_size * (slip + (size + slip) * (64.0 + math.log2(len(k) + 1) + 128.0) * U)))
         error += self._rest
         largest = math.exp(theta * math.log(theta) - (1.0 + theta) * math.log1p(theta))
         error += outside * largest
         turn = np.exp(2j * math.pi / n * ((k * ((start + n) % n)) % n))
-        near, far = self._double * g * np.conj(self._near), self._double * g * np.conj(self._far)
+        near: Complex = (self._double * g * np.conj(self._near)).astype(np.complex128)
+        far: Complex = (self._double * g * np.conj(self._far)).astype(np.complex128)
         survive = 0.0
         for c, law in zip(counts, self.laws, strict=True):
             if c:

@@ -36,35 +36,58 @@ if TYPE_CHECKING:
     from .forms import Dense, Outer, Rows
     from .rules import register_rule, unregister_rule
 
-_HOMES: dict[str, str] = {
-    "PrivacyEngine": "engine",
-    **dict.fromkeys(("AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"), "clipping"),
-    **dict.fromkeys(
-        (
-            "ConfigurationError",
-            "CoupledRecordsError",
-            "DoubleUseError",
-            "FoldedBatchError",
-            "GradientMismatchError",
-            "NonPrivateGradientError",
-            "NotAttachedError",
-            "PrivacyError",
-            "SamplingError",
-            "UncoveredParameterError",
-            "UnfinishedStepError",
-            "UnsupportedModuleError",
-        ),
-        "errors",
-    ),
-    **dict.fromkeys(("Dense", "Outer", "Rows"), "forms"),
-    **dict.fromkeys(("register_rule", "unregister_rule"), "rules"),
+_HOMES = {
+    "clipping": ["AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"],
+    "engine": ["PrivacyEngine"],
+    "errors": [
+        "ConfigurationError",
+        "CoupledRecordsError",
+        "DoubleUseError",
+        "FoldedBatchError",
+        "GradientMismatchError",
+        "NonPrivateGradientError",
+        "NotAttachedError",
+        "PrivacyError",
+        "SamplingError",
+        "UncoveredParameterError",
+        "UnfinishedStepError",
+        "UnsupportedModuleError",
+    ],
+    "forms": ["Dense", "Outer", "Rows"],
+    "rules": ["register_rule", "unregister_rule"],
 }
-__all__ = [*_HOMES, "__version__"]
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AutomaticClipping",
+    "Clipping",
+    "ConfigurationError",
+    "CoupledRecordsError",
+    "Dense",
+    "DoubleUseError",
+    "FlatClipping",
+    "FoldedBatchError",
+    "GradientMismatchError",
+    "NonPrivateGradientError",
+    "NotAttachedError",
+    "Outer",
+    "PerLayerClipping",
+    "PrivacyEngine",
+    "PrivacyError",
+    "Rows",
+    "SamplingError",
+    "UncoveredParameterError",
+    "UnfinishedStepError",
+    "UnsupportedModuleError",
+    "__version__",
+    "register_rule",
+    "unregister_rule",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"dpkit.{_HOMES[name]}"), name)
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(f"dpkit.{_HOME_OF[name]}"), name)
     raise AttributeError(f"module 'dpkit' has no attribute {name!r}")
 
 

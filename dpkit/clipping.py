@@ -70,7 +70,8 @@ class PerLayerClipping:
 
 
 def _total(norms: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(norms, dim=1)
+    total: Tensor = torch.linalg.vector_norm(norms, dim=1)
+    return total
 
 
 def _capped(norms: Tensor, bound: float) -> Tensor:
@@ -83,7 +84,8 @@ _BY_NAME = {"flat": FlatClipping, "automatic": AutomaticClipping, "per_layer": P
 def clipping_of(what: str | Clipping) -> Clipping:
     """A clipping from its name ("flat", "automatic", "per_layer"), or the object itself."""
     if isinstance(what, str):
-        return _BY_NAME[choice("clipping", what, tuple(_BY_NAME))]()
+        made: Clipping = _BY_NAME[choice("clipping", what, tuple(_BY_NAME))]()
+        return made
     if not (callable(getattr(what, "weights", None)) and callable(getattr(what, "sensitivity", None))):
         raise ConfigurationError(
             f"clipping = {what!r}",

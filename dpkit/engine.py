@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpkit.accountants import Accountant, Gaussian, calibrate, make_accountant
+from dpkit.accountants import Accountant, Gaussian, RDPAccountant, calibrate, make_accountant
 
 from . import checks
 from .clipping import Clipping, clipping_of
@@ -29,7 +29,8 @@ from .forms import Form, joined
 from .noise import NoiseSource
 from .rules import register_optional
 from .sampling import Draw, FixedBatches, PrivateDataLoader, Sampling, sampling_of
-from .tape import Batch, Tape
+from .tape import Tape
+from .taps import Batch
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
@@ -44,7 +45,8 @@ class PrivacyEngine:
     ``engine.backward(losses)``, checks that assumption; everything else is checked in any case or refused.
 
     Args:
-        accountant: "rdp" or "pld", the judge of what was spent, or an `dpkit.accountants.Accountant`.
+        accountant: the judge of what was spent: "pld" (tight), "rdp" (quick, some 5 to 15% above), or a
+            `dpkit.accountants.Accountant`.
         secure_mode: not available in this version.
 
     >>> engine = PrivacyEngine()                                                            # doctest: +SKIP
@@ -52,7 +54,7 @@ class PrivacyEngine:
     ...     data_loader=loader, noise_multiplier=1.1, max_grad_norm=1.0)
     """
 
-    def __init__(self, accountant: str | Accountant = "rdp", secure_mode: bool = False) -> None:
+    def __init__(self, accountant: str | Accountant = "pld", secure_mode: bool = False) -> None:
         if secure_mode:
             raise ConfigurationError(
                 "secure_mode=True",
@@ -103,8 +105,10 @@ class PrivacyEngine:
             poisson_sampling: draw each record independently (amplification is accounted); if False, the loader's own
                 batches are kept and no amplification is claimed.
             max_physical_batch_size: serve a logical batch in parts of at most this many records. Call
-                ``optimizer.step()`` after each part as usual; only the last one of a logical batch takes the step.
-            noise_generator: for runs that repeat exactly; by default the noise is seeded from the operating system.
+                ``optimizer.step()`` after each part as usual; only the last one of a logical batch takes the step. A
+                scheduler that is stepped beside it counts parts, not steps.
+            noise_generator: for runs that repeat exactly; by default the noise is seeded from the operating system. So
+                is the draw of records, unless the data loader has a generator of its own.
             batch_first: False if the model's inputs are [t, n, ...].
 
         Raises:
@@ -145,6 +149,8 @@ class PrivacyEngine:
         self._clipping, self._loss_reduction = rule, loss_reduction
         self._noise_multiplier, self._max_grad_norm = sigma, max_grad_norm
         self._noise = NoiseSource(noise_generator)
+        if noise_generator is not None:
+            self._noise.refuse_shared(data_loader.generator)
         self._strictly_examined = False
         try:
             self._trainable()
@@ -197,9 +203,15 @@ class PrivacyEngine:
         if isinstance(sampling, FixedBatches):
             total = -(-total // sampling.steps)
         self._target_delta = float(target_delta)
-        return calibrate(
-            target_epsilon=target_epsilon, delta=target_delta, sample_rate=sampling.sample_rate, steps=total
+        kind = "rdp" if isinstance(self.accountant, RDPAccountant) else "pld"
+        sigma: float = calibrate(
+            target_epsilon=target_epsilon,
+            delta=target_delta,
+            sample_rate=sampling.sample_rate,
+            steps=total,
+            accountant=kind,
         )
+        return sigma
 
     def detach(self) -> None:
         """Give everything back as it was. What was spent stays in the accountant."""
@@ -213,7 +225,7 @@ class PrivacyEngine:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Public passes: forwards, backwards and steps inside are the user's own, without clipping, noise or accounting."""
+        """Public passes: forwards, backwards and steps inside are not clipped, noised or accounted."""
         tape = self._attached()
         before, tape.paused = tape.paused, True
         try:
@@ -302,7 +314,7 @@ class PrivacyEngine:
         batch.examined = batch.n - 1
         try:
             torch.autograd.grad(losses[-1], tape.anchors(), retain_graph=True, allow_unused=True)
-            self._strictly_examined = True
+            self._strictly_examined = bool(torch.isfinite(losses).all())  # else the next batch is examined too
         except RuntimeError as error:
             if "checkpoint" not in str(error):  # reentrant checkpointing allows .backward() only
                 raise
@@ -446,8 +458,8 @@ class PrivacyEngine:
         """Compare the forms with autograd's own gradient, for parameters that were not compared before."""
         compared: list[tuple[nn.Parameter, Tensor, Tensor, float, bool]] = []
         for p in tape.parameters():
-            grad, p.grad = p.grad, None
-            tapped = batch.tapped.get(p)
+            stray, p.grad = p.grad, None
+            grad, tapped = batch.autograd.get(p, stray), batch.tapped.get(p)
             if grad is not None and not tapped:
                 self._refuse_uncovered(tape, batch, p)
             if tapped:
@@ -465,10 +477,10 @@ class PrivacyEngine:
             # a gradient that is zero but for rounding (an attention key's bias) is judged against the largest one
             if gap > (5e-2 if narrow else 1e-3) * max(scale, size, 1e-3 * largest):
                 raise GradientMismatchError(
-                    f"{tape.name(p)} {list(p.shape)}: the per-record gradients add up to something else than autograd's "
-                    f"gradient (they differ by {gap:.3g}, norm {size:.3g})",
-                    why="either its layer's rule is wrong, or the parameter is also used where no rule sees it; what is "
-                    "not clipped per record is not covered by the guarantee.",
+                    f"{tape.name(p)} {list(p.shape)}: the per-record gradients add up to something else than "
+                    f"autograd's gradient (they differ by {gap:.3g}, norm {size:.3g})",
+                    why="either its layer's rule is wrong, or the parameter is also used where no rule sees it; what "
+                    "is not clipped per record is not covered by the guarantee.",
                     cure="correct the rule (dpkit.register_rule), or freeze the parameter.",
                 )
             tape.proven.add(p)
@@ -485,8 +497,8 @@ class PrivacyEngine:
         raise NonPrivateGradientError(
             f"{tape.name(p)} {list(p.shape)} received a gradient that the engine did not see",
             why="what is not clipped per record is not covered by the guarantee.",
-            cure="freeze it, register a rule for its module (dpkit.register_rule), or use the parameter through its module "
-            "inside the model's forward.",
+            cure="freeze it, register a rule for its module (dpkit.register_rule), or use the parameter through its "
+            "module inside the model's forward.",
         )
 
     # ---------------------------------------------------------------- small things
@@ -520,7 +532,7 @@ class PrivacyEngine:
                 raise UncoveredParameterError(
                     f"the optimizer holds a parameter {list(p.shape)} that is not in the model",
                     why="its gradient would not be clipped per record.",
-                    cure="make it part of the module given to make_private, or train it with another optimizer on public data.",
+                    cure="make it part of the module given to make_private, or train it elsewhere on public data.",
                 )
             if p.requires_grad:
                 found[p] = len(found)

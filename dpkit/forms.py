@@ -45,6 +45,10 @@ class Form:
         """[n]: squared Euclidean norms."""
         raise NotImplementedError
 
+    def lengths(self) -> Tensor:
+        """[n]: the summed lengths of the terms that a gradient is the sum of; rounding is measured against them."""
+        return self.sq_norm().sqrt()
+
     def weighted_sum(self, w: Tensor) -> Tensor:
         """Flat [p]: sum over records of ``w[n]`` times the gradient."""
         raise NotImplementedError
@@ -80,19 +84,22 @@ class Dense(Form):
     def dense(self) -> Tensor:
         return wide(self.value)
 
+    def _flat(self) -> Tensor:
+        return wide(self.value).reshape(self.n, self.value.shape[1:].numel())  # n may be 0, so -1 would say nothing
+
     def sq_norm(self) -> Tensor:
-        flat = wide(self.value).reshape(self.n, -1)
-        return torch.linalg.vector_norm(flat, dim=1).square()
+        norms: Tensor = torch.linalg.vector_norm(self._flat(), dim=1)
+        return norms.square()
 
     def weighted_sum(self, w: Tensor) -> Tensor:
-        flat = wide(self.value).reshape(self.n, -1)
+        flat = self._flat()
         return w.to(flat.dtype) @ flat
 
     def take(self, records: Tensor) -> Dense:
         return Dense(self.value[records])
 
     def folded(self, k: int) -> Dense:
-        return Dense(wide(self.value).unflatten(0, (-1, k)).sum(1))
+        return Dense(wide(self.value).reshape(-1, k, *self.value.shape[1:]).sum(1))
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,11 @@ class Outer(Form):
             return (g.square().sum(-1) * a.square().sum(-1)).flatten(1).sum(1)
         return _gram(g, a)
 
+    def lengths(self) -> Tensor:
+        g, a = self._wide()
+        products: Tensor = torch.linalg.vector_norm(g, dim=-1) * torch.linalg.vector_norm(a, dim=-1)
+        return products.flatten(1).sum(1)
+
     def weighted_sum(self, w: Tensor) -> Tensor:
         g, a = self._wide()
         g = g * w.to(g.dtype).view(-1, *[1] * (g.ndim - 1))
@@ -156,17 +168,22 @@ class Outer(Form):
 
 
 def _gram(g: Tensor, a: Tensor) -> Tensor:
-    """Squared norms of sum_t g_t ⊗ a_t without forming it: the sum over t, t' of (g_t·g_t')(a_t·a_t').
-
-    The terms may cancel, and rounding then leaves an error that is small against the terms and large against their sum.
-    A norm reported too small would let a record exceed the clipping bound, so a bound on that error is added as soon as
-    it exceeds the accuracy promised elsewhere (1e-5).
-    """
+    """Squared norms of sum_t g_t ⊗ a_t without forming it: the sum over t, t' of (g_t·g_t')(a_t·a_t')."""
     gg, aa = g @ g.transpose(-1, -2), a @ a.transpose(-1, -2)
     norm = (gg * aa).flatten(1).sum(1)
     lengths = (gg.diagonal(dim1=-2, dim2=-1) * aa.diagonal(dim1=-2, dim2=-1)).clamp_min(0).sqrt()
     terms = lengths.sum(-1).square().reshape(len(norm), -1).sum(1)
-    rounding = 4 * torch.finfo(g.dtype).eps * terms
+    return _not_below(norm, terms)
+
+
+def _not_below(norm: Tensor, terms: Tensor) -> Tensor:
+    """A squared norm that was added up from inner products, made safe against their cancelling.
+
+    Rounding leaves an error that is small against ``terms``, the square of the summed lengths, and may be large against
+    the norm. A norm reported too small would let a record exceed the clipping bound, so a bound on that error is added
+    as soon as it exceeds the accuracy promised elsewhere (1e-5).
+    """
+    rounding = 4 * torch.finfo(norm.dtype).eps * terms
     return norm.clamp_min(0) + (rounding - 5e-6 * norm).clamp_min(0)
 
 
@@ -198,6 +215,10 @@ class Rows(Form):
         keys, sums = self.summed()
         squares = sums.square().sum(-1)
         return squares.new_zeros(self.n).index_add_(0, torch.div(keys, self.v, rounding_mode="floor"), squares)
+
+    def lengths(self) -> Tensor:
+        norms: Tensor = torch.linalg.vector_norm(wide(self.g), dim=-1)
+        return norms.sum(1)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         g = wide(self.g)
@@ -238,7 +259,10 @@ class Joined(Form):
         for k, one in enumerate(self.parts):
             for other in self.parts[k + 1 :]:
                 total = total + 2 * _inner(one, other)
-        return total.clamp_min(0)
+        return _not_below(total, self.lengths().square())
+
+    def lengths(self) -> Tensor:
+        return reduce(torch.add, (p.lengths() for p in self.parts))
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         return reduce(torch.add, (p.weighted_sum(w) for p in self.parts))

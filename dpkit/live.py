@@ -24,12 +24,18 @@ if TYPE_CHECKING:
 
 
 class Live:
-    """The router of one private forward: looks up where the records are and pairs copies with them."""
+    """The router of one private forward: looks up where the records are and pairs copies with them.
 
-    def __init__(self, tape: Tape, plan: probe.Plan, batch: Batch, n: int) -> None:
-        self.tape, self.plan, self.batch, self.n = tape, plan, batch, n
+    Attributes:
+        again: a part of the forward is run again, in the backward (activation checkpointing).
+        assumed: calls and operations that the probe had not seen, to be verified when the forward ends.
+    """
+
+    def __init__(self, tape: Tape, plan: probe.Plan, batch: Batch, n: int, *, again: bool = False) -> None:
+        self.tape, self.plan, self.batch, self.n, self.again = tape, plan, batch, n, again
+        self.assumed: list[tuple[Any, str, int, probe.Site]] = []
         self._called: dict[nn.Module, int] = defaultdict(int)
-        self._operated: dict[nn.Parameter, int] = defaultdict(int)
+        self._operated: dict[tuple[nn.Parameter, str], int] = defaultdict(int)
         self._copies: dict[nn.Parameter, Tensor] = {}
 
     def count(self, layer: nn.Module) -> int:
@@ -37,26 +43,34 @@ class Live:
         self._called[layer] += 1
         return self._called[layer] - 1
 
-    def site(self, layer: nn.Module, k: int) -> probe.Site:
+    def site(self, layer: nn.Module, k: int, values: list[Any]) -> probe.Site:
         """Where the records are in the k-th call of a layer with a rule."""
-        site = self.plan.calls.get((layer, k)) or self.plan.calls.get((layer, 0))
-        if site is None:
+        known = [s for (m, j), sites in self.plan.calls.items() if m is layer and (j == k or self.again) for s in sites]
+        fitting = [s for s in known if s.fits(values, self.n)]
+        if fitting and all(s.agrees(fitting[0]) for s in fitting):
+            return fitting[0]
+        x = next((v for v in values if isinstance(v, Tensor)), None)
+        if self.again or x is None or x.shape[:1] != (self.n,):
             raise UncoveredParameterError(
-                f"{self.tape.path(layer)} was first called now, after the first batch was examined",
+                f"{self.tape.path(layer)}: such a call did not occur when the model was examined",
                 why="which dimension of its input carries the records has not been measured.",
-                cure="call engine.detach() and make_private again, so that the model is examined anew.",
+                cure="keep records in the first dimension, and the model's calls the same from batch to batch.",
             )
-        return site
+        return self._assume(layer, k, values, type(layer).__name__)
 
     def operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = leaves((args, kwargs))
         origin = next(v for v in values if isinstance(v, StandIn)).origin
-        k = self._operated[origin]
-        self._operated[origin] += 1
         name = probe.name_of(func)
-        site = self.plan.ops.get((origin, k))
-        if site is None or site.what != name or len(site.arguments) != len(values):
-            site = self._guess(values, name, origin)
+        k = self._operated[origin, name]
+        self._operated[origin, name] += 1
+        known = [s for s in self.plan.ops.get((origin, name, k), []) if s.fits(values, self.n)]
+        if known:
+            site = known[0]
+        elif self.tape.stack:
+            site = self._infer(values, name, origin, k)
+        else:
+            site = self._guess(values, name)
         if site.folded is not None:
             probe.refuse_folded(self.tape.name(origin), name, site.folded)
         fast = self._by_rule(func, args, kwargs, site)
@@ -64,14 +78,47 @@ class Live:
             return fast
         return self._by_copies(func, args, kwargs, values, site, name, origin)
 
-    def _guess(self, values: list[Any], name: str, origin: nn.Parameter) -> probe.Site:
-        """Outside the forward (in the user's loss) nothing was measured: there, records lead."""
-        if self.tape.stack:
-            raise UncoveredParameterError(
-                f"{self.tape.name(origin)}: the operation {name} did not occur when the first batch was examined",
-                why="which dimension of its arguments carries the records has not been measured.",
-                cure="keep the model's operations the same from batch to batch, or register a rule for the module.",
+    def _infer(self, values: list[Any], name: str, origin: nn.Parameter, k: int) -> probe.Site:
+        """An operation that the probe did not see: the model took another path (another length, no padding)."""
+        standins = [v for v in values if isinstance(v, StandIn)]
+        plain = [v for v in values if isinstance(v, Tensor) and not isinstance(v, StandIn)]
+        nothing: list[Any] = [None] * len(values)
+        counts = any(type(v) is int and v > 1 and v % self.n == 0 for v in values)  # may be the number of records
+        if not plain and (self.n == 1 or not counts) and all(s.records is None for s in standins):
+            return probe.Site(name, nothing, nothing, [], data=False)
+        if not plain and len(standins) == 1 and name in _SHAPE_PRESERVING:
+            return probe.Site(name, nothing, nothing, [standins[0].records], data=False)
+        leading = all(v.shape[:1] == (self.n,) for v in plain if v.requires_grad)
+        if plain and leading and not self.again and (self.n == 1 or not counts):
+            return self._assume(origin, k, values, name)
+        raise UncoveredParameterError(
+            f"{self.tape.name(origin)}: the operation {name} did not occur when the model was examined",
+            why="which dimension of its arguments carries the records has not been measured.",
+            cure="keep the model's operations the same from batch to batch, or register a rule for the module.",
+        )
+
+    def _assume(self, whose: nn.Module | nn.Parameter, k: int, values: list[Any], name: str) -> probe.Site:
+        """Records lead, it seems; `verify` will measure before the forward's result is used."""
+        site = self._guess(values, name)
+        self.assumed.append((whose, name, k, site))
+        return site
+
+    def verify(self, measured: probe.Plan) -> None:
+        """Raise unless what was assumed in this forward is what a new probe has measured."""
+        for whose, name, k, site in self.assumed:
+            known = (
+                measured.calls.get((whose, k)) if isinstance(whose, nn.Module) else measured.ops.get((whose, name, k))
             )
+            if not known or not site.agrees(known[0]):
+                path = self.tape.path(whose) if isinstance(whose, nn.Module) else self.tape.name(whose)
+                raise UncoveredParameterError(
+                    f"{path}: in this batch {name} was used in a way that was not measured before",
+                    why="the records were taken to be in the first dimension, and they are not.",
+                    cure="keep the model's operations the same from batch to batch, or register a rule for the module.",
+                )
+
+    def _guess(self, values: list[Any], name: str) -> probe.Site:
+        """Outside the forward (in the user's loss) nothing was measured: there, records lead."""
         places: list[Place] = [
             Records(0) if isinstance(v, Tensor) and not isinstance(v, StandIn) and v.shape[:1] == (self.n,) else None
             for v in values
@@ -90,7 +137,7 @@ class Live:
                 self._copies[parameter] = parameter.detach().expand(self.n, *parameter.shape)
         return self._copies[parameter]
 
-    def _by_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], site: probe.Site) -> Tensor | None:
+    def _by_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], site: probe.Site) -> Any:
         """Matrix products and table look-ups with a whole parameter: the forms that their layers would give."""
         if len(args) < 2 or isinstance(args[0], StandIn) or not isinstance(args[1], StandIn) or not args[1].root:
             return None
@@ -105,7 +152,10 @@ class Live:
             def emit(a: Tensor | None, g: Tensor) -> Any:
                 return _linear_forms(weight, bias, a, g)
 
-            return Tap.apply(y, x, self.tape.anchor(y), emit, self.batch, *there) if torch.is_grad_enabled() else y
+            if torch.is_grad_enabled():
+                tapped: Tensor = Tap.apply(y, x, self.tape.anchor(y), emit, self.batch, *there)
+                return tapped
+            return y
         if func is F.embedding:
             how = (
                 dict(zip(("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"), args[2:], strict=False))
@@ -150,7 +200,7 @@ class Live:
             elif isinstance(v, Tensor) and isinstance(r := site.arguments[k], Records):
                 if v.shape[r.dim] != self.n * r.factor:
                     raise DoubleUseError(
-                        f"{self.tape.name(origin)} meets {v.shape[r.dim]} rows in {name} in a forward of {self.n} records",
+                        f"{self.tape.name(origin)} meets {v.shape[r.dim]} rows in {name} among {self.n} records",
                         why="copy i of a parameter must meet record i alone.",
                         cure="run the model on one batch of records at a time.",
                     )
@@ -181,7 +231,7 @@ class Live:
                 why="the change happens to all records' copies at once and cannot be attributed.",
                 cure="use the operation that returns a new tensor.",
             )
-        functorch = torch._C._functorch
+        functorch: Any = torch._C._functorch
         functorch._set_vmap_fallback_warning_enabled(False)  # slow operations are right all the same
         try:
             out = torch.vmap(single, randomness="same")(*mapped)
@@ -233,7 +283,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Scaled dot-product attention for ``vmap``, whose fused kernels give no gradient to a mask (T5's relative bias)."""
+    """Scaled dot-product attention for ``vmap``: the fused kernels give no gradient to a mask (T5's relative bias)."""
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
@@ -246,6 +296,7 @@ def _attention(
     return F.dropout(scores.softmax(-1), dropout_p) @ value
 
 
+_SHAPE_PRESERVING = frozenset(["contiguous", "clone", "to", "float", "double", "half", "bfloat16", "exp", "tanh"])
 _UNDER_VMAP: dict[Any, Callable[..., Any]] = {F.embedding: _embedding, F.scaled_dot_product_attention: _attention}
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .errors import ConfigurationError
+
 
 class NoiseSource:
     """Independent standard normal tensors.
@@ -37,13 +39,24 @@ class NoiseSource:
             self._own[device] = made.manual_seed(seed)
         return self._own[device]
 
+    def refuse_shared(self, draws: torch.Generator | None) -> None:
+        """Raise if the sampling draws from the noise's stream: whoever is drawn would then be told by the noise."""
+        if self._given is None or draws is None:
+            return
+        if draws is self._given or torch.equal(draws.get_state(), self._given.get_state()):
+            raise ConfigurationError(
+                "noise_generator and the data loader's generator are the same stream of random numbers",
+                why="the noise would depend on who was drawn, while the guarantee takes the two as independent.",
+                cure="seed two generators differently, or leave noise_generator out.",
+            )
+
     def add_to(self, sums: Sequence[Tensor], std: float) -> None:
         """Add independent N(0, std²) to every entry of flat float32 or float64 tensors, in place."""
         if std == 0.0:
             return
         for s in sums:
             generator, flat = self.generator(s.device), s.view(-1)
-            # On a CPU in pieces that stay in its cache: a fresh buffer of the parameters' size costs more than the draw.
+            # On a CPU in pieces that stay in its cache: a fresh buffer of the parameters' size costs as much again.
             size = _PIECE if s.device.type == "cpu" else flat.numel()
             noise = torch.empty(min(size, flat.numel()), device=s.device, dtype=s.dtype)
             for piece in flat.split(size):

@@ -14,7 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from .forms import Form
 from .records import Folded, Place, Records, Shape, place
 from .standin import StandIn
 from .trees import leaves, tree_map
+
+K = TypeVar("K")
 
 
 @dataclass
@@ -74,6 +76,35 @@ class Site:
     numbers: list[int | None]
     outputs: list[Place]
     data: bool
+    ranks: list[int | None] = field(default_factory=list)
+
+    def fits(self, values: list[Any], n: int) -> bool:
+        """Whether a call with these arguments, n records, can be the one that was measured.
+
+        What requires a gradient descends from the batch (every parameter is detached or stands in), so it must carry
+        records.
+        """
+        if len(values) != len(self.arguments):
+            return False
+        for v, there, rank in zip(values, self.arguments, self.ranks, strict=True):
+            if isinstance(v, StandIn) or not isinstance(v, Tensor):
+                if rank is not None:
+                    return False
+            elif (
+                v.ndim != rank
+                or (there is None and v.requires_grad)
+                or (isinstance(there, Records) and v.shape[there.dim] != n * there.factor)
+            ):
+                return False
+        return True
+
+    def agrees(self, other: Site) -> bool:
+        """Whether the other says the same of where the records are."""
+        return (self.arguments, self.outputs[: len(other.outputs)], self.data) == (
+            other.arguments,
+            other.outputs[: len(self.outputs)],
+            other.data,
+        )
 
     @property
     def folded(self) -> Folded | None:
@@ -86,8 +117,8 @@ class Plan:
     """What one probe has learnt about one kind of call of the model."""
 
     inputs: list[int | None]  # record dimension of every tensor leaf of the arguments
-    calls: dict[tuple[nn.Module, int], Site] = field(default_factory=dict)
-    ops: dict[tuple[nn.Parameter, int], Site] = field(default_factory=dict)
+    calls: dict[tuple[nn.Module, int], list[Site]] = field(default_factory=dict)  # alternatives: paths of the model
+    ops: dict[tuple[nn.Parameter, str, int], list[Site]] = field(default_factory=dict)
     bare: set[nn.Parameter] = field(default_factory=set)  # parameters met outside a layer with a rule
     losses: dict[int, str] = field(default_factory=dict)  # scalar outputs that mix records: leaf number -> reason
 
@@ -123,10 +154,10 @@ class Recorder:
         self.n = n
         self.taint = Taint()
         self.calls: dict[tuple[nn.Module, int], Call] = {}
-        self.ops: dict[tuple[nn.Parameter, int], Call] = {}
+        self.ops: dict[tuple[nn.Parameter, str, int], Call] = {}
         self.bare: set[nn.Parameter] = set()
         self._called: dict[nn.Module, int] = defaultdict(int)
-        self._operated: dict[nn.Parameter, int] = defaultdict(int)
+        self._operated: dict[tuple[nn.Parameter, str], int] = defaultdict(int)
 
     def _seen(self, tree: Any) -> list[Seen | None]:
         return [Seen.of(v, self.n) for v in leaves(tree)]
@@ -146,14 +177,15 @@ class Recorder:
         values = leaves((args, kwargs))
         origin = next(v for v in values if isinstance(v, StandIn)).origin
         self.bare.update(v.origin for v in values if isinstance(v, StandIn))
-        k = self._operated[origin]
-        self._operated[origin] += 1
+        name = name_of(func)
+        k = self._operated[origin, name]
+        self._operated[origin, name] += 1
         plain_args, plain_kwargs = tree_map(lambda v: v.value if isinstance(v, StandIn) else v, (args, kwargs))
         tainted = self.taint.has((plain_args, plain_kwargs))
         numbers = [v if type(v) is int else None for v in values]
         arguments = self._seen((args, kwargs))
         out = func(*plain_args, **plain_kwargs)
-        self.ops[origin, k] = Call(name_of(func), arguments, numbers, tainted, self._seen(out))
+        self.ops[origin, name, k] = Call(name, arguments, numbers, tainted, self._seen(out))
         if tainted:
             return out
         return tree_map(lambda v: StandIn.of(v, origin, self) if isinstance(v, Tensor) else v, out)
@@ -165,20 +197,41 @@ def name_of(func: Any) -> str:
 
 def merge(full: Recorder, part: Recorder, plan: Plan) -> None:
     """Write into ``plan`` what the two runs' comparison tells."""
-    n, m = full.n, part.n
-    for mine, theirs, into in ((full.calls, part.calls, plan.calls), (full.ops, part.ops, plan.ops)):
-        for key, a in mine.items():
-            b = theirs.get(key)  # type: ignore[call-overload]
-            if b is None or (a.what, len(a.arguments), len(a.outputs)) != (b.what, len(b.arguments), len(b.outputs)):
-                continue
-            into[key] = Site(  # type: ignore[index]
-                what=a.what,
-                arguments=[_place(x, y, n, m) for x, y in zip(a.arguments, b.arguments, strict=True)],
-                numbers=[_rows(x, y, n, m) for x, y in zip(a.numbers, b.numbers, strict=True)],
-                outputs=[_place(x, y, n, m) for x, y in zip(a.outputs, b.outputs, strict=True)],
-                data=a.tainted,
-            )
+    for key, site in _sites(full.calls, part.calls, full.n, part.n).items():
+        plan.calls[key] = [site]
+    for op, site in _sites(full.ops, part.ops, full.n, part.n).items():
+        plan.ops[op] = [site]
     plan.bare |= full.bare | part.bare
+
+
+def extend(plan: Plan, other: Plan) -> None:
+    """Add to ``plan`` what another probe of the same model, on another path, has learnt."""
+    for call, sites in other.calls.items():
+        plan.calls[call] = _with(plan.calls.get(call, []), sites)
+    for op, sites in other.ops.items():
+        plan.ops[op] = _with(plan.ops.get(op, []), sites)
+    plan.bare |= other.bare
+
+
+def _with(known: list[Site], more: list[Site]) -> list[Site]:
+    return known + [s for s in more if not any(s.agrees(k) and s.ranks == k.ranks for k in known)]
+
+
+def _sites(full: dict[K, Call], part: dict[K, Call], n: int, m: int) -> dict[K, Site]:
+    sites: dict[K, Site] = {}
+    for key, a in full.items():
+        b = part.get(key)
+        if b is None or (a.what, len(a.arguments), len(a.outputs)) != (b.what, len(b.arguments), len(b.outputs)):
+            continue
+        sites[key] = Site(
+            what=a.what,
+            arguments=[_place(x, y, n, m) for x, y in zip(a.arguments, b.arguments, strict=True)],
+            numbers=[_rows(x, y, n, m) for x, y in zip(a.numbers, b.numbers, strict=True)],
+            outputs=[_place(x, y, n, m) for x, y in zip(a.outputs, b.outputs, strict=True)],
+            data=a.tainted,
+            ranks=[None if x is None else len(x.shape) for x in a.arguments],
+        )
+    return sites
 
 
 def _place(a: Seen | None, b: Seen | None, n: int, m: int) -> Place:
@@ -312,7 +365,7 @@ def refuse_misattributed(name: str, form: Form, expected: Tensor | None, record:
     tolerance = (5e-2 if form.narrow else 1e-3) * max(size, float(norms.max()), 1e-3 * largest)
     if float((ours - theirs).norm()) > tolerance:
         raise GradientMismatchError(
-            f"{name}: the gradient of record {record} is found as {float(ours.norm()):.4g} where autograd says {size:.4g}",
+            f"{name}: the gradient of record {record} is found as {float(ours.norm()):.4g}, autograd says {size:.4g}",
             why="what is not clipped per record is not covered by the guarantee.",
             cure="correct the layer's rule (dpkit.register_rule), or freeze the parameter.",
         )

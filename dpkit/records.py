@@ -26,8 +26,8 @@ class Records:
         if self.factor == 1:
             return x.movedim(self.dim, 0).unsqueeze(self.dim + 1)
         if self.inner:
-            return x.unflatten(self.dim, (self.factor, -1)).movedim(self.dim + 1, 0)
-        return x.unflatten(self.dim, (-1, self.factor)).movedim(self.dim, 0)
+            return _unfold(x, self.dim, (self.factor, -1)).movedim(self.dim + 1, 0)
+        return _unfold(x, self.dim, (-1, self.factor)).movedim(self.dim, 0)
 
     def join(self, x: Tensor) -> Tensor:
         """n batches of one record [n, ..., k, ...] as one batch [..., n·k, ...]."""
@@ -38,7 +38,7 @@ class Records:
     def lead(self, x: Tensor) -> Tensor:
         """The rows first, record-major: [n·k, ...]."""
         x = x.movedim(self.dim, 0) if self.dim else x
-        return x.unflatten(0, (self.factor, -1)).transpose(0, 1).flatten(0, 1) if self.inner else x
+        return _unfold(x, 0, (self.factor, -1)).transpose(0, 1).flatten(0, 1) if self.inner else x
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ def place(
         return Folded(d, k)
     orders = [r for r in (Records(d, k), Records(d, k, inner=True)) if _agree(r.split(x), r.split(y), min(n, m))]
     return orders[0] if len(orders) == 1 else Folded(d, k)
+
+
+def _unfold(x: Tensor, dim: int, sizes: tuple[int, int]) -> Tensor:
+    folded: Tensor = x.unflatten(dim, sizes)
+    return folded
 
 
 def _agree(x: Tensor, y: Tensor, kept: int) -> bool:

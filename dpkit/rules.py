@@ -20,8 +20,8 @@ from torch.nn.utils import parametrize
 from .errors import UnsupportedModuleError
 from .forms import Dense, Form, Outer, Rows
 
-Yields = Iterator[tuple[nn.Parameter | None, Form]]
-RuleFunction = Callable[[Any, Tensor, Tensor], Iterable[tuple[nn.Parameter | None, Form]]]
+Yields = Iterator[tuple[Tensor | None, Form]]
+RuleFunction = Callable[[Any, Any, Tensor], Iterable[tuple[Tensor | None, Form]]]
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,11 @@ def register_optional(module: nn.Module) -> None:
 # ---------------------------------------------------------------- convolutions
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    """[n, c, ...] as [n, t, c]; [n, c] stays."""
+    return x.flatten(2).transpose(1, 2) if x.ndim > 2 else x
+
+
 def _padded(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The input with its padding made explicit where convolution_backward cannot express it, and the rest."""
     if layer.padding_mode != "zeros":
@@ -188,20 +193,28 @@ def _padded(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return x, layer.padding
 
 
-def _conv_weight_grads(x: Tensor, grad: Tensor, weight: Tensor, **how: Any) -> Dense:
+def _conv_weight_grads(layer: Any, x: Tensor, grad: Tensor, padding: Any) -> Dense:
     """All per-sample weight gradients [n, o, i / groups, *k] from one grouped convolution_backward.
 
     Records become groups: x [1, n·i, ...], grad [1, n·o, ...], groups = n · groups.
     """
-    n, groups = x.shape[0], how.pop("groups")
-    dims = x.ndim - 2
+    n, weight, dims = x.shape[0], layer.weight, x.ndim - 2
     x = x.to(grad.dtype).reshape(1, n * x.shape[1], *x.shape[2:])
     grad = grad.reshape(1, n * grad.shape[1], *grad.shape[2:])
     shape = (n * weight.shape[0], *weight.shape[1:])
-    mask = [False, True, False]
     dummy = grad.new_empty(1).expand(shape)
     _, dense, _ = torch.ops.aten.convolution_backward(
-        grad, x, dummy, None, how["stride"], how["padding"], how["dilation"], False, [0] * dims, n * groups, mask
+        grad,
+        x,
+        dummy,
+        None,
+        layer.stride,
+        padding,
+        layer.dilation,
+        False,
+        [0] * dims,
+        n * layer.groups,
+        [False, True, False],
     )
     return Dense(dense.view(n, *weight.shape))
 
@@ -227,20 +240,18 @@ def convolution(layer: nn.Conv2d, x: Tensor, grad: Tensor) -> Yields:
         if grad.ndim == 4 and t * (o // layer.groups + k) < o // layer.groups * k:
             yield layer.weight, _conv_outer(layer, x, grad, padding)  # small maps, many channels: the ghost norm
         else:
-            how = dict(stride=layer.stride, padding=padding, dilation=layer.dilation, groups=layer.groups)
-            yield layer.weight, _conv_weight_grads(x, grad, layer.weight, **how)
+            yield layer.weight, _conv_weight_grads(layer, x, grad, padding)
     if trains(layer.bias):
-        yield layer.bias, summed(grad.flatten(2).transpose(1, 2))
+        yield layer.bias, summed(_channels_last(grad))
 
 
 @register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, input_for=["weight"])
 def transposed_convolution(layer: nn.ConvTranspose2d, x: Tensor, grad: Tensor) -> Yields:
     """A transposed convolution is the convolution with input and output exchanged, and so is its weight gradient."""
     if trains(layer.weight):
-        how = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups)
-        yield layer.weight, _conv_weight_grads(grad, x, layer.weight, **how)
+        yield layer.weight, _conv_weight_grads(layer, grad, x, layer.padding)
     if trains(layer.bias):
-        yield layer.bias, summed(grad.flatten(2).transpose(1, 2))
+        yield layer.bias, summed(_channels_last(grad))
 
 
 # ---------------------------------------------------------------- embedding
@@ -269,8 +280,8 @@ def _affine_last(layer: Any, normalised: Tensor | None, grad: Tensor) -> Yields:
     if trains(layer.weight):
         assert normalised is not None
         yield layer.weight, summed((grad * normalised).reshape(grad.shape[0], -1, layer.weight.numel()))
-    bias = getattr(layer, "bias", None)
-    if trains(bias):
+    bias: Tensor | None = getattr(layer, "bias", None)
+    if bias is not None and bias.requires_grad:
         yield bias, summed(grad.reshape(grad.shape[0], -1, bias.numel()))
 
 

@@ -8,13 +8,14 @@ through the user's own dataset, collate_fn and workers, as physical batches wher
 from __future__ import annotations
 
 import math
+import secrets
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from dpkit.accountants import Event, PoissonSampled
 
@@ -24,10 +25,17 @@ from .errors import SamplingError
 class Sampling(Protocol):
     """What the loader and the ledger ask of a sampling."""
 
-    steps: int
-    expected_batch_size: float
-    sample_rate: float
-    name: str
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def expected_batch_size(self) -> float: ...
+
+    @property
+    def sample_rate(self) -> float: ...
+
+    @property
+    def name(self) -> str: ...
 
     def draws(self, generator: torch.Generator) -> Iterator[list[int]]: ...
 
@@ -50,7 +58,7 @@ class PoissonSampling:
     name: str = "Poisson sampling"
 
     @property
-    def sample_rate(self) -> float:  # type: ignore[override]
+    def sample_rate(self) -> float:
         return min(1.0, self.expected_batch_size / self.records)
 
     def draws(self, generator: torch.Generator) -> Iterator[list[int]]:
@@ -103,7 +111,7 @@ class Draw:
 
 
 class _PhysicalBatches:
-    """The batch sampler behind `PrivateDataLoader`: splits logical draws, and notes each in ``log`` (workers run ahead)."""
+    """The batch sampler behind `PrivateDataLoader`: splits logical draws, notes each in ``log`` (workers run ahead)."""
 
     def __init__(self, sampling: Sampling, generator: torch.Generator, max_size: int | None) -> None:
         self.sampling, self.generator, self.max_size = sampling, generator, max_size
@@ -113,7 +121,8 @@ class _PhysicalBatches:
         return self.sampling.steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.log = log = deque()
+        log: deque[Draw] = deque()
+        self.log = log
         return self._serve(log)
 
     def _serve(self, log: deque[Draw]) -> Iterator[list[int]]:
@@ -143,7 +152,8 @@ class PrivateDataLoader(DataLoader[Any]):
     def __init__(self, loader: DataLoader[Any], sampling: Sampling, listener: Listener, max_size: int | None) -> None:
         generator = loader.generator
         if generator is None:
-            generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+            # not from torch's global one: amplification holds against those only who cannot repeat the draw
+            generator = torch.Generator().manual_seed(secrets.randbits(63))
         self._listener: Listener | None = listener
         workers: dict[str, Any] = {}
         if loader.num_workers > 0:
@@ -154,7 +164,7 @@ class PrivateDataLoader(DataLoader[Any]):
             }
         super().__init__(
             loader.dataset,
-            batch_sampler=_PhysicalBatches(sampling, generator, max_size),  # type: ignore[arg-type]
+            batch_sampler=_PhysicalBatches(sampling, generator, max_size),
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
@@ -177,7 +187,7 @@ class PrivateDataLoader(DataLoader[Any]):
                 why="nobody would count the batches it draws.",
                 cure="use the original data loader, or call make_private again.",
             )
-        batches: _PhysicalBatches = self.batch_sampler  # type: ignore[assignment]
+        batches: Any = self.batch_sampler
         listener.begin_pass()
         inner = super().__iter__()
         log = batches.log
@@ -210,9 +220,10 @@ def sampling_of(loader: DataLoader[Any], *, poisson: bool) -> Sampling:
             "records of a stream cannot be drawn independently, so no sampling rate is true.",
             "use a map-style dataset (__getitem__ and __len__).",
         )
-    if loader.batch_sampler is None or type(loader.batch_sampler) is not BatchSampler or loader.batch_size is None:
+    batches, size = loader.batch_sampler, loader.batch_size
+    if type(batches) is not BatchSampler or size is None:
         _refuse(
-            f"the loader batches by {type(loader.batch_sampler).__name__}",
+            f"the loader batches by {type(batches).__name__}",
             "batches composed by the user's own rule have no known sampling rate.",
             "build the DataLoader with batch_size=..., and let the engine draw.",
         )
@@ -228,9 +239,14 @@ def sampling_of(loader: DataLoader[Any], *, poisson: bool) -> Sampling:
             "use shuffle=True; for a part of the data torch.utils.data.Subset; weights or repetition change the "
             "sampling rate of single records and are not supported.",
         )
-    size = loader.batch_size
     if records == 0:
         _refuse("the data set is empty", "there is nothing to sample from.", "pass a data set with records.")
+    if _repeats(loader.dataset):
+        _refuse(
+            "the data set is a Subset that holds a record several times",
+            "the record would take part in a step with more than the sampling rate, and be clipped once for each copy.",
+            "use each index once.",
+        )
     if size > records:
         _refuse(
             f"batch_size {size} exceeds the {records} records of the data set",
@@ -240,8 +256,16 @@ def sampling_of(loader: DataLoader[Any], *, poisson: bool) -> Sampling:
     steps = records // size if loader.drop_last else math.ceil(records / size)
     if poisson:
         return PoissonSampling(records, float(size), steps)
-    return FixedBatches(loader.batch_sampler, float(size), steps)
+    return FixedBatches(batches, float(size), steps)
 
 
-def _refuse(seen: str, why: str, cure: str) -> None:
+def _repeats(dataset: Any) -> bool:
+    while isinstance(dataset, Subset):
+        if len(set(dataset.indices)) < len(dataset.indices):
+            return True
+        dataset = dataset.dataset
+    return False
+
+
+def _refuse(seen: str, why: str, cure: str) -> NoReturn:
     raise SamplingError(seen, why=why, cure=cure)

@@ -89,6 +89,7 @@ class Tape:
         self._router: Live | probe.Recorder | None = None
         self._anchors: dict[torch.device, Tensor] = {}
         self._handles: list[Any] = []
+        self._watches: list[Any] = []
         self._statistics = checks.batch_statistics(model)
         for path, module in model.named_modules():
             self._paths[module] = path or type(module).__name__
@@ -131,12 +132,16 @@ class Tape:
         """From now on, forwards are private: n records are in the user's hands."""
         self.restore()
         unproven = frozenset(p for p in self._names if p.requires_grad and p not in self.proven)
-        self.batch = Batch(n, unproven=unproven)
+        self.batch = batch = Batch(n, unproven=unproven)
+        self._watches = [p.register_post_accumulate_grad_hook(_Hook(batch.keep)) for p in unproven]
 
     def close(self) -> Batch | None:
         """End the batch and return what its backward passes brought."""
         self.restore()
         batch, self.batch = self.batch, None
+        for watch in self._watches:
+            watch.remove()
+        self._watches.clear()
         if batch is not None:
             batch.closed = True
         return batch
@@ -190,7 +195,7 @@ class Tape:
         k = router.count(module)
         if not any(trains(p) for p in self._own(module).values()):
             return False
-        site = router.site(module, k)
+        site = router.site(module, k, leaves((args, kwargs)))
         if not site.data or any(isinstance(v, StandIn) for v in leaves((args, kwargs))):
             return False
         frame.site = site
@@ -216,6 +221,10 @@ class Tape:
         if frame.site is not None and torch.is_grad_enabled():
             output = self._tapped(module, frame.site, args, kwargs, output, router)
         if frame.outermost:
+            if router.assumed:
+                measured = self._examine(module, args, kwargs, router.plan.inputs, router.n)
+                router.verify(measured)
+                probe.extend(router.plan, measured)
             output = self._finished(router, output)
         return output
 
@@ -252,7 +261,7 @@ class Tape:
             return
         if torch._C._current_graph_task_id() != -1:  # activation checkpointing runs a part again, in the backward
             if self._latest is not None:
-                self._router = Live(self, self._latest, batch, batch.n)
+                self._router = Live(self, self._latest, batch, batch.n, again=True)
             return
         checks.refuse_batch_statistics(self._statistics)
         key = (module, signature((args, kwargs)))
@@ -269,14 +278,14 @@ class Tape:
             plan = self._examine(module, args, kwargs, dims, batch.n)
             if batch.n > 1:
                 self._plans[key] = plan
-        sizes = {t.shape[d] for t, d in zip(tensors, plan.inputs, strict=True) if d is not None}
-        if len(sizes) != 1:
+        rows = {t.shape[d] for t, d in zip(tensors, plan.inputs, strict=True) if d is not None}
+        if len(rows) != 1:
             batch.passive = (
-                f"{self.path(module)} was called on tensors with different numbers of records {sorted(sizes)}"
+                f"{self.path(module)} was called on tensors with different numbers of records {sorted(rows)}"
             )
             return
         self._latest = plan
-        self._router = Live(self, plan, batch, sizes.pop())
+        self._router = Live(self, plan, batch, rows.pop())
 
     def _find_records(self, tensors: list[Tensor], n: int) -> list[int | None]:
         first = 0 if self.batch_first else 1

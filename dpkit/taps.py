@@ -17,7 +17,7 @@ from .forms import Dense, Form, Outer
 from .records import Records
 from .rules import looked_up
 
-Emit = Callable[[Tensor | None, Tensor], Iterable[tuple[nn.Parameter | None, Form]]]
+Emit = Callable[[Tensor | None, Tensor], Iterable[tuple[Tensor | None, Form]]]
 
 
 class Tap(torch.autograd.Function):
@@ -121,19 +121,23 @@ class Batch:
         n: records in it.
         forms: per parameter, its forms in order of arrival.
         tapped: the forms that came through rules (those that the first-batch proof compares with autograd).
+        unproven: parameters whose forms have not been compared with autograd's own gradient yet.
+        autograd: the ordinary gradients of those.
         passive: why forwards in this batch were left alone, if any was.
     """
 
     n: int
     forms: dict[nn.Parameter, list[Form]] = field(default_factory=lambda: defaultdict(list))
     tapped: dict[nn.Parameter, list[Form]] = field(default_factory=lambda: defaultdict(list))
-    unproven: frozenset[nn.Parameter] = frozenset()  # not yet compared with autograd's own gradient
+    unproven: frozenset[nn.Parameter] = frozenset()
+    autograd: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     passive: str = ""
     closed: bool = False
     examined: int | None = None  # strict door: the only record that the running backward may touch
 
-    def add(self, parameter: nn.Parameter | None, form: Form, *, tapped: bool) -> None:
-        if parameter is None or not parameter.requires_grad:
+    def add(self, parameter: Tensor | None, form: Form, *, tapped: bool) -> None:
+        """Take a form in; ``tapped``: by a rule, so that autograd's own gradient of that use can be compared."""
+        if not isinstance(parameter, nn.Parameter) or not parameter.requires_grad:
             return
         if self.closed:
             raise DoubleUseError(
@@ -154,10 +158,20 @@ class Batch:
         if tapped and parameter in self.unproven:
             self.tapped[parameter].append(form)
 
+    def keep(self, parameter: Tensor) -> None:
+        """Hook on an unproven parameter: its ordinary gradient is taken away as soon as it is there, so that the user's
+        ``clip_grad_norm_`` or ``zero_grad`` finds what it will find in every later batch: nothing."""
+        assert isinstance(parameter, nn.Parameter)
+        grad, parameter.grad = parameter.grad, None
+        if grad is not None:
+            held = self.autograd.get(parameter)
+            self.autograd[parameter] = grad if held is None else held + grad
+
     def examine(self, grad: Tensor, factor: int = 1) -> None:
         """Strict door, first batch: the loss of one record must not reach another record's rows."""
         others = torch.arange(grad.shape[0], device=grad.device) // factor != self.examined
-        if bool((grad[others] != 0).any()):
+        reached = grad[others]  # where a record is not finite, 0 times its NaN is NaN: that says nothing
+        if bool(((reached != 0) & torch.isfinite(reached)).any()):
             raise CoupledRecordsError(
                 f"the loss of record {self.examined} has a gradient at another record's activations",
                 why="clipping bounds what a record does through its own gradient only.",

@@ -104,8 +104,8 @@ class Report:
             "example was written: that search is not in ε, and favours the numbers a little.",
             "The pre-trained weights saw public web text: ε covers the fine-tuning prompts only. The loss on the "
             "progress bar is computed on private records without noise: it is for your eyes and is not written.",
-            "The seed makes the noise repeatable, so known to whoever knows it: to release a model, leave "
-            "noise_generator out.",
+            "The seed makes the draw and the noise repeatable, so known to whoever knows it: to release a model, give "
+            "neither generator.",
         ]
 
     def rows(self) -> list[list[str]]:
@@ -179,9 +179,9 @@ class Report:
         prevalence = self.prompts["xstest"].prevalence
         right.axhline(prevalence, color="grey", linestyle=":", label=f"a guess: {prevalence:.3f}")
         left.set(xlabel="step", ylabel=f"ε spent at δ = {self.delta:.2g}", ylim=(0, None), title="Privacy spent")
+        left.xaxis.get_major_locator().set_params(integer=True)
         right.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title="XSTest")
         for axes in (left, right):
             axes.grid(alpha=0.3)
-            if axes.has_data() and axes.get_legend_handles_labels()[0]:
-                axes.legend(frameon=False)
+            axes.legend(frameon=False)
         figure.savefig(path, dpi=150)

@@ -83,7 +83,7 @@ def train(
             target_delta=delta,
             epochs=recipe.epochs,
             max_grad_norm=recipe.max_grad_norm,
-            noise_generator=noise,  # repeatable, so not secret: leave it out to release the model
+            noise_generator=noise,  # a known seed is known noise: give no generators to release a model
         )
 
     run = Run("no privacy" if epsilon is None else f"ε = {epsilon:g}", epsilon, epsilon and delta)

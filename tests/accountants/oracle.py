@@ -1,6 +1,7 @@
 """An independent judge: delta by a contour integral, without any grid of losses.
 
-delta(ε) = (1/π) ∫_0^∞ Re[e^{K(z) − zε} / (z (z + 1))] ds on z = θ + is, K(z) = Σ T log E_P e^{zL}, for any θ > 0. Both the
+delta(ε) = (1/π) ∫_0^∞ Re[e^{K(z) − zε} / (z (z + 1))] ds on z = θ + is, K(z) = Σ T log E_P e^{zL}, for any θ > 0.
+Both the
 inner expectation and the outer integral are trapezoid sums of analytic functions; each is done twice, with half the
 spacing, and the two must agree.
 """
@@ -69,7 +70,7 @@ def contour_delta(steps: list[tuple[float, float, int]], epsilon: float, *, log_
             start += 256
             if float(np.abs(value[-8:]).max()) < 1e-15 * max(abs(total), 1e-300):
                 return total * ds / math.pi
-            if start > 60_000:
+            if start > 6_000:
                 raise NoAnswerError
 
     first = integral(4.0, spacing)

