@@ -137,14 +137,17 @@ def build(
     upper: bool,
     fewest: Sequence[int] | None = None,
     step: float | None = None,
+    wider: float = 0.0,
 ) -> tuple[Spectrum, float]:
     """A spectrum whose discretisation costs about ``tolerance`` of epsilon at most, and an estimate of that cost.
 
-    With ``step`` given the grid is that, whatever it costs.
+    With ``step`` given the grid is that, whatever it costs. ``wider`` lowers the log of the mass outside the window.
     """
     steps = max(1, sum(counts))
     budget = tolerance * plan.epsilon
     fixed = step is not None
+    # one large loss alone: interpolating delta over a cell of width w costs (slope w)²/8 of it
+    widest = math.sqrt(4.0 * budget / plan.slope)
     if step is None:
         step = min(math.sqrt(12.0 * budget / (steps * (1.0 + plan.slope))), 0.5 / (1.0 + plan.slope), 0.02)
     floor = 12.0 * plan.deviation / MAX_SIZE
@@ -162,7 +165,7 @@ def build(
         costs = [0.0, 0.0]
         for pair, n, pilot, (lo, hi) in zip(pairs, counts, plan.pilots, plan.spans, strict=True):
             origin = _origin(pair, pilot, step)
-            edges = choose_edges(pilot, lo, hi, origin, step, thetas, pair.breaks())
+            edges = choose_edges(pilot, lo, hi, origin, step, thetas, widest, pair.breaks())
             if upper:
                 law = dominating(pair, edges, origin, step, head_mass, tail_mass)
             else:
@@ -177,7 +180,7 @@ def build(
     # the mass outside the window may cost a fiftieth of the tolerance: weigh it against B ≈ 1 / (2.5 θ (1 + θ)
     # deviation)
     share = 0.02 * budget * (1.0 + plan.theta) / max(1.0, (1.0 + plan.theta) * plan.deviation)
-    wrap = min(27.0, max(8.0, -math.log(min(share, 0.1)) + 1.0))
+    wrap = min(27.0, max(8.0, -math.log(min(share, 0.1)) + 1.0)) + wider
     spectrum = Spectrum(
         laws, list(counts), plan.theta, upper=upper, fewest=None if fewest is None else list(fewest), wrap=wrap
     )
@@ -232,7 +235,7 @@ def chernoff(pairs: Sequence[Pair], counts: Sequence[int], plan: Plan) -> Cherno
     laws = []
     for pair, pilot, (lo, hi) in zip(pairs, plan.pilots, plan.spans, strict=True):
         origin = _origin(pair, pilot, step)
-        edges = choose_edges(pilot, lo, hi, origin, step, (theta,), pair.breaks())
+        edges = choose_edges(pilot, lo, hi, origin, step, (theta,), math.inf, pair.breaks())
         laws.append(dominating(pair, edges, origin, step, math.exp(plan.head), math.exp(plan.tail)))
     return Chernoff(theta, tuple(law.log_mgf(theta) for law in laws), tuple(law.infinite for law in laws))
 

@@ -55,6 +55,7 @@ def choose_edges(
     origin: float,
     step: float,
     thetas: Sequence[float],
+    widest: float,
     breaks: Sequence[float] = (),
 ) -> Ints:
     """Grid indices of cell edges covering [lo, hi]: about one step apart where the tilted law is dense, wider
@@ -83,7 +84,7 @@ def choose_edges(
     density = np.maximum(density, 1e-30 * density.max())
     root = np.cbrt(density)
     scale = step / math.sqrt(3.0 * float(np.dot(root, width)))
-    want = np.maximum(step, np.minimum(scale / root, 0.25 / (1.0 + max(thetas))))
+    want = np.maximum(step, np.minimum(scale / root, min(widest, 0.25 / (1.0 + max(thetas)))))
     want *= max(1.0, float(np.sum(width / want)) / MAX_CELLS)  # looser, never wrong
     count = np.concatenate([[0.0], np.cumsum(width / want)])
     positions = np.interp(np.arange(0.0, math.ceil(count[-1]) + 1.0), count, marks)
@@ -171,17 +172,23 @@ def dominated(pair: Pair, edges: Ints, origin: float, step: float) -> Lattice:
     mass = atoms.mass * (1.0 - atoms.mass_error)
     loss = atoms.loss - atoms.loss_error - 4.0 * U * (np.abs(atoms.loss) + abs(origin))
     pinned: Array = np.zeros(n + 1)
-    if pair.breaks():
-        # true atoms sit on edges: put the edges a hair below them and move them down, instead of merging them with others
-        points, origin = points - 1e-9 * step, origin - 1e-9 * step
+    bulk = np.abs(loss - origin) < 0.5 * step
+    if not pair.breaks() and float(mass[bulk].sum()) > 0.3:
+        # a bulk narrower than the grid is merged into one atom, and the grid moved to where that lies
+        weight = float(mass[bulk].sum())
+        mean = origin - math.log(float(np.dot(mass[bulk], np.exp(origin - loss[bulk]))) / weight)
+        mean -= 8.0 * U * (abs(mean) + bulk.sum() * step)
+        points, origin = points + (mean - origin), mean
+        mass, loss = np.append(mass[~bulk], weight * (1.0 - bulk.sum() * U)), np.append(loss[~bulk], mean)
+    # atoms lie on edges: put the edges a hair below them and move them down, instead of merging them with others
+    points, origin = points - 1e-9 * step, origin - 1e-9 * step
     cell = np.searchsorted(points, loss, side="right") - 1
     inside = (cell >= 0) & (cell < n)
     mass, loss, cell = mass[inside], loss[inside], cell[inside]
-    if pair.breaks():
-        pin = loss - points[cell] < 3e-9 * step
-        lowered = mass[pin] * np.exp(points[cell[pin]] - loss[pin])
-        pinned = np.bincount(cell[pin], weights=lowered, minlength=n + 1).astype(np.float64)
-        mass, loss, cell = mass[~pin], loss[~pin], cell[~pin]
+    pin = loss - points[cell] < 3e-9 * step
+    lowered = mass[pin] * np.exp(points[cell[pin]] - loss[pin])
+    pinned = np.bincount(cell[pin], weights=lowered, minlength=n + 1).astype(np.float64)
+    mass, loss, cell = mass[~pin], loss[~pin], cell[~pin]
     width = np.expm1(np.diff(points))
     # Q-masses and first moments per cell, all in units of the left edge's R
     q: Array = np.bincount(cell, weights=mass * np.exp(points[cell] - loss), minlength=n).astype(np.float64)

@@ -98,18 +98,28 @@ class Direction:
         plan = self._plan(room, log_delta)
         best = math.inf if upper else 0.0
         step: float | None = None
+        wider, finest = 0.0, 1.0
         before: tuple[float, float] | None = None
-        for _ in range(4):
-            spectrum, cost = build(self.pairs, room, plan, tolerance, upper=upper, fewest=counts, step=step)
+        for _ in range(5):
+            spectrum, cost = build(
+                self.pairs, room, plan, tolerance * finest**2, upper=upper, fewest=counts, step=step, wider=wider
+            )
             answer = solve_epsilon(spectrum, counts, log_delta, plan.epsilon)
             best = min(best, answer) if upper else max(best, answer)
+            value, error, _, _ = spectrum.bracket(answer if 0.0 < answer < math.inf else plan.epsilon, counts)
+            if wider == 0.0 and error > 0.1 * tolerance * plan.theta * plan.epsilon * value:
+                # what lies outside the window weighs more here than was guessed
+                wider = min(16.0, max(2.0, math.log(error / value) + 16.0)) if value > 0.0 else 16.0
+                step = spectrum.step
+                if 0.0 < answer < math.inf and value > 10.0 * error:
+                    plan = refine(plan, spectrum, counts, answer)
+                continue
             if not 0.0 < answer < math.inf:
                 break
             if before is not None:
                 # the error is second order in the step: compare with the coarser grid
                 ratio = (before[0] / spectrum.step) ** 2
                 cost = abs(before[1] - answer) / max(ratio - 1.0, 0.5)
-            value, error, _, _ = spectrum.bracket(answer, counts)
             self._store(_Built(spectrum, plan, cost, error / value if value > 0.0 else math.inf))
             budget = tolerance * answer * (1.0 if upper else 2.0)
             better = refine(plan, spectrum, counts, answer)
@@ -118,6 +128,7 @@ class Direction:
                 break
             finer = 0.5 if before is None else min(0.7, max(0.1, math.sqrt(0.7 * budget / cost)))
             before, step, plan = (spectrum.step, answer), spectrum.step * finer, better
+            finest *= finer
             if spectrum.size > 2 * MAX_SIZE // 3:
                 break
         return best

@@ -461,7 +461,7 @@ class PrivacyEngine:
 
     def _prove(self, tape: Tape, batch: Batch) -> None:
         """Compare the forms with autograd's own gradient, for parameters that were not compared before."""
-        compared: list[tuple[nn.Parameter, Tensor, Tensor, float, bool]] = []
+        compared: list[tuple[nn.Parameter, Tensor, Tensor, float]] = []
         for p in tape.parameters():
             stray, p.grad = p.grad, None
             grad, tapped = batch.autograd.get(p, stray), batch.tapped.get(p)
@@ -471,16 +471,16 @@ class PrivacyEngine:
                 form = joined(tapped)
                 ours = form.weighted_sum(torch.ones(batch.n, device=p.device))
                 theirs = torch.zeros_like(ours) if grad is None else grad.to_dense().to(ours.dtype).flatten()
-                compared.append((p, ours, theirs, float(form.sq_norm().sqrt().sum()), form.narrow))
+                compared.append((p, ours, theirs, float(form.sq_norm().sqrt().sum())))
             elif p in batch.forms:
                 tape.proven.add(p)
-        largest = max((scale for *_, scale, _ in compared), default=0.0)
+        largest = max((scale for *_, scale in compared), default=0.0)
         if not math.isfinite(largest):
             return  # a record is not finite: its turn comes with the next batch
-        for p, ours, theirs, scale, narrow in compared:
+        for p, ours, theirs, scale in compared:
             gap, size = float((ours - theirs).norm()), float(theirs.norm())
             # a gradient that is zero but for rounding (an attention key's bias) is judged against the largest one
-            if gap > (5e-2 if narrow else 1e-3) * max(scale, size, 1e-3 * largest):
+            if gap > batch.tolerance * max(scale, size, 1e-3 * largest):
                 raise GradientMismatchError(
                     f"{tape.name(p)} {list(p.shape)}: the per-record gradients add up to something else than "
                     f"autograd's gradient (they differ by {gap:.3g}, norm {size:.3g})",

@@ -145,7 +145,8 @@ class Outer(Form):
 
     def lengths(self) -> Tensor:
         g, a = self._wide()
-        return (torch.linalg.vector_norm(g, dim=-1) * torch.linalg.vector_norm(a, dim=-1)).flatten(1).sum(1)
+        products: Tensor = torch.linalg.vector_norm(g, dim=-1) * torch.linalg.vector_norm(a, dim=-1)
+        return products.flatten(1).sum(1)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         g, a = self._wide()
@@ -216,7 +217,8 @@ class Rows(Form):
         return squares.new_zeros(self.n).index_add_(0, torch.div(keys, self.v, rounding_mode="floor"), squares)
 
     def lengths(self) -> Tensor:
-        return torch.linalg.vector_norm(wide(self.g), dim=-1).sum(1)
+        norms: Tensor = torch.linalg.vector_norm(wide(self.g), dim=-1)
+        return norms.sum(1)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         g = wide(self.g)

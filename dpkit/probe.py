@@ -384,10 +384,12 @@ def refuse_folded(path: str, what: str, folded: Folded) -> None:
     )
 
 
-def refuse_misattributed(name: str, form: Form, expected: Tensor | None, record: int, largest: float) -> None:
+def refuse_misattributed(
+    name: str, form: Form, expected: Tensor | None, record: int, floor: float, tolerance: float
+) -> None:
     """Raise unless ``form`` gives the whole gradient of one record's outputs to that record, and nothing to others.
 
-    ``largest`` is the largest gradient norm of a parameter: what is small against it may be rounding alone.
+    What is below ``floor`` may be rounding alone; ``tolerance`` is relative.
     """
     norms = form.sq_norm().sqrt()
     ours = form.weighted_sum(torch.ones_like(norms))
@@ -395,7 +397,7 @@ def refuse_misattributed(name: str, form: Form, expected: Tensor | None, record:
     size = float(theirs.norm())
     if not (size < float("inf") and bool(torch.isfinite(norms).all())):
         return
-    tolerance = (5e-2 if form.narrow else 1e-3) * max(size, float(norms.max()), 1e-3 * largest)
+    tolerance *= max(size, float(norms.max()), floor)
     if float((ours - theirs).norm()) > tolerance:
         raise GradientMismatchError(
             f"{name}: the gradient of record {record} is found as {float(ours.norm()):.4g}, autograd says {size:.4g}",

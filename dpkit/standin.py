@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .apart import TAKEN_APART
 from .records import Records
 from .trees import leaves
 
@@ -92,5 +93,7 @@ class StandIn(Tensor):
         if name in _METADATA:
             plain = [a.value if isinstance(a, StandIn) else a for a in args]
             return func(*plain, **kwargs)
+        if func in TAKEN_APART:
+            return TAKEN_APART[func](*args, **kwargs)
         router = next(v for v in leaves((args, kwargs)) if isinstance(v, StandIn)).router
         return router.operate(func, args, kwargs)

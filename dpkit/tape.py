@@ -448,9 +448,11 @@ class Tape:
             trial.closed = True
         with torch.no_grad():
             largest = max((float(g.to_dense().norm()) for g in expected if g is not None), default=0.0)
+            tolerance = trial.tolerance
             for p, grad in zip(trainable, expected, strict=True):
                 if p in trial.forms:
-                    probe.refuse_misattributed(self.name(p), joined(trial.forms[p]), grad, n - 1, largest)
+                    form = joined(trial.forms[p])
+                    probe.refuse_misattributed(self.name(p), form, grad, n - 1, 1e-3 * largest, tolerance)
 
 
 def _where(a: Any, b: Any, n: int, m: int) -> Records | None:

@@ -183,6 +183,11 @@ class Batch:
         if tapped and parameter in self.unproven:
             self.tapped[parameter].append(form)
 
+    @property
+    def tolerance(self) -> float:
+        """How far the proof lets a gradient differ from autograd's: half precision anywhere rounds everywhere."""
+        return 5e-2 if any(f.narrow for found in self.forms.values() for f in found) else 1e-3
+
     def keep(self, parameter: Tensor) -> None:
         """Hook on an unproven parameter: its ordinary gradient is taken away as soon as it is there, so that the user's
         ``clip_grad_norm_`` or ``zero_grad`` finds what it will find in every later batch: nothing."""

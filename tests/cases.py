@@ -384,7 +384,7 @@ def _hard() -> list[ModelCase]:
             normal(6, 3),
             tags="recurrent may_refuse",
         ),
-        plain("cross-attention", m.CrossAttention, normal(3, 8), normal(4, 6), normal(4, 5), tags="hard may_refuse"),
+        plain("cross-attention", m.CrossAttention, normal(3, 8), normal(4, 6), normal(4, 5), tags="hard"),
         plain("shared-row", m.SharedRow, normal(6, 4), tags="hard may_refuse"),
         plain("shared-row-T-equals-n", m.SharedRow, normal(5, 4), tags="hard may_refuse"),
         plain("learned-queries", m.LearnedQueries, normal(6, 4), tags="hard may_refuse"),
