@@ -183,6 +183,8 @@ class PrivacyEngine:
                     why="one determines the other.",
                     cure="give noise_multiplier alone, or target_epsilon, target_delta and epochs (or steps).",
                 )
+            if target_delta is not None:
+                target_delta = checks.number("target_delta", target_delta, low=0.0, high=1.0)
             self._target_delta = target_delta
             return checks.number("noise_multiplier", noise_multiplier, low=0.0, strict=False)
         if target_epsilon is None or target_delta is None or (epochs is None) == (steps is None):
@@ -311,9 +313,12 @@ class PrivacyEngine:
 
     def _examine(self, tape: Tape, batch: Batch, losses: Tensor) -> None:
         """The last record's loss must not reach the others."""
+        anchors = tape.anchors()
+        if not anchors:
+            return  # no forward was private yet: the step will say why
         batch.examined = batch.n - 1
         try:
-            torch.autograd.grad(losses[-1], tape.anchors(), retain_graph=True, allow_unused=True)
+            torch.autograd.grad(losses[-1], anchors, retain_graph=True, allow_unused=True)
             self._strictly_examined = bool(torch.isfinite(losses).all())  # else the next batch is examined too
         except RuntimeError as error:
             if "checkpoint" not in str(error):  # reentrant checkpointing allows .backward() only

@@ -23,7 +23,7 @@ from .live import Live
 from .records import Records, place
 from .rules import Rule, rule_for, trains
 from .standin import StandIn
-from .taps import Batch, Refusal, Tap
+from .taps import Batch, Pairs, Refusal, Tap
 from .trees import leaves, signature, tree_map
 
 
@@ -325,9 +325,15 @@ class Tape:
                         cure="compute one loss a record from the logits and call engine.backward(losses).",
                     ),
                 )
+            if k in router.plan.crossed and isinstance(v, Tensor) and v.requires_grad:
+                return Pairs.apply(v, router.plan.crossed[k], self.path(self.model))
             return v
 
-        if not router.plan.losses and not any(isinstance(v, StandIn) for v in leaves(output)):
+        if (
+            not router.plan.losses
+            and not router.plan.crossed
+            and not any(isinstance(v, StandIn) for v in leaves(output))
+        ):
             return output
         return tree_map(finish, output)
 
@@ -378,6 +384,7 @@ class Tape:
             if n > 1 and any(isinstance(v, Tensor) and v.ndim == 0 and v.is_floating_point() for v in leaves(full)):
                 alone, _ = run(probe.last(arguments, dims, n), 1)
                 plan.losses = probe.mixed_losses(full, part, alone, n, m, arguments)
+            plan.crossed = probe.crossed(full, part)
             probe.merge(seen_full, seen_part, plan)
             if n > 1:
                 where = [_where(a, b, n, m) for a, b in zip(leaves(full), leaves(part), strict=False)]
