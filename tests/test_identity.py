@@ -437,7 +437,7 @@ def test_an_abandoned_batch_is_no_release() -> None:
 
 
 def test_clip_grad_norm() -> None:
-    """A loop that clips the averaged gradient, as many do: it has no private gradient to clip, and is no reason to refuse."""  # noqa: E501
+    """A loop that clips the averaged gradient, as many do: there is none yet, and no reason to refuse."""
     run, plain = attach(mlp()), attach(mlp())
     train(plain, 2)
     for _ in range(2):
