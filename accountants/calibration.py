@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from scipy.optimize import brentq
-
 from .accountant import Accountant, check_delta, check_epsilon
 from .errors import AccountingError, UnreachableTargetError
 from .events import Event, dpsgd
@@ -203,6 +201,8 @@ def _solve(
     what: str,
 ) -> float:
     """The x nearest the private end's far side with ratio(x) ≤ 1; ``ratio`` rises or falls with x."""
+
+    from scipy.optimize import brentq  # here, not above: it doubles the import time
 
     def excess(log_x: float, tol: float) -> float:
         value = ratio(math.exp(log_x), tol)

@@ -165,8 +165,8 @@ class Direction:
 
     def log_delta(self, counts: Counts, epsilon: float, tolerance: float, *, upper: bool) -> float:
         """The bound on log delta at ``epsilon``."""
-        if self._floor(counts) >= 0.0 or math.isinf(epsilon):
-            return self._floor(counts)
+        if self._floor(counts) >= 0.0 or epsilon >= self.pure(counts):
+            return self._floor(counts)  # no finite loss lies beyond
         for built in reversed(self._built[upper]):
             if built.spectrum.fits(counts):
                 answer = built.spectrum.log_delta(epsilon, counts)

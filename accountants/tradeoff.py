@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 
-from scipy.optimize import brentq, minimize_scalar
 from scipy.special import ndtr, ndtri
 
 from . import gaussian
@@ -44,6 +43,8 @@ class TradeOff:
 
         The adjacency is symmetric, so delta(−ε) = 1 − e^−ε + e^−ε delta(ε).
         """
+        from scipy.optimize import minimize_scalar  # here, not above: it doubles the import time
+
         best = fpr + delta(0.0)
 
         def ahead(x: float) -> float:
@@ -133,6 +134,8 @@ class TradeOff:
 
 def _gaussian_mu(epsilon: float, delta: float) -> float:
     """The μ with Gaussian delta(epsilon) = delta."""
+    from scipy.optimize import brentq
+
     if delta >= 1.0:
         return math.inf
     target = math.log(delta)
