@@ -162,7 +162,8 @@ def _heads(x: Tensor, static: Tensor | None, n: int, h: int) -> Tensor:
     """[s, n, e], or the static [n h, s, d] in its place, as [n, h, s, d]."""
     if static is not None:
         return static.view(n, h, *static.shape[1:])
-    return x.unflatten(-1, (h, -1)).permute(1, 2, 0, 3)
+    parts: Tensor = x.unflatten(-1, (h, -1))
+    return parts.permute(1, 2, 0, 3)
 
 
 def _merged(attn_mask: Tensor | None, padding: Tensor | None, n: int, h: int, appended: int) -> Tensor | None:
@@ -174,7 +175,8 @@ def _merged(attn_mask: Tensor | None, padding: Tensor | None, n: int, h: int, ap
         padding = F.pad(padding, (0, appended))[:, None, None]
     if attn_mask is None or padding is None:
         return attn_mask if padding is None else padding
-    return attn_mask + padding
+    both: Tensor = attn_mask + padding
+    return both
 
 
 class MultiheadAttention(nn.MultiheadAttention):

@@ -252,10 +252,9 @@ def _function(mode: str) -> Any:
         own order rather than in the order of their lengths.
         """
         if not isinstance(rest[2], bool):
-            others: list[Any]
-            batch_sizes, hx, *others = rest
+            batch_sizes, hx, *packed = rest
             lengths = _Lengths(batch_sizes, order, x.device)
-            return _layers(mode, x, hx if mode == "LSTM" else (hx,), *others, lengths)
+            return _layers(mode, x, hx if mode == "LSTM" else (hx,), *packed, lengths)  # type: ignore[call-arg]
         hx, *others, batch_first = rest
         if x.dim() != 3:
             raise ValueError(
