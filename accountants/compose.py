@@ -99,6 +99,8 @@ def make_plan(pairs: Sequence[Pair], counts: Sequence[int], *, log_delta: float,
         log_best = _root(lambda x: by_delta(x) - log_delta - 0.8 * most, start)
         log_best = log_best if math.isfinite(log_best) else start
     best = math.exp(log_best)
+    if epsilon is not None:
+        best = max(best, 0.5 / math.sqrt(variance))  # below the mean no tilt is called for
     for shade in SHADES:
         theta = shade * best
         k, mean, variance = sums(theta)
@@ -147,7 +149,7 @@ def build(
     With ``step`` given the grid is that, whatever it costs. ``wider`` lowers the log of the mass outside the window.
     """
     steps = max(1, sum(counts))
-    budget = tolerance * plan.epsilon
+    budget = tolerance * max(plan.epsilon, 0.1 / plan.slope)
     fixed = step is not None
     # one large loss alone: interpolating delta over a cell of width w costs (slope w)²/8 of it
     widest = math.sqrt(4.0 * budget / plan.slope)
