@@ -121,6 +121,8 @@ class Plan:
     ops: dict[tuple[nn.Parameter, str, int], list[Site]] = field(default_factory=dict)
     bare: set[nn.Parameter] = field(default_factory=set)  # parameters met outside a layer with a rule
     losses: dict[int, str] = field(default_factory=dict)  # scalar outputs that mix records: leaf number -> reason
+    crossed: dict[int, list[int]] = field(default_factory=dict)  # outputs on pairs of records: leaf -> dimensions
+    gives_records: bool = False  # whether a floating output carries records
 
 
 class Taint(TorchDispatchMode):
@@ -302,18 +304,48 @@ def same(full: Any, part: Any, n: int, m: int) -> str | None:
     for k, (a, b) in enumerate(zip(leaves(full), leaves(part), strict=False)):
         if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or isinstance(a, StandIn):
             continue
-        where = place(tuple(a.shape), tuple(b.shape), n, m)
-        if not isinstance(where, Records) or not a.is_floating_point():
+        if not a.is_floating_point():
             continue
-        kept = min(n, m)
-        x, y = where.split(a)[:kept].double(), where.split(b)[:kept].double()
-        tolerance = 5e-2 if a.dtype in (torch.float16, torch.bfloat16) else 1e-3
-        finite = torch.isfinite(x) & torch.isfinite(y)
-        scale = float(x[finite].abs().max()) if bool(finite.any()) else 0.0
-        gap = float((x - y)[finite].abs().max()) if bool(finite.any()) else 0.0
-        if gap > tolerance * max(scale, 1e-6) or not torch.equal(torch.isnan(x), torch.isnan(y)):
-            return f"output {k} of the records that stayed changed by {gap:.3g} (its scale is {scale:.3g})"
+        where = place(tuple(a.shape), tuple(b.shape), n, m)
+        if isinstance(where, Records):
+            found = [_gap(where.split(a), where.split(b), min(n, m))]
+        elif isinstance(where, Folded) and where.factor == where.factor // 1 and _grew(a, b) == [where.dim]:
+            # rows of a record in either order: the records that stayed must be found unchanged in one of them
+            orders = (Records(where.dim, int(where.factor), inner) for inner in (False, True))
+            found = [_gap(r.split(a), r.split(b), min(n, m)) for r in orders]
+        else:
+            continue
+        if all(found):
+            return f"output {k} of the records that stayed {found[0]}"
     return None
+
+
+def _gap(x: Tensor, y: Tensor, kept: int) -> str:
+    """How the shared records' values [n, ...] differ; nothing if they do not."""
+    tolerance = 5e-2 if x.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    x, y = x[:kept].double(), y[:kept].double()
+    finite = torch.isfinite(x) & torch.isfinite(y)
+    scale = float(x[finite].abs().max()) if bool(finite.any()) else 0.0
+    gap = float((x - y)[finite].abs().max()) if bool(finite.any()) else 0.0
+    if gap > tolerance * max(scale, 1e-6) or not torch.equal(torch.isnan(x), torch.isnan(y)):
+        return f"changed by {gap:.3g} (its scale is {scale:.3g})"
+    return ""
+
+
+def _grew(a: Tensor, b: Tensor) -> list[int]:
+    """The dimensions in which two runs' outputs differ."""
+    return [d for d, (s, t) in enumerate(zip(a.shape, b.shape, strict=False)) if s != t] if a.ndim == b.ndim else []
+
+
+def crossed(full: Any, part: Any) -> dict[int, list[int]]:
+    """Outputs that hold a value for each pair of records (contrastive scores): leaf number -> their dimensions."""
+    pairs = zip(leaves(full), leaves(part), strict=False)
+    found = {
+        k: _grew(a, b)
+        for k, (a, b) in enumerate(pairs)
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point()
+    }
+    return {k: dims for k, dims in found.items() if len(dims) > 1}
 
 
 def mixed_losses(full: Any, part: Any, alone: Any, n: int, m: int, arguments: Any) -> dict[int, str]:
@@ -352,10 +384,12 @@ def refuse_folded(path: str, what: str, folded: Folded) -> None:
     )
 
 
-def refuse_misattributed(name: str, form: Form, expected: Tensor | None, record: int, largest: float) -> None:
+def refuse_misattributed(
+    name: str, form: Form, expected: Tensor | None, record: int, floor: float, tolerance: float
+) -> None:
     """Raise unless ``form`` gives the whole gradient of one record's outputs to that record, and nothing to others.
 
-    ``largest`` is the largest gradient norm of a parameter: what is small against it may be rounding alone.
+    What is below ``floor`` may be rounding alone; ``tolerance`` is relative.
     """
     norms = form.sq_norm().sqrt()
     ours = form.weighted_sum(torch.ones_like(norms))
@@ -363,7 +397,7 @@ def refuse_misattributed(name: str, form: Form, expected: Tensor | None, record:
     size = float(theirs.norm())
     if not (size < float("inf") and bool(torch.isfinite(norms).all())):
         return
-    tolerance = (5e-2 if form.narrow else 1e-3) * max(size, float(norms.max()), 1e-3 * largest)
+    tolerance *= max(size, float(norms.max()), floor)
     if float((ours - theirs).norm()) > tolerance:
         raise GradientMismatchError(
             f"{name}: the gradient of record {record} is found as {float(ours.norm()):.4g}, autograd says {size:.4g}",

@@ -155,6 +155,7 @@ class PrivateDataLoader(DataLoader[Any]):
             # not from torch's global one: amplification holds against those only who cannot repeat the draw
             generator = torch.Generator().manual_seed(secrets.randbits(63))
         self._listener: Listener | None = listener
+        self._passes = 0
         workers: dict[str, Any] = {}
         if loader.num_workers > 0:
             workers = {
@@ -189,9 +190,17 @@ class PrivateDataLoader(DataLoader[Any]):
             )
         batches: Any = self.batch_sampler
         listener.begin_pass()
+        self._passes += 1
+        this = self._passes
         inner = super().__iter__()
         log = batches.log
         for batch in inner:
+            if self._passes != this:
+                _refuse(
+                    "an earlier pass over the data was resumed after a later one had begun",
+                    "parts of two logical batches would meet in one sum, and a record may be in both.",
+                    "finish or leave one pass before the next; for two batches at a time call next() twice on one.",
+                )
             while log[0].n == 0:
                 listener.empty_draw(log.popleft())
             draw = log.popleft()

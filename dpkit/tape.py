@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from . import checks, probe
 from .apart import order_of
-from .errors import ConfigurationError, CoupledRecordsError, UncoveredParameterError
+from .errors import ConfigurationError, CoupledRecordsError, PrivacyError, UncoveredParameterError
 from .forms import joined
 from .live import Live
 from .records import Records, place
 from .rules import Rule, rule_for, trains
 from .standin import StandIn
-from .taps import Batch, Refusal, Tap
+from .taps import Batch, Pairs, Refusal, Tap
 from .trees import leaves, signature, tree_map
 
 
@@ -277,7 +277,7 @@ class Tape:
                     f"{self.path(module)} was called on tensors of leading sizes {[s[0] for s in sizes if s]}"
                 )
                 return
-            plan = self._examine(module, args, kwargs, dims, batch.n)
+            plan = self._examine_any(module, args, kwargs, dims, batch.n)
             if batch.n > 1:
                 self._plans[key] = plan
         rows = {t.shape[d] for t, d in zip(tensors, plan.inputs, strict=True) if d is not None}
@@ -327,13 +327,41 @@ class Tape:
                         cure="compute one loss a record from the logits and call engine.backward(losses).",
                     ),
                 )
+            if k in router.plan.crossed and isinstance(v, Tensor) and v.requires_grad:
+                return Pairs.apply(v, router.plan.crossed[k], self.path(self.model))
             return v
 
-        if not router.plan.losses and not any(isinstance(v, StandIn) for v in leaves(output)):
+        if (
+            not router.plan.losses
+            and not router.plan.crossed
+            and not any(isinstance(v, StandIn) for v in leaves(output))
+        ):
             return output
         return tree_map(finish, output)
 
     # ---- the probe
+
+    def _examine_any(self, module: nn.Module, args: Any, kwargs: Any, dims: list[int | None], n: int) -> probe.Plan:
+        """Examine; where the model cannot run on fewer records, one argument may only happen to be as long as the batch
+        (positions [t] or a mask [t, t] with t = n). Then each is tried as carrying no records.
+
+        A refusal is final: only a crash is followed by another try, and a try counts only if outputs carry records.
+        """
+        try:
+            return self._examine(module, args, kwargs, dims, n)
+        except PrivacyError:
+            raise
+        except Exception:
+            matching = [k for k, d in enumerate(dims) if d is not None]
+            for k in reversed(matching if len(matching) > 1 else []):
+                others = [None if j == k else d for j, d in enumerate(dims)]
+                try:
+                    plan = self._examine(module, args, kwargs, others, n)
+                except Exception:  # the first crash is the one to tell
+                    continue
+                if plan.gives_records:
+                    return plan
+            raise
 
     def _examine(self, module: nn.Module, args: Any, kwargs: Any, dims: list[int | None], n: int) -> probe.Plan:
         """Run the call aside on all and on all but one of the records; see `dpkit.probe`."""
@@ -380,9 +408,11 @@ class Tape:
             if n > 1 and any(isinstance(v, Tensor) and v.ndim == 0 and v.is_floating_point() for v in leaves(full)):
                 alone, _ = run(probe.last(arguments, dims, n), 1)
                 plan.losses = probe.mixed_losses(full, part, alone, n, m, arguments)
+            plan.crossed = probe.crossed(full, part)
             probe.merge(seen_full, seen_part, plan)
             if n > 1:
                 where = [_where(a, b, n, m) for a, b in zip(leaves(full), leaves(part), strict=False)]
+                plan.gives_records = any(r is not None for r in where)
                 with torch.enable_grad():
                     self._attribute(module, probe.cut(arguments, dims, n, n), where, plan, n)
         return plan
@@ -443,9 +473,11 @@ class Tape:
             trial.closed = True
         with torch.no_grad():
             largest = max((float(g.to_dense().norm()) for g in expected if g is not None), default=0.0)
+            tolerance = trial.tolerance
             for p, grad in zip(trainable, expected, strict=True):
                 if p in trial.forms:
-                    probe.refuse_misattributed(self.name(p), joined(trial.forms[p]), grad, n - 1, largest)
+                    form = joined(trial.forms[p])
+                    probe.refuse_misattributed(self.name(p), form, grad, n - 1, 1e-3 * largest, tolerance)
 
 
 def _where(a: Any, b: Any, n: int, m: int) -> Records | None:

@@ -113,6 +113,31 @@ class Refusal(torch.autograd.Function):
         raise ctx.error
 
 
+class Pairs(torch.autograd.Function):
+    """Identity on values for pairs of records, whose backward refuses a gradient off the diagonal."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, dims: list[int], path: str) -> Tensor:
+        ctx.dims, ctx.path = dims, path
+        return y.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        sizes = {grad.shape[d] for d in ctx.dims}
+        rest = grad
+        if len(ctx.dims) == 2 and len(sizes) == 1:
+            rest = grad.movedim(ctx.dims, (0, 1))[~torch.eye(sizes.pop(), dtype=torch.bool, device=grad.device)]
+        if bool((rest != 0).any()):
+            raise CoupledRecordsError(
+                f"an output of {ctx.path} {list(grad.shape)} holds a value for each pair of records, and a loss on the "
+                "pairs was back-propagated",
+                why="a record then acts through other records' gradients too, which clipping its own does not bound.",
+                cure="use each record's own entry alone (the diagonal), or contrast views within one record.",
+            )
+        return grad, None, None
+
+
 @dataclass(eq=False)
 class Batch:
     """One physical batch while it is in the user's hands: the forms that its backward passes have brought.
@@ -157,6 +182,11 @@ class Batch:
         self.forms[parameter].append(form)
         if tapped and parameter in self.unproven:
             self.tapped[parameter].append(form)
+
+    @property
+    def tolerance(self) -> float:
+        """How far the proof lets a gradient differ from autograd's: half precision anywhere rounds everywhere."""
+        return 5e-2 if any(f.narrow for found in self.forms.values() for f in found) else 1e-3
 
     def keep(self, parameter: Tensor) -> None:
         """Hook on an unproven parameter: its ordinary gradient is taken away as soon as it is there, so that the user's

@@ -434,3 +434,54 @@ def test_an_abandoned_batch_is_no_release() -> None:
         model.error = None
         train(run)
     assert run.engine.accountant.ledger[0][1] == 2
+
+
+def test_clip_grad_norm() -> None:
+    """A loop that clips the averaged gradient, as many do: it has no private gradient to clip, and is no reason to refuse."""  # noqa: E501
+    run, plain = attach(mlp()), attach(mlp())
+    train(plain, 2)
+    for _ in range(2):
+        for batch in run.loader:
+            squared_loss(run.model, batch).backward()
+            nn.utils.clip_grad_norm_(run.model.parameters(), 0.01)
+            run.optimizer.step()
+    assert torch.equal(weights(run.model), weights(plain.model))
+
+
+# --- ordinary loops that do not run yet ---
+
+
+@pytest.mark.parametrize("kind", ["positions", "mask"])
+def test_argument_as_long_as_the_batch(kind: str) -> None:
+    """Positions [t] or a mask [t, t] given to the forward while t == n: no records in them."""
+
+    class Takes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(6, 4), nn.Linear(4, 1)
+            self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+
+        def forward(self, x: Tensor, extra: Tensor) -> Tensor:
+            y = self.layer(x, src_mask=extra) if kind == "mask" else self.layer(x + self.table(extra))
+            return self.head(y).mean(1)
+
+    model = Takes()
+    run = attach(model, torch.utils.data.TensorDataset(torch.randn(6, 6, 4), torch.randn(6, 1)))
+    extra = torch.arange(6) if kind == "positions" else torch.full((6, 6), float("-inf")).triu(1)
+    for x, y in run.loader:
+        (model(x, extra) - y).square().mean().backward()
+        run.optimizer.step()
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="no gradient is left for the scaler to inspect")
+def test_grad_scaler() -> None:
+    """A GradScaler's factor must not count against the clipping bound."""
+    run, plain = attach(mlp()), attach(mlp())
+    train(plain, 2)
+    scaler = torch.amp.GradScaler("cpu")
+    for _ in range(2):
+        for batch in run.loader:
+            scaler.scale(squared_loss(run.model, batch)).backward()
+            scaler.step(run.optimizer)
+            scaler.update()
+    torch.testing.assert_close(weights(run.model), weights(plain.model))
