@@ -9,6 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dpkit.accountants.lattice import Lattice, dominated, dominating
+from dpkit.accountants.mechanisms import Judged, judge
+from dpkit.accountants.morepairs import GroupPair, LaplacePair, SampledPair, WithoutReplacementPair
+from dpkit.accountants.pairs import GaussianPair, Pair
+from dpkit.accountants.spectrum import Spectrum
 from scipy.special import ndtr
 
 from dpkit.accountants import (
@@ -30,11 +35,6 @@ from dpkit.accountants import (
     dpsgd,
     pld,
 )
-from dpkit.accountants.lattice import Lattice, dominated, dominating
-from dpkit.accountants.mechanisms import Judged, judge
-from dpkit.accountants.morepairs import GroupPair, LaplacePair, SampledPair, WithoutReplacementPair
-from dpkit.accountants.pairs import GaussianPair, Pair
-from dpkit.accountants.spectrum import Spectrum
 from tests.accountants.oracle import NoAnswerError, contour_delta
 
 # epsilon of one step at q = 0.01, σ = 1, δ = 1e-5 in closed form, q·δ_Gauss(log(1 + (e^ε − 1)/q)), to 40 digits; the

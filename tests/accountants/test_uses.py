@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dpkit.accountants.__main__ import main
 
 from dpkit.accountants import (
     AccountingError,
@@ -35,7 +36,6 @@ from dpkit.accountants import (
     from_opacus,
     tradeoff,
 )
-from dpkit.accountants.__main__ import main
 
 
 @pytest.mark.parametrize("name", ["cal_e1_q.01_T1000", "cal_deepmind_e8", "cal_e0.1_q.001_T1e4", "cal_e50_q.1_T100"])
