@@ -161,14 +161,8 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _heads(x: Tensor, static: Tensor | None, n: int, h: int) -> Tensor:
     """[s, n, e], or the static [n h, s, d] in its place, as [n, h, s, d]."""
     if static is not None:
-<<<<<<< HEAD
-        return static.view(n, h, *static.shape[1:])
-    parts: Tensor = x.unflatten(-1, (h, -1))
-    return parts.permute(1, 2, 0, 3)
-=======
         return static.reshape(n, h, *static.shape[1:])
     return x.reshape(*x.shape[:-1], h, -1).permute(1, 2, 0, 3)
->>>>>>> layers
 
 
 def _merged(attn_mask: Tensor | None, padding: Tensor | None, n: int, h: int, appended: int) -> Tensor | None:
