@@ -26,9 +26,8 @@ lint: $(VENV)/.ready
 typecheck: $(VENV)/.ready
 	$(BIN)/mypy
 
-bench: $(VENV)/.ready ## steps and accounting beside the rivals; writes benchmarks/results/
+bench: $(VENV)/.ready ## training steps beside ordinary training and Opacus; writes benchmarks/results/
 	$(PY) -m benchmarks.steps
-	$(PY) -m benchmarks.accounting
 
 audit: $(VENV)/.ready ## 54 Hugging Face architectures, dpkit and Opacus, against the definition
 	$(PY) -m benchmarks.audit

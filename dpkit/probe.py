@@ -121,9 +121,8 @@ class Plan:
     ops: dict[tuple[nn.Parameter, str, int], list[Site]] = field(default_factory=dict)
     bare: set[nn.Parameter] = field(default_factory=set)  # parameters met outside a layer with a rule
     losses: dict[int, str] = field(default_factory=dict)  # scalar outputs that mix records: leaf number -> reason
-    crossed: dict[int, list[int]] = field(
-        default_factory=dict
-    )  # outputs on pairs of records: leaf number -> dimensions
+    crossed: dict[int, list[int]] = field(default_factory=dict)  # outputs on pairs of records: leaf -> dimensions
+    gives_records: bool = False  # whether a floating output carries records
 
 
 class Taint(TorchDispatchMode):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, probe
-from .errors import ConfigurationError, CoupledRecordsError, UncoveredParameterError
+from .errors import ConfigurationError, CoupledRecordsError, PrivacyError, UncoveredParameterError
 from .forms import joined
 from .live import Live
 from .records import Records, place
@@ -275,7 +275,7 @@ class Tape:
                     f"{self.path(module)} was called on tensors of leading sizes {[s[0] for s in sizes if s]}"
                 )
                 return
-            plan = self._examine(module, args, kwargs, dims, batch.n)
+            plan = self._examine_any(module, args, kwargs, dims, batch.n)
             if batch.n > 1:
                 self._plans[key] = plan
         rows = {t.shape[d] for t, d in zip(tensors, plan.inputs, strict=True) if d is not None}
@@ -339,6 +339,28 @@ class Tape:
 
     # ---- the probe
 
+    def _examine_any(self, module: nn.Module, args: Any, kwargs: Any, dims: list[int | None], n: int) -> probe.Plan:
+        """Examine; where the model cannot run on fewer records, one argument may only happen to be as long as the batch
+        (positions [t] or a mask [t, t] with t = n). Then each is tried as carrying no records.
+
+        A refusal is final: only a crash is followed by another try, and a try counts only if outputs carry records.
+        """
+        try:
+            return self._examine(module, args, kwargs, dims, n)
+        except PrivacyError:
+            raise
+        except Exception:
+            matching = [k for k, d in enumerate(dims) if d is not None]
+            for k in reversed(matching if len(matching) > 1 else []):
+                others = [None if j == k else d for j, d in enumerate(dims)]
+                try:
+                    plan = self._examine(module, args, kwargs, others, n)
+                except Exception:  # the first crash is the one to tell
+                    continue
+                if plan.gives_records:
+                    return plan
+            raise
+
     def _examine(self, module: nn.Module, args: Any, kwargs: Any, dims: list[int | None], n: int) -> probe.Plan:
         """Run the call aside on all and on all but one of the records; see `dpkit.probe`."""
         m = n - 1 if n > 1 else 2
@@ -388,6 +410,7 @@ class Tape:
             probe.merge(seen_full, seen_part, plan)
             if n > 1:
                 where = [_where(a, b, n, m) for a, b in zip(leaves(full), leaves(part), strict=False)]
+                plan.gives_records = any(r is not None for r in where)
                 with torch.enable_grad():
                     self._attribute(module, probe.cut(arguments, dims, n, n), where, plan, n)
         return plan

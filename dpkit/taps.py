@@ -132,7 +132,7 @@ class Pairs(torch.autograd.Function):
             raise CoupledRecordsError(
                 f"an output of {ctx.path} {list(grad.shape)} holds a value for each pair of records, and a loss on the "
                 "pairs was back-propagated",
-                why="a record then acts through the other records' gradients too, which clipping its own does not bound.",
+                why="a record then acts through other records' gradients too, which clipping its own does not bound.",
                 cure="use each record's own entry alone (the diagonal), or contrast views within one record.",
             )
         return grad, None, None

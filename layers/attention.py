@@ -121,7 +121,7 @@ def _packed(
     if query is key and key is value:
         q, k, v = F.linear(query, weight, bias).chunk(3, -1)
         return q, k, v
-    e, l, s = query.shape[-1], query.shape[0], key.shape[0]
+    e, l, s = query.shape[-1], query.shape[0], key.shape[0]  # noqa: E741
     apart = key is not value
     y = F.linear(torch.cat([query, key, value] if apart else [query, key]), weight, bias)
     return y[:l, :, :e], y[l : l + s, :, e : 2 * e], y[l + s * apart :, :, 2 * e :]
@@ -161,8 +161,8 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _heads(x: Tensor, static: Tensor | None, n: int, h: int) -> Tensor:
     """[s, n, e], or the static [n h, s, d] in its place, as [n, h, s, d]."""
     if static is not None:
-        return static.unflatten(0, (n, h))
-    return x.unflatten(-1, (h, -1)).permute(1, 2, 0, 3)
+        return static.reshape(n, h, *static.shape[1:])
+    return x.reshape(*x.shape[:-1], h, -1).permute(1, 2, 0, 3)
 
 
 def _merged(attn_mask: Tensor | None, padding: Tensor | None, n: int, h: int, appended: int) -> Tensor | None:

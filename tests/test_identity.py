@@ -451,7 +451,6 @@ def test_clip_grad_norm() -> None:
 # --- ordinary loops that do not run yet ---
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="an argument of n rows is taken for one row a record")
 @pytest.mark.parametrize("kind", ["positions", "mask"])
 def test_argument_as_long_as_the_batch(kind: str) -> None:
     """Positions [t] or a mask [t, t] given to the forward while t == n: no records in them."""

@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 import pytest
+from dpkit.accountants.moments import poisson_gaussian_log_mgf
 from scipy.special import gammaln, logsumexp
 
 from dpkit.accountants import Gaussian, PoissonSampled, RDPAccountant, UnreachableTargetError, calibrate, dpsgd, epsilon
-from dpkit.accountants.moments import poisson_gaussian_log_mgf
 
 
 def test_upper_bound_on_the_truth_settings(case: dict[str, Any]) -> None:

@@ -50,7 +50,7 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
 
 def call(option: dict[str, Any], dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Inputs and keyword arguments for `option`; no query has all its keys masked by bool masks."""
-    make, l, s, n = option["make"], option["l"], option["s"], option["n"]
+    make, l, s, n = option["make"], option["l"], option["s"], option["n"]  # noqa: E741
     e = make["embed_dim"]
     s = l if option["inputs"] == "self" else s
 
