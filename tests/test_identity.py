@@ -323,6 +323,19 @@ def test_freezing_between_steps() -> None:
             torch.testing.assert_close(p.detach(), old.detach() - total.get(name, torch.zeros(())) / 8)
 
 
+def test_freezing_before_the_step() -> None:
+    """What is frozen after the backward pass takes no part in the step any more."""
+    run = attach(mlp())
+    train(run)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    for batch in run.loader:
+        squared_loss(run.model, batch).backward()
+        run.model[0].requires_grad_(False)
+        run.optimizer.step()
+    kept = [torch.equal(p, old) for p, old in zip(run.model.parameters(), before, strict=True)]
+    assert kept == [True, True, False, False]
+
+
 # --- other uses of the model in between ---
 
 

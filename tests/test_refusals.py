@@ -557,6 +557,24 @@ def test_a_refused_step_releases_nothing() -> None:
     train(run)
 
 
+def test_a_refused_part_takes_its_logical_batch_with_it() -> None:
+    """A loop that catches the refusal and goes on: the next step holds its own records alone."""
+    run = attach(mlp(), data(), 4, max_physical_batch_size=1, loss_reduction="sum")
+    vector = nn.utils.parameters_to_vector
+    with drawing([0], [1, 2], [3]):
+        for k, (x, _) in enumerate(run.loader):
+            before = vector(run.model.parameters()).detach()
+            (run.model(x) * 1e6).sum().backward()
+            if k == 2:
+                run.model[2].bias.grad = torch.ones(1)  # type: ignore[union-attr]
+                with refused(dpkit.NonPrivateGradientError, "2.bias"):
+                    run.optimizer.step()
+                continue
+            run.optimizer.step()
+            moved = float((vector(run.model.parameters()).detach() - before).norm()) * 4
+            assert moved == pytest.approx(0.0 if k == 1 else 1.0, rel=1e-3)
+
+
 def test_closure() -> None:
     """A closure would back-propagate after the noise."""
     run = attach(mlp())
