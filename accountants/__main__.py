@@ -93,7 +93,7 @@ def _plot(arguments: argparse.Namespace, sigma: float, rate: float, steps: int) 
     axes = figure.subplots()
     if arguments.command == "tradeoff":
         curve = TradeOff(PLDAccountant(arguments.adjacency).compose(dpsgd(sigma, rate, steps)))
-        rates = [10.0 ** (-6.0 + 0.2 * i) for i in range(31)]
+        rates = [10.0 ** (-6.0 + 0.4 * i) for i in range(16)]
         axes.loglog(rates, [curve.tpr(x) for x in rates], label="best attack, at most")
         axes.loglog(rates, rates, ":", label="guessing")
         axes.set_xlabel("false-positive rate")

@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from scipy.optimize import brentq
-
 from .accountant import Accountant, check_delta, check_epsilon
 from .errors import AccountingError, UnreachableTargetError
 from .events import Event, dpsgd
@@ -44,7 +42,7 @@ def epsilon(
     """Epsilon of DP-SGD at ``delta``: an upper bound.
 
     >>> round(epsilon(noise_multiplier=1.1, sample_rate=0.01, steps=1000, delta=1e-5), 3)
-    1.491
+    1.515
     """
     event = dpsgd(noise_multiplier, sample_rate, steps)
     return make_accountant(accountant, adjacency).compose(event).epsilon(delta)
@@ -204,6 +202,8 @@ def _solve(
 ) -> float:
     """The x nearest the private end's far side with ratio(x) ≤ 1; ``ratio`` rises or falls with x."""
 
+    from scipy.optimize import brentq  # here, not above: it doubles the import time
+
     def excess(log_x: float, tol: float) -> float:
         value = ratio(math.exp(log_x), tol)
         if rising is False:
@@ -235,13 +235,11 @@ def _solve(
         x, here, width = y, there, 1.5 * width
     left, right = min(x, y), max(x, y)
     root = float(brentq(lambda v: excess(v, 1e-3), left, right, xtol=1e-4)) if here * there < 0.0 else y
-    left, right = root - 4e-4, root + 1e-4
-    for _ in range(60):
-        if excess(left, fine) >= 0.0:
-            break
-        left, right = left - 8e-4, left
-    while excess(right, fine) > 0.0:
-        left, right = right, right + 8e-4
+    left, right, width = root - 4e-4, root + 1e-4, 8e-4
+    while excess(left, fine) < 0.0 and left > a - 1.0:
+        left, right, width = left - width, left, 2.0 * width
+    while excess(right, fine) > 0.0 and right < b + 1.0:
+        left, right, width = right, right + width, 2.0 * width
     root = float(brentq(lambda v: excess(v, fine), left, right, xtol=0.2 * tolerance))
     # at most a few nudges to the private side
     for nudge in range(1, 60):

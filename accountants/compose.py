@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import brentq
 
 from .lattice import Lattice, choose_edges, dominated, dominating
 from .pairs import Atoms, DiscretePair, Pair
@@ -40,8 +39,10 @@ class Plan:
 def moments(atoms: Atoms, t: float) -> tuple[float, float, float]:
     """K(t), K'(t), K''(t) of a law given by atoms."""
     exponent = t * atoms.loss
+    with np.errstate(divide="ignore"):
+        exponent = exponent + np.log(atoms.mass)
     top = float(exponent.max())
-    weight = atoms.mass * np.exp(exponent - top)
+    weight = np.exp(exponent - top)
     total = float(weight.sum())
     mean = float(np.dot(weight, atoms.loss)) / total
     variance = float(np.dot(weight, (atoms.loss - mean) ** 2)) / total
@@ -50,6 +51,8 @@ def moments(atoms: Atoms, t: float) -> tuple[float, float, float]:
 
 def _root(rising: Callable[[float], float], start: float) -> float:
     """log t where ``rising(log t)`` crosses zero, within e^-16 .. e^23; the nearer end if it does not."""
+    from scipy.optimize import brentq  # here, not above: it doubles the import time
+
     low = high = min(max(start, -15.0), 22.0)
     while rising(low) > 0.0 and low > -16.0:
         low -= 1.0
@@ -96,6 +99,8 @@ def make_plan(pairs: Sequence[Pair], counts: Sequence[int], *, log_delta: float,
         log_best = _root(lambda x: by_delta(x) - log_delta - 0.8 * most, start)
         log_best = log_best if math.isfinite(log_best) else start
     best = math.exp(log_best)
+    if epsilon is not None:
+        best = max(best, 0.5 / math.sqrt(variance))  # below the mean no tilt is called for
     for shade in SHADES:
         theta = shade * best
         k, mean, variance = sums(theta)
@@ -144,7 +149,7 @@ def build(
     With ``step`` given the grid is that, whatever it costs. ``wider`` lowers the log of the mass outside the window.
     """
     steps = max(1, sum(counts))
-    budget = tolerance * plan.epsilon
+    budget = tolerance * max(plan.epsilon, 0.1 / plan.slope)
     fixed = step is not None
     # one large loss alone: interpolating delta over a cell of width w costs (slope w)²/8 of it
     widest = math.sqrt(4.0 * budget / plan.slope)

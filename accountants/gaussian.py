@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
 # 64 roundings: log_ndtr and the few operations around it
@@ -35,6 +34,8 @@ def epsilon(log_d: float, mu: float, *, upper: bool = True) -> float:
         return 0.0
     if math.isinf(mu):
         return math.inf
+    from scipy.optimize import brentq  # here, not above: it doubles the import time
+
     high = mu * (0.5 * mu + math.sqrt(-2.0 * log_d) + 1.0)
     while log_delta(high, mu) > log_d:
         high *= 2.0

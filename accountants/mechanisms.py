@@ -85,7 +85,7 @@ def _unsampled(event: Event, shift: int) -> Pair | None:
     """The pair of a mechanism run on everybody, other than a Gaussian."""
     if isinstance(event, Laplace):
         if event.noise_multiplier == 0.0:
-            return DiscretePair((), (), 1.0)
+            return DiscretePair((), (), 1.0, 1.0)
         return LaplacePair(shift / event.noise_multiplier)
     if isinstance(event, DiscreteGaussian):
         return morepairs.discrete_gaussian(event.sigma, shift * event.sensitivity)
@@ -138,7 +138,7 @@ def _without_replacement(event: SampledWithoutReplacement, adjacency: str) -> Ju
         raise unsupported(event, adjacency)
     sigma = event.event.noise_multiplier
     if sigma == 0.0:
-        pair: Pair = DiscretePair((0.0,), (1.0 - q,), q)
+        pair: Pair = DiscretePair((0.0,), (1.0 - q,), q, q)
     else:
         pair = WithoutReplacementPair(q, sigma / reach(adjacency))
     return Judged(remove=pair, add=pair)

@@ -67,7 +67,7 @@ class SampledPair(Pair):
 
     def _outside(self) -> float:
         """Q-mass where the base's P has none."""
-        return self.base.flip().infinite if isinstance(self.base, DiscretePair) else 0.0
+        return self.base.outside if isinstance(self.base, DiscretePair) else 0.0
 
     def _map(self, loss: Array) -> Array:
         small = np.log1p(self.q * np.expm1(np.minimum(loss, 1.0)))
@@ -226,7 +226,7 @@ def discrete_gaussian(sigma: float, shift: int) -> DiscretePair:
     keep = log_p > -700.0
     loss = shift * (x - 0.5 * shift) / sigma**2
     mass = np.exp(log_p) / total
-    return DiscretePair(tuple(map(float, loss[keep])), tuple(map(float, mass[keep])), 1e-290)
+    return DiscretePair(tuple(map(float, loss[keep])), tuple(map(float, mass[keep])), 1e-290, 1e-290)
 
 
 def discrete_laplace(scale: float, shift: int) -> DiscretePair:
@@ -246,7 +246,7 @@ def randomized_response(noise: float, categories: int) -> DiscretePair:
     other = noise / categories
     truth = 1.0 - noise + other
     if other == 0.0:
-        return DiscretePair((), (), 1.0)
+        return DiscretePair((), (), 1.0, 1.0)
     loss = math.log(truth / other)
     losses, masses = [loss, -loss], [truth, other]
     if categories > 2:
@@ -258,7 +258,7 @@ def randomized_response(noise: float, categories: int) -> DiscretePair:
 def approximate(epsilon: float, delta: float) -> DiscretePair:
     """The pair that dominates every (ε, δ)-DP mechanism."""
     if delta >= 1.0:
-        return DiscretePair((), (), 1.0)
+        return DiscretePair((), (), 1.0, 1.0)
     high = (1.0 - delta) / (1.0 + math.exp(-epsilon))
     low = (1.0 - delta) * math.exp(-epsilon) / (1.0 + math.exp(-epsilon))
-    return DiscretePair((epsilon, -epsilon), (high, low), delta)
+    return DiscretePair((epsilon, -epsilon), (high, low), delta, delta)

@@ -242,12 +242,13 @@ class GaussianPair(SmoothPair):
 class DiscretePair(Pair):
     """A pair with finitely many losses: P-masses ``masses`` at ``losses``, and P(L = ∞) = ``infinite``.
 
-    Q-masses are masses·e^-loss; Q may have more, where P has none.
+    Q-masses are masses·e^-loss, and ``outside`` where P has none.
     """
 
     losses: tuple[float, ...]
     masses: tuple[float, ...]
     infinite: float = 0.0
+    outside: float = 0.0
 
     def span(self, head: float, tail: float) -> tuple[float, float]:
         return (min(self.losses, default=0.0), max(self.losses, default=0.0))
@@ -275,6 +276,6 @@ class DiscretePair(Pair):
         return max(self.losses, default=0.0) * (1.0 + 8.0 * U)
 
     def flip(self) -> DiscretePair:
-        """The other direction; P's infinite part becomes mass that the new P does not have."""
+        """The other direction."""
         masses = tuple(m * math.exp(-x) for m, x in zip(self.masses, self.losses, strict=True))
-        return DiscretePair(tuple(-x for x in self.losses), masses, max(0.0, 1.0 - math.fsum(masses)))
+        return DiscretePair(tuple(-x for x in self.losses), masses, self.outside, self.infinite)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from . import gaussian
@@ -57,9 +57,9 @@ class Direction:
         if spent > 0.0 and math.log(spent) > log_delta - 13.0:
             return False
         cost = built.cost * sum(counts) / max(1, sum(built.spectrum.counts))
-        return cost <= 2.0 * tolerance * epsilon and abs(log_delta - built.plan.log_delta) <= 5.0 + 0.5 * abs(
-            built.plan.log_delta
-        )
+        return cost <= 2.0 * tolerance * max(epsilon, 0.1 / built.plan.slope) and abs(
+            log_delta - built.plan.log_delta
+        ) <= 5.0 + 0.5 * abs(built.plan.log_delta)
 
     def _store(self, built: _Built) -> None:
         kept = self._built[built.spectrum.upper]
@@ -121,16 +121,18 @@ class Direction:
                 ratio = (before[0] / spectrum.step) ** 2
                 cost = abs(before[1] - answer) / max(ratio - 1.0, 0.5)
             self._store(_Built(spectrum, plan, cost, error / value if value > 0.0 else math.inf))
-            budget = tolerance * answer * (1.0 if upper else 2.0)
             better = refine(plan, spectrum, counts, answer)
-            typical = abs(plan.epsilon - answer) < 0.08 * answer and better.slope < 1.5 * plan.slope
+            scale = max(answer, 0.1 / better.slope)  # next to epsilon 0 only delta has a scale
+            budget = tolerance * scale * (1.0 if upper else 2.0)
+            typical = abs(plan.epsilon - answer) < 0.08 * scale and better.slope < 1.5 * plan.slope
             if cost <= 1.2 * budget and (before is not None or typical):
                 break
             finer = 0.5 if before is None else min(0.7, max(0.1, math.sqrt(0.7 * budget / cost)))
+            finer = max(finer, spectrum.size / MAX_SIZE)
+            if finer > 0.75:
+                break  # as fine as memory allows
             before, step, plan = (spectrum.step, answer), spectrum.step * finer, better
             finest *= finer
-            if spectrum.size > 2 * MAX_SIZE // 3:
-                break
         return best
 
     def epsilon_beyond(self, counts: Counts, log_delta: float, tolerance: float, known: float) -> float:
@@ -165,8 +167,8 @@ class Direction:
 
     def log_delta(self, counts: Counts, epsilon: float, tolerance: float, *, upper: bool) -> float:
         """The bound on log delta at ``epsilon``."""
-        if self._floor(counts) >= 0.0 or math.isinf(epsilon):
-            return self._floor(counts)
+        if self._floor(counts) >= 0.0 or epsilon >= self.pure(counts):
+            return self._floor(counts)  # no finite loss lies beyond
         for built in reversed(self._built[upper]):
             if built.spectrum.fits(counts):
                 answer = built.spectrum.log_delta(epsilon, counts)
@@ -175,10 +177,9 @@ class Direction:
         room = self._room(counts) if upper else counts
         rough = make_plan(self.pairs, room, log_delta=-60.0, epsilon=epsilon)
         plan = make_plan(self.pairs, room, log_delta=min(rough.log_delta, -1.0) - 2.0, epsilon=max(epsilon, 1e-9))
-        if epsilon == 0.0:
-            plan = self._plan(room, min(plan.log_delta, -0.5))
         answers = []
         for _ in range(2):
+            plan = replace(plan, epsilon=max(epsilon, 1.0 / plan.slope))
             built = self._fresh(counts, plan, tolerance, upper, room)
             answers.append(built.spectrum.log_delta(epsilon, counts))
             value, error, _, _ = built.spectrum.bracket(epsilon, counts)
@@ -204,7 +205,8 @@ class PLDAccountant(Accountant):
         tolerance: how much of epsilon the grid may cost, relative; what is reported stays an upper bound whatever it
         is.
 
-    >>> acc = PLDAccountant().compose(PoissonSampled(0.01, Gaussian(1.1)), 1000)
+    >>> from dpkit.accountants import dpsgd
+    >>> acc = PLDAccountant().compose(dpsgd(1.1, 0.01, 1000))
     >>> low, high = acc.epsilon_bounds(delta=1e-5)
     >>> low <= high <= acc.epsilon(delta=1e-5) <= low * 1.0001
     True

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 
 from .accountant import Accountant
 from .errors import UnsupportedEventError
@@ -133,6 +132,8 @@ class RDPAccountant(Accountant):
     @staticmethod
     def _refine(values: Array, bound: object) -> float:
         """The least of ``bound`` near the best of the fixed orders."""
+        from scipy.optimize import minimize_scalar  # here, not above: it doubles the import time
+
         best = int(np.argmin(values))
         low = float(values[best])
         if not math.isfinite(low):

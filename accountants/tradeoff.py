@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 
-from scipy.optimize import brentq, minimize_scalar
 from scipy.special import ndtr, ndtri
 
 from . import gaussian
@@ -44,6 +43,8 @@ class TradeOff:
 
         The adjacency is symmetric, so delta(−ε) = 1 − e^−ε + e^−ε delta(ε).
         """
+        from scipy.optimize import minimize_scalar  # here, not above: it doubles the import time
+
         best = fpr + delta(0.0)
 
         def ahead(x: float) -> float:
@@ -55,19 +56,19 @@ class TradeOff:
         if fpr > 0.0:
             reach = max(1e-6, min(-math.log(fpr), self._accountant.epsilon(max(1e-3 * fpr, 1e-100))))
             # convex in e^ε: a coarse look, then the valley
-            grid = [reach * i / 24 for i in range(25)]
+            grid = [reach * i / 14 for i in range(15)]
             values = [ahead(x) for x in grid]
-            i = min(range(25), key=values.__getitem__)
+            i = min(range(15), key=values.__getitem__)
             found = minimize_scalar(
                 ahead,
-                bounds=(grid[max(i - 1, 0)], grid[min(i + 1, 24)]),
+                bounds=(grid[max(i - 1, 0)], grid[min(i + 1, 14)]),
                 method="bounded",
-                options={"xatol": 1e-7 * reach},
+                options={"xatol": 1e-5 * reach},
             )
             best = min(best, values[i], float(found.fun))
         if fpr > 0.2:
             far = min(30.0, self._accountant.epsilon(1e-9))
-            found = minimize_scalar(mirrored, bounds=(0.0, max(far, 1e-6)), method="bounded", options={"xatol": 1e-7})
+            found = minimize_scalar(mirrored, bounds=(0.0, max(far, 1e-6)), method="bounded", options={"xatol": 1e-4})
             best = min(best, float(found.fun))
         return min(1.0, best)
 
@@ -86,7 +87,7 @@ class TradeOff:
         accountant = self._accountant
         lower = self._least(lru_cache(maxsize=4096)(lambda x: accountant.delta_bounds(x)[0]), fpr)
         # the search may stop a little above the minimum
-        return min(upper, max(fpr, lower * (1.0 - 1e-7))), upper
+        return min(upper, max(fpr, lower * (1.0 - 1e-4))), upper
 
     @property
     def advantage(self) -> float:
@@ -133,6 +134,8 @@ class TradeOff:
 
 def _gaussian_mu(epsilon: float, delta: float) -> float:
     """The μ with Gaussian delta(epsilon) = delta."""
+    from scipy.optimize import brentq
+
     if delta >= 1.0:
         return math.inf
     target = math.log(delta)

@@ -10,8 +10,44 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from dpkit.layers import multi_head_attention
+from dpkit.layers import embedding_bag, gru, lstm, multi_head_attention, rnn_relu, rnn_tanh
 
-TAKEN_APART: dict[Any, Callable[..., Any]] = {F.multi_head_attention_forward: multi_head_attention}
+TAKEN_APART: dict[Any, Callable[..., Any]] = {
+    F.multi_head_attention_forward: multi_head_attention,
+    F.embedding_bag: embedding_bag,
+    torch.lstm: lstm,
+    torch.gru: gru,
+    torch.rnn_tanh: rnn_tanh,
+    torch.rnn_relu: rnn_relu,
+}
+
+
+def order_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Where each record is in a packed sequence that a recurrent module is given; None: in its own place."""
+    if isinstance(module, nn.RNNBase):
+        for v in (*args, *kwargs.values()):
+            if isinstance(v, PackedSequence):
+                return v.unsorted_indices
+    return None
+
+
+def take_apart(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], order: Tensor | None) -> Any:
+    """Run the substitute of ``func``. In a packed sequence's data records stand in the order of their lengths; they are
+    brought back to their own (``order``) before they meet a parameter, else copy i would meet another record."""
+    if order is None or func not in _RECURRENT:
+        return TAKEN_APART[func](*args, **kwargs)
+    data, sizes, hx, *others = args
+    back = order.argsort()
+    own = [s[:, order] for s in ([hx] if isinstance(hx, Tensor) else hx)]
+    out, *last = TAKEN_APART[func](
+        data, sizes, own[0] if isinstance(hx, Tensor) else own, *others, order=order, **kwargs
+    )
+    return (out, *(s[:, back] for s in last))
+
+
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)

@@ -34,6 +34,7 @@ class Live:
     def __init__(self, tape: Tape, plan: probe.Plan, batch: Batch, n: int, *, again: bool = False) -> None:
         self.tape, self.plan, self.batch, self.n, self.again = tape, plan, batch, n, again
         self.assumed: list[tuple[Any, str, int, probe.Site]] = []
+        self.order: Tensor | None = None
         self._called: dict[nn.Module, int] = defaultdict(int)
         self._operated: dict[tuple[nn.Parameter, str], int] = defaultdict(int)
         self._copies: dict[nn.Parameter, Tensor] = {}

@@ -158,6 +158,7 @@ class Recorder:
         self.calls: dict[tuple[nn.Module, int], Call] = {}
         self.ops: dict[tuple[nn.Parameter, str, int], Call] = {}
         self.bare: set[nn.Parameter] = set()
+        self.order: Tensor | None = None
         self._called: dict[nn.Module, int] = defaultdict(int)
         self._operated: dict[tuple[nn.Parameter, str], int] = defaultdict(int)
 

@@ -65,6 +65,9 @@ def place(
     changed = [d for d, (a, b) in enumerate(zip(full, part, strict=True)) if a != b]
     if not changed:
         return None
+    alone = [d for d in changed if (full[d], part[d]) == (n, m)]
+    if len(changed) > 1 and len(alone) == 1:  # the longest record was left out: lengths shrank too
+        return Records(alone[0])
     d = changed[0]
     k = full[d] // n
     if len(changed) > 1 or full[d] != n * k or part[d] != m * k or k == 0:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .apart import TAKEN_APART
+from .apart import TAKEN_APART, take_apart
 from .records import Records
 from .trees import leaves
 
@@ -36,7 +36,13 @@ _CONSTANTS = frozenset(["detach", "data"])
 
 
 class Router(Protocol):
-    """What decides how an operation on stand-ins runs (the probe or the live forward)."""
+    """What decides how an operation on stand-ins runs (the probe or the live forward).
+
+    Attributes:
+        order: where each record is in the packed sequence that a recurrent module was called with last.
+    """
+
+    order: Tensor | None
 
     def operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
@@ -93,7 +99,7 @@ class StandIn(Tensor):
         if name in _METADATA:
             plain = [a.value if isinstance(a, StandIn) else a for a in args]
             return func(*plain, **kwargs)
-        if func in TAKEN_APART:
-            return TAKEN_APART[func](*args, **kwargs)
         router = next(v for v in leaves((args, kwargs)) if isinstance(v, StandIn)).router
+        if func in TAKEN_APART:
+            return take_apart(func, args, kwargs, router.order)
         return router.operate(func, args, kwargs)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, probe
+from .apart import order_of
 from .errors import ConfigurationError, CoupledRecordsError, PrivacyError, UncoveredParameterError
 from .forms import joined
 from .live import Live
@@ -178,6 +179,7 @@ class Tape:
         router = self._router
         if router is None:
             return
+        router.order = order_of(module, args, kwargs)
         if frame.outermost:
             self._stand_in(frame, router)
         if self._rules[module] is not None and self._uses_rule(module, args, kwargs, frame, router):

@@ -121,10 +121,10 @@ def _packed(
     if query is key and key is value:
         q, k, v = F.linear(query, weight, bias).chunk(3, -1)
         return q, k, v
-    e, l, s = query.shape[-1], query.shape[0], key.shape[0]  # noqa: E741
+    e, t, s = query.shape[-1], query.shape[0], key.shape[0]
     apart = key is not value
     y = F.linear(torch.cat([query, key, value] if apart else [query, key]), weight, bias)
-    return y[:l, :, :e], y[l : l + s, :, e : 2 * e], y[l + s * apart :, :, 2 * e :]
+    return y[:t, :, :e], y[t : t + s, :, e : 2 * e], y[t + s * apart :, :, 2 * e :]
 
 
 def _separate(
@@ -168,13 +168,14 @@ def _heads(x: Tensor, static: Tensor | None, n: int, h: int) -> Tensor:
 def _merged(attn_mask: Tensor | None, padding: Tensor | None, n: int, h: int, appended: int) -> Tensor | None:
     """Both masks as one that broadcasts to [n, h, l, s]; appended keys are seen by all."""
     if attn_mask is not None:
-        attn_mask = attn_mask.unflatten(0, (n, h)) if attn_mask.dim() == 3 else attn_mask[None, None]
+        attn_mask = attn_mask.view(n, h, *attn_mask.shape[1:]) if attn_mask.dim() == 3 else attn_mask[None, None]
         attn_mask = F.pad(attn_mask, (0, appended))
     if padding is not None:
         padding = F.pad(padding, (0, appended))[:, None, None]
     if attn_mask is None or padding is None:
         return attn_mask if padding is None else padding
-    return attn_mask + padding
+    both: Tensor = attn_mask + padding
+    return both
 
 
 class MultiheadAttention(nn.MultiheadAttention):

@@ -219,9 +219,9 @@ def _embeddings() -> list[ModelCase]:
             "embedding-scaled", lambda: nn.Sequential(m.ScaledEmbedding(6, 4, padding_idx=0), nn.Tanh()), tokens(9, 6)
         ),
         plain("embedding-offset", lambda: nn.Sequential(m.OffsetEmbedding(8, 4), nn.Tanh()), tokens(9, 6)),
-        plain("bag-sum", lambda: m.Bag("sum"), tokens(9, 7), tags="bag may_refuse"),
-        plain("bag-mean", lambda: m.Bag("mean"), tokens(9, 7), tags="bag may_refuse"),
-        plain("bag-max", lambda: m.Bag("max"), tokens(9, 7), tags="bag may_refuse"),
+        plain("bag-sum", lambda: m.Bag("sum"), tokens(9, 7), tags="bag"),
+        plain("bag-mean", lambda: m.Bag("mean"), tokens(9, 7), tags="bag"),
+        plain("bag-max", lambda: m.Bag("max"), tokens(9, 7), tags="bag"),
     ]
 
 
@@ -374,7 +374,7 @@ def _hard() -> list[ModelCase]:
                 name,
                 lambda kind=kind: m.Recurrent(kind(3, 4, batch_first=True)),
                 normal(6, 3),
-                tags="recurrent may_refuse",
+                tags="recurrent",
             )
             for name, kind in rnn.items()
         ),
@@ -382,7 +382,7 @@ def _hard() -> list[ModelCase]:
             "lstm-2-layers-both-ways",
             lambda: m.Recurrent(nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True)),
             normal(6, 3),
-            tags="recurrent may_refuse",
+            tags="recurrent",
         ),
         plain("cross-attention", m.CrossAttention, normal(3, 8), normal(4, 6), normal(4, 5), tags="hard"),
         plain("shared-row", m.SharedRow, normal(6, 4), tags="hard may_refuse"),

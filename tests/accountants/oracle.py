@@ -23,8 +23,11 @@ def _log_mgf(z: np.ndarray, q: float, sigma: float, spacing: float) -> np.ndarra
     far = (1.0 + theta) / sigma
     x = np.arange(-13.0, far + 13.0, spacing)
     lift = x / sigma - 0.5 / sigma**2
-    log_r = np.where(lift > 1.0, np.logaddexp(math.log1p(-q) if q < 1 else -np.inf, math.log(q) + lift), 0.0)
-    log_r = np.where(lift <= 1.0, np.log1p(q * np.expm1(np.minimum(lift, 1.0))), log_r)
+    if q == 1.0:
+        log_r = lift
+    else:
+        large = np.logaddexp(math.log1p(-q), math.log(q) + lift)
+        log_r = np.where(lift > 1.0, large, np.log1p(q * np.expm1(np.minimum(lift, 1.0))))
     height = (1.0 + theta) * log_r - 0.5 * x * x
     top = float(height.max())
     weight = np.exp(height - top)

@@ -7,10 +7,20 @@ import math
 
 import pytest
 
-from dpkit.accountants import Accountant, AccountingError, Event, Gaussian, PoissonSampled, RDPAccountant, dpsgd
+from dpkit.accountants import (
+    Accountant,
+    AccountingError,
+    Event,
+    Gaussian,
+    GDPAccountant,
+    PLDAccountant,
+    PoissonSampled,
+    RDPAccountant,
+    dpsgd,
+)
 
 STEP = PoissonSampled(0.01, Gaussian(1.1))
-ACCOUNTANTS: list[type[Accountant]] = [RDPAccountant]
+ACCOUNTANTS: list[type[Accountant]] = [RDPAccountant, PLDAccountant, GDPAccountant]
 
 
 @pytest.fixture(params=ACCOUNTANTS, ids=lambda cls: cls.__name__)

@@ -50,15 +50,15 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
 
 def call(option: dict[str, Any], dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Inputs and keyword arguments for `option`; no query has all its keys masked by bool masks."""
-    make, l, s, n = option["make"], option["l"], option["s"], option["n"]  # noqa: E741
+    make, t, s, n = option["make"], option["l"], option["s"], option["n"]
     e = make["embed_dim"]
-    s = l if option["inputs"] == "self" else s
+    s = t if option["inputs"] == "self" else s
 
-    def data(t: int, width: int) -> Tensor:
-        shape = (t, width) if n is None else (n, t, width) if make["batch_first"] else (t, n, width)
+    def data(length: int, width: int) -> Tensor:
+        shape = (length, width) if n is None else (n, length, width) if make["batch_first"] else (length, n, width)
         return torch.randn(shape, dtype=dtype)
 
-    query = data(l, e)
+    query = data(t, e)
     key = query if option["inputs"] == "self" else data(s, make["kdim"] or e)
     value = key if option["inputs"] != "three" else data(s, make["vdim"] or e)
     kinds: dict[str, Any] = {}
@@ -68,12 +68,12 @@ def call(option: dict[str, Any], dtype: torch.dtype) -> tuple[tuple[Tensor, ...]
         ignored[..., 0] = False
         kinds["key_padding_mask"] = ignored if option["padding"] == "bool" else torch.randn(*batch, s, dtype=dtype)
     if option["mask"] == "causal":
-        kinds |= {"attn_mask": torch.ones(l, s, dtype=torch.bool).triu(1), "is_causal": True}
+        kinds |= {"attn_mask": torch.ones(t, s, dtype=torch.bool).triu(1), "is_causal": True}
     elif option["mask"]:
         rows = ((n or 1) * make["num_heads"],) if "per record" in option["mask"] else ()
-        ignored = torch.rand(*rows, l, s) < 0.4
+        ignored = torch.rand(*rows, t, s) < 0.4
         ignored[..., 0] = False
-        kinds["attn_mask"] = ignored if "bool" in option["mask"] else torch.randn(*rows, l, s, dtype=dtype)
+        kinds["attn_mask"] = ignored if "bool" in option["mask"] else torch.randn(*rows, t, s, dtype=dtype)
     kinds |= {"need_weights": option["need_weights"], "average_attn_weights": option["average_attn_weights"]}
     return (query, key, value), kinds
 

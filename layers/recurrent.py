@@ -1,0 +1,321 @@
+"""LSTM, GRU and RNN whose parameters meet the data in linear maps only, at the speed of torch's fused kernels.
+
+Letters: t position, n record, i in, h hidden, g gates' width (4h, 3h or h), p projected width (h without projection).
+
+A recurrent layer uses its hidden-to-hidden matrix once a position, each time on what the last time gave. Yet once all
+hidden states are known, all its uses are one linear map: ``gates = x W_ih' + h_prev W_hh'``. So the fused kernel runs
+first, without gradient, and gives every h; then one product over all positions gives every gate; and `_LSTMStates` and
+its siblings return the known states as functions of the gates. Their backward is one short loop over time that turns
+the states' gradients into the gates'. From there autograd, or whoever watches the linear maps, goes on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import PackedSequence
+
+
+class _LSTMStates(torch.autograd.Function):
+    """h [t, n, p] and c [t, n, h] as functions of the gates [t, n, 4h], the projections [t, n, p], h0 and c0."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gates: Tensor,
+        projected: Tensor | None,
+        h0: Tensor,
+        c0: Tensor,
+        w_hh: Tensor,
+        w_hr: Tensor | None,
+        h: Tensor,
+        c: Tensor,
+        acts: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(c0, w_hh, w_hr, c, acts)
+        ctx.set_materialize_grads(False)
+        return h.detach(), c.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None) -> Any:
+        c0, w_hh, w_hr, c, acts = ctx.saved_tensors
+        i, f, g, o = acts.unbind(2)  # [t, n, h]
+        tanh_c, c_prev = c.tanh(), torch.cat([c0[None], c[:-1]])
+        by_c = torch.stack([g * i * (1 - i), c_prev * f * (1 - f), i * (1 - g * g)], 2)
+        by_h, h_to_c = tanh_c * o * (1 - o), o * (1 - tanh_c * tanh_c)
+        steps, n, _ = c.shape
+        grads = torch.empty_like(acts)  # [t, n, 4, h]
+        flat = grads.flatten(2)
+        grad_projected = None if w_hr is None else acts.new_empty(steps, n, w_hr.shape[0])
+        dh_next, dc_next = None, None
+        for t in range(steps - 1, -1, -1):
+            dh = None if grad_h is None else grad_h[t]
+            if dh_next is not None:
+                dh = torch.mm(dh_next, w_hh) if dh is None else torch.addmm(dh, dh_next, w_hh)
+            if dh is None:
+                dh = acts.new_zeros(n, w_hh.shape[1])
+            if grad_projected is not None:
+                grad_projected[t] = dh
+                dh = dh @ w_hr
+            dc = dh * h_to_c[t]
+            if dc_next is not None:
+                dc += dc_next
+            if grad_c is not None:
+                dc += grad_c[t]
+            torch.mul(dc[:, None], by_c[t], out=grads[t, :, :3])
+            torch.mul(dh, by_h[t], out=grads[t, :, 3])
+            dc_next, dh_next = dc * f[t], flat[t]
+        return flat, grad_projected, torch.mm(flat[0], w_hh), dc_next, None, None, None, None, None
+
+
+class _GRUStates(torch.autograd.Function):
+    """h [t, n, h] as a function of the input's and the state's part of the gates, [t, n, 3h] each, and h0."""
+
+    @staticmethod
+    def forward(ctx: Any, from_x: Tensor, from_h: Tensor, h0: Tensor, w_hh: Tensor, h: Tensor) -> Tensor:
+        ctx.save_for_backward(from_x, from_h, h0, w_hh, h)
+        return h.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_h: Tensor) -> Any:
+        from_x, from_h, h0, w_hh, h = ctx.saved_tensors
+        xr, xz, xn = from_x.chunk(3, -1)
+        hr, hz, hn = from_h.chunk(3, -1)
+        r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
+        new = (xn + r * hn).tanh()
+        h_prev = torch.cat([h0[None], h[:-1]])
+        by_new = (1 - z) * (1 - new * new)
+        by_h = torch.stack([by_new * hn * r * (1 - r), (h_prev - new) * z * (1 - z), by_new * r], 2)  # [t, n, 3, h]
+        grads = torch.empty_like(by_h)
+        flat, dh_all = grads.flatten(2), torch.empty_like(h)
+        dh_next: Tensor | None = None
+        for t in range(len(h) - 1, -1, -1):
+            dh = grad_h[t] if dh_next is None else grad_h[t] + dh_next
+            dh_all[t] = dh
+            torch.mul(dh[:, None], by_h[t], out=grads[t])
+            dh_next = torch.addmm(dh * z[t], flat[t], w_hh)
+        grad_x = torch.cat([flat[..., : 2 * h.shape[-1]], dh_all * by_new], -1)
+        return grad_x, flat, dh_next, None, None
+
+
+class _RNNStates(torch.autograd.Function):
+    """h [t, n, h] as a function of what goes into tanh or relu, [t, n, h], and h0."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, h0: Tensor, w_hh: Tensor, h: Tensor, relu: bool) -> Tensor:
+        ctx.save_for_backward(w_hh, h)
+        ctx.relu = relu
+        return h.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_h: Tensor) -> Any:
+        w_hh, h = ctx.saved_tensors
+        slope = (h > 0).to(h.dtype) if ctx.relu else 1 - h * h
+        grads = torch.empty_like(h)
+        dh = grad_h[-1]
+        for t in range(len(h) - 1, -1, -1):
+            torch.mul(dh, slope[t], out=grads[t])
+            dh = torch.addmm(grad_h[t - 1], grads[t], w_hh) if t else grads[t] @ w_hh
+        return grads, dh, None, None, None
+
+
+def _fused(mode: str, x: Tensor, state: tuple[Tensor, ...], weights: Sequence[Tensor], biased: bool) -> Tensor:
+    """Every h [t, n, p] of one layer in one direction, by torch's kernel, without gradient."""
+    run: Any = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}[mode]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+        plain = [w.detach() for w in weights]
+        first = [s.detach()[None] for s in state]
+        out = run(x.detach(), first if mode == "LSTM" else first[0], plain, biased, 1, 0.0, False, False, False)
+    h: Tensor = out[0]
+    return h
+
+
+def _direction(
+    mode: str, x: Tensor, state: tuple[Tensor, ...], weights: Sequence[Tensor], biased: bool
+) -> tuple[Tensor, Tensor | None]:
+    """One layer forward in time: x [t, n, i] to h [t, n, p] and, for an LSTM, c [t, n, h]."""
+    w_ih, w_hh = weights[:2]
+    b_ih, b_hh = (weights[2], weights[3]) if biased else (None, None)
+    h0 = state[0]
+    h = _fused(mode, x, state, weights, biased)
+    h_prev = torch.cat([h0.detach()[None], h[:-1]])
+    from_x, from_h = F.linear(x, w_ih, b_ih), F.linear(h_prev, w_hh, b_hh)
+    chain = w_hh.detach()
+    if mode == "GRU":
+        return _GRUStates.apply(from_x, from_h, h0, chain, h), None
+    gates = from_x + from_h
+    if mode != "LSTM":
+        return _RNNStates.apply(gates, h0, chain, h, mode == "RNN_RELU"), None
+    with torch.no_grad():
+        acts = gates.detach().unflatten(-1, (4, -1)).clone()  # [t, n, 4, h]: input, forget, cell, output
+        acts[:, :, :2].sigmoid_()
+        acts[:, :, 2].tanh_()
+        acts[:, :, 3].sigmoid_()
+        c = acts[:, :, 0] * acts[:, :, 2]
+        last = state[1].detach()
+        for t in range(len(c)):
+            last = c[t].addcmul_(acts[t, :, 1], last)
+    w_hr = weights[-1] if len(weights) in (3, 5) else None
+    projected = None if w_hr is None else F.linear(acts[:, :, 3] * c.tanh(), w_hr)
+    return _LSTMStates.apply(  # type: ignore[no-any-return]
+        gates, projected, h0, state[1], chain, None if w_hr is None else w_hr.detach(), h, c, acts
+    )
+
+
+def _layers(
+    mode: str,
+    x: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biased: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    lengths: _Lengths | None = None,
+) -> tuple[Tensor, ...]:
+    """All layers on x [t, n, i] (or packed data, with `lengths`): the output and the last states [layers, n, ·]."""
+    directions = 2 if bidirectional else 1
+    each = len(weights) // (num_layers * directions)
+    rows = x if lengths is None else lengths.pad(x)
+    like = torch.zeros_like(rows[:1, :, :1])  # [1, n, 1]: makes a state that is a parameter a state of these records
+    states = [s + like for s in hx]
+    last: list[list[Tensor]] = [[] for _ in hx]
+    for layer in range(num_layers):
+        outputs = []
+        for direction in range(directions):
+            k = layer * directions + direction
+            own = weights[k * each : (k + 1) * each]
+            y = rows if not direction else rows.flip(0) if lengths is None else lengths.flip(rows)
+            h, c = _direction(mode, y, tuple(s[k] for s in states), own, biased)
+            for found, v in zip(last, (h, c), strict=False):
+                assert v is not None
+                found.append(v[-1] if lengths is None else lengths.last(v))
+            outputs.append(h if not direction else h.flip(0) if lengths is None else lengths.flip(h))
+        rows = torch.cat(outputs, -1) if bidirectional else outputs[0]
+        if dropout and layer < num_layers - 1:
+            if lengths is None:
+                rows = F.dropout(rows, dropout, train)
+            else:
+                rows = lengths.pad(F.dropout(lengths.pack(rows), dropout, train))
+    return (rows if lengths is None else lengths.pack(rows), *(torch.stack(v) for v in last))
+
+
+class _Lengths:
+    """Between packed data [Σ lengths, ·] and rows [t, n, ·] in which every record starts at t = 0."""
+
+    def __init__(self, batch_sizes: Tensor, order: Tensor | None, device: torch.device) -> None:
+        sizes = batch_sizes.to(device)
+        column = torch.arange(int(batch_sizes[0]), device=device)
+        if order is not None:
+            column = order  # record r lies in column order[r]
+        start = sizes.cumsum(0) - sizes
+        self.valid = column < sizes[:, None]  # [t, n]
+        self.where = torch.where(self.valid, start[:, None] + column, 0)
+        self.length = self.valid.sum(0)  # [n]
+        t = torch.arange(len(sizes), device=device)[:, None]
+        self.mirror = torch.where(self.valid, self.length - 1 - t, t)
+        self.back = torch.empty(int(sizes.sum()), dtype=torch.long, device=device)
+        self.back[self.where[self.valid]] = self.valid.flatten().nonzero().flatten()
+
+    def pad(self, x: Tensor) -> Tensor:
+        return x[self.where] * self.valid[..., None]
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1)[self.back]
+
+    def flip(self, x: Tensor) -> Tensor:
+        return x.gather(0, self.mirror[..., None].expand_as(x))
+
+    def last(self, x: Tensor) -> Tensor:
+        return x.gather(0, (self.length - 1)[None, :, None].expand(1, -1, x.shape[-1]))[0]
+
+
+def _function(mode: str) -> Any:
+    def run(x: Tensor, *rest: Any, order: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What ``torch.lstm``, ``gru``, ``rnn_tanh``, ``rnn_relu`` compute, in both of their signatures.
+
+        (x, hx, weights, biased, layers, dropout, train, bidirectional, batch_first) or, packed,
+        (data, batch_sizes, hx, weights, biased, layers, dropout, train, bidirectional).
+
+        With ``order`` (a packed sequence's ``unsorted_indices``) the states, given and returned, are in the records'
+        own order rather than in the order of their lengths.
+        """
+        if not isinstance(rest[2], bool):
+            batch_sizes, hx, *packed = rest
+            lengths = _Lengths(batch_sizes, order, x.device)
+            return _layers(mode, x, hx if mode == "LSTM" else (hx,), *packed, lengths)  # type: ignore[call-arg]
+        hx, *others, batch_first = rest
+        if x.dim() != 3:
+            raise ValueError(
+                f"{mode}: the input has {x.dim()} dimensions; without a dimension of records no gradient belongs to a "
+                "record. Pass [n, t, i] or [t, n, i]."
+            )
+        out, *last = _layers(mode, x.transpose(0, 1) if batch_first else x, hx if mode == "LSTM" else (hx,), *others)
+        return (out.transpose(0, 1) if batch_first else out, *last)
+
+    run.__name__ = mode.lower()
+    return run
+
+
+lstm, gru, rnn_tanh, rnn_relu = (_function(mode) for mode in ("LSTM", "GRU", "RNN_TANH", "RNN_RELU"))
+
+
+class _Recurrent(nn.RNNBase):
+    """The forward that the three layers share."""
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
+        """See torch's layer of the same name; input without a dimension of records is refused."""
+        packed = isinstance(input, PackedSequence)
+        data = input.data if isinstance(input, PackedSequence) else input
+        sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
+        order = input.unsorted_indices if isinstance(input, PackedSequence) else None
+        if not packed and data.dim() != 3:
+            raise ValueError(
+                f"{type(self).__name__}: the input has {data.dim()} dimensions; without a dimension of records no "
+                "gradient belongs to a record. Pass [n, t, i] (batch_first) or [t, n, i]."
+            )
+        if hx is None:
+            n = int(sizes[0]) if sizes is not None else data.shape[0 if self.batch_first else 1]
+            k = self.num_layers * (2 if self.bidirectional else 1)
+            h0 = data.new_zeros(k, n, self.proj_size or self.hidden_size)
+            hx = (h0, data.new_zeros(k, n, self.hidden_size)) if self.mode == "LSTM" else h0
+        self.check_forward_args(data, hx, sizes)
+        run = {"LSTM": lstm, "GRU": gru, "RNN_TANH": rnn_tanh, "RNN_RELU": rnn_relu}[self.mode]
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        others = (weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
+        if sizes is None:
+            out, *last = run(data, hx, *others, self.batch_first)
+        else:  # states are in the records' own order, here and in the result
+            out, *last = run(data, sizes, hx, *others, order=order)
+        state = tuple(last) if self.mode == "LSTM" else last[0]
+        if isinstance(input, PackedSequence):
+            return PackedSequence(out, input.batch_sizes, input.sorted_indices, input.unsorted_indices), state
+        return out, state
+
+
+class LSTM(_Recurrent, nn.LSTM):
+    """``torch.nn.LSTM``: same constructor, parameters and results.
+
+    >>> y, (h, c) = LSTM(3, 4, batch_first=True)(torch.randn(2, 5, 3))
+    >>> list(y.shape)
+    [2, 5, 4]
+    """
+
+
+class GRU(_Recurrent, nn.GRU):
+    """``torch.nn.GRU``: same constructor, parameters and results."""
+
+
+class RNN(_Recurrent, nn.RNN):
+    """``torch.nn.RNN``: same constructor, parameters and results."""

@@ -1,0 +1,247 @@
+"""Recurrent layers equal torch's for every option, and their per-record gradients are exact through the engine."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import dpkit
+from dpkit import layers
+from tests.cases import squared
+from tests.oracle import clipped_sum, norm
+from tests.stepping import median_norm, private_step
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+KINDS = ["LSTM", "GRU", "RNN"]
+
+
+@st.composite
+def options(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """A kind of layer and its constructor arguments."""
+    kind = draw(st.sampled_from(KINDS))
+    depth = draw(st.integers(1, 3))
+    make: dict[str, Any] = {
+        "input_size": draw(st.integers(1, 4)),
+        "hidden_size": draw(st.integers(2, 4)),
+        "num_layers": depth,
+        "bias": draw(st.booleans()),
+        "batch_first": draw(st.booleans()),
+        "dropout": draw(st.sampled_from([0.0, 0.3])) if depth > 1 else 0.0,
+        "bidirectional": draw(st.booleans()),
+    }
+    if kind == "LSTM":
+        make["proj_size"] = draw(st.sampled_from([0, 1]))
+    if kind == "RNN":
+        make["nonlinearity"] = draw(st.sampled_from(["tanh", "relu"]))
+    return kind, make
+
+
+def lengths_of(n: int, t: int, how: str) -> Tensor:
+    """Lengths from 1 to t, the longest among them; in falling order if how is "sorted"."""
+    lengths = torch.randint(1, t + 1, (n,))
+    lengths[torch.randint(0, n, ())] = t
+    return lengths.sort(descending=True).values if how == "sorted" else lengths
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@settings(max_examples=100, deadline=None)
+@given(
+    option=options(),
+    n=st.integers(1, 4),
+    t=st.integers(1, 5),
+    initial=st.booleans(),
+    how=st.sampled_from(["padded", "sorted", "unsorted"]),
+    seed=st.integers(0, 99),
+)
+def test_equals_torch(
+    dtype: torch.dtype,
+    tolerance: float,
+    option: tuple[str, dict[str, Any]],
+    n: int,
+    t: int,
+    initial: bool,
+    how: str,
+    seed: int,
+) -> None:
+    """Outputs, last states (dropout drawn alike), and the gradients of weights, input and initial states."""
+    kind, make = option
+    torch.manual_seed(seed)
+    theirs, ours = (getattr(home, kind)(**make, dtype=dtype) for home in (nn, layers))
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    shape = (n, t) if make["batch_first"] else (t, n)
+    x = torch.randn(*shape, make["input_size"], dtype=dtype, requires_grad=True)
+    depth = make["num_layers"] * (1 + make["bidirectional"])
+    widths = [make.get("proj_size") or make["hidden_size"], make["hidden_size"]][: 1 + (kind == "LSTM")]
+    states = [torch.randn(depth, n, width, dtype=dtype, requires_grad=True) for width in widths]
+    lengths = lengths_of(n, t, how)
+    results = []
+    for module in (theirs, ours):
+        leaves = [x, *(states if initial else []), *module.parameters()]
+        for leaf in leaves:
+            leaf.grad = None
+        data: Any = x
+        if how != "padded":
+            data = pack_padded_sequence(x, lengths, make["batch_first"], enforce_sorted=how == "sorted")
+        torch.manual_seed(seed)
+        y, last = module(data, (tuple(states) if kind == "LSTM" else states[0]) if initial else None)
+        if isinstance(y, PackedSequence):
+            assert isinstance(data, PackedSequence)
+            assert torch.equal(y.batch_sizes, data.batch_sizes)
+            y = y.data
+        last = last if isinstance(last, tuple) else (last,)
+        loss = y.cos().sum() + torch.stack([(k + 2) * v.sin().sum() for k, v in enumerate(last)]).sum()
+        loss.backward()
+        results.append([y, *last, *(leaf.grad for leaf in leaves)])
+    assert len(results[0]) == len(results[1])
+    for k, (one, other) in enumerate(zip(*results, strict=True)):
+        scale = 1.0 if k <= len(widths) else 10 * max(1.0, float(one.abs().max()))
+        torch.testing.assert_close(other, one, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_gradcheck(kind: str, both_ways: bool) -> None:
+    """The hand-written backward against finite differences."""
+    layer = getattr(layers, kind)(2, 3, 2, bidirectional=both_ways, dtype=torch.float64)
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def run(x: Tensor, *weights: Tensor) -> Any:
+        y, last = torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x,))
+        return (y, *last) if isinstance(last, tuple) else (y, last)
+
+    assert torch.autograd.gradcheck(run, (x, *layer.parameters()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_dimension_of_records_is_refused(kind: str) -> None:
+    """A 2-D input has no records."""
+    with pytest.raises(ValueError, match="without a dimension of records"):
+        getattr(layers, kind)(2, 3)(torch.randn(4, 2))
+
+
+class Reads(nn.Module):
+    """A recurrent layer on (packed) sequences, from a learned initial state, with a head on outputs and last states."""
+
+    def __init__(self, layer: nn.RNNBase, how: str, learned: bool) -> None:
+        super().__init__()
+        self.layer, self.how = layer, how
+        width = layer.hidden_size * (1 + layer.bidirectional)
+        self.head = nn.Linear(width, 2)
+        depth = layer.num_layers * (1 + layer.bidirectional)
+        self.initial = nn.Parameter(torch.randn(depth, 1, layer.hidden_size)) if learned else None
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        hx: Any = None
+        if self.initial is not None:
+            hx = self.initial.expand(-1, n, -1)
+            hx = (hx, hx.tanh()) if isinstance(self.layer, nn.LSTM) else hx
+        if self.how == "padded":
+            y, last = self.layer(x, hx)
+        else:
+            packed = pack_padded_sequence(x, lengths, True, enforce_sorted=self.how == "sorted")
+            y, last = self.layer(packed, hx)
+            y = pad_packed_sequence(y, True, total_length=t)[0]
+        last = last if isinstance(last, tuple) else (last,)
+        tail = torch.stack([v.transpose(0, 1).flatten(1).sum(1) for v in last]).sum(0)
+        return self.head(y) + tail[:, None, None]
+
+
+def compare(layer: nn.RNNBase, how: str, learned: bool, n: int, lengths: Tensor) -> None:
+    """Fails unless the engine's step on the model around `layer` is the definition's."""
+    model = Reads(layer, how, learned).double()
+    batch = (torch.randn(n, 5, 3, dtype=torch.float64), lengths, torch.randn(n, dtype=torch.float64))
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        return squared(model(*batch[:-1]), batch[-1])
+
+    twin = copy.deepcopy(model)
+    bound = median_norm(twin, losses, batch)
+    total = clipped_sum(twin, losses, batch, n, bound)
+    step = private_step(model, losses, batch, bound)
+    assert norm({k: step[k] + total[k] / n for k in total}) <= 1e-10 * norm(total) / n
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    home=st.sampled_from([nn, layers]),
+    depth=st.integers(1, 2),
+    both_ways=st.booleans(),
+    learned=st.booleans(),
+    n=st.sampled_from([1, 2, 4, 6]),
+)
+def test_private_step_is_exact(kind: str, home: Any, depth: int, both_ways: bool, learned: bool, n: int) -> None:
+    """torch's own layer and ours, from zero and from learned initial states."""
+    torch.manual_seed(0)
+    layer = getattr(home, kind)(3, 4, depth, batch_first=True, bidirectional=both_ways)
+    compare(layer, "padded", learned, n, torch.full((n,), 5))
+
+
+@pytest.mark.parametrize("home", [nn, layers], ids=["torch", "ours"])
+@pytest.mark.parametrize("how", ["sorted", "unsorted"])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_private_step_is_exact(kind: str, learned: bool, how: str, home: Any) -> None:
+    """Packed sequences; the longest record last, in the middle, or first; records permuted inside."""
+    torch.manual_seed(0)
+    for lengths in ([5, 4, 2, 1], [2, 5, 1, 4], [1, 2, 4, 5]):
+        if how == "sorted":
+            lengths = sorted(lengths, reverse=True)
+        layer = getattr(home, kind)(3, 4, 2, batch_first=True, bidirectional=True)
+        if learned and how == "unsorted" and home is nn:
+            with pytest.raises(dpkit.UncoveredParameterError, match="index_select"):  # torch permutes the parameter
+                compare(layer, how, learned, 4, torch.tensor(lengths))
+        else:
+            compare(layer, how, learned, 4, torch.tensor(lengths))
+
+
+def test_torchs_own_layer_stays_itself() -> None:
+    """After private steps the module is of its class, and copies, pickles and trains as before."""
+    model = Reads(nn.LSTM(3, 4, batch_first=True), "padded", True)
+    names = list(model.state_dict())
+    batch = (torch.randn(4, 5, 3), torch.full((4,), 5), torch.randn(4))
+    private_step(model, lambda m, b: squared(m(*b[:-1]), b[-1]), batch, 1.0)
+    assert type(model.layer) is nn.LSTM
+    assert list(model.state_dict()) == names
+    y = model(*batch[:-1])
+    y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        torch.testing.assert_close(other(*batch[:-1]), y)
+    fresh = Reads(layers.LSTM(3, 4, batch_first=True), "padded", True)
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(fresh(*batch[:-1]), y)
+
+
+def test_no_copies_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a private step of plain ``nn.LSTM`` no weight is copied for each record."""
+    from dpkit import live
+
+    copied: list[tuple[int, ...]] = []
+    spread = live.Spread.apply
+
+    def spy(anchor: Tensor, parameter: Tensor, *rest: Any) -> Tensor:
+        copied.append(tuple(parameter.shape))
+        return spread(anchor, parameter, *rest)
+
+    monkeypatch.setattr(live.Spread, "apply", spy)
+    batch = (torch.randn(4, 5, 3), torch.full((4,), 5), torch.randn(4))
+    for kind in KINDS:
+        model = Reads(getattr(nn, kind)(3, 4, batch_first=True), "padded", False)
+        private_step(model, lambda m, b: squared(m(*b[:-1]), b[-1]), batch, 1.0)
+    assert copied == []
