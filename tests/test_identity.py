@@ -164,20 +164,27 @@ def test_detach_in_the_middle_of_a_batch() -> None:
 def test_copies_are_ordinary_models(how: Callable[[nn.Module], nn.Module], when: str) -> None:
     """A deep copy, or a model read back, trains by itself, and the private original goes on."""
     run = attach(mlp(), data(), 4)
-    if when == "before a batch":
+
+    def copied() -> nn.Module:
         twin = how(run.model)
+        assert type(twin) is type(run.model)
+        for p in twin.parameters():
+            p.grad = None
+        before = weights(run.model)
+        for size in (3, 4, 8):  # numbers of records that the private batch may have, too
+            public_step(twin, (torch.randn(size, 4), torch.randn(size, 1)))
+        assert torch.equal(weights(run.model), before)
+        return twin
+
+    if when == "before a batch":
+        twin = copied()
     else:
-        for batch in run.loader:
-            squared_loss(run.model, batch).backward()
-            twin = how(run.model)
-            run.optimizer.step()
-    assert type(twin) is type(run.model)
-    for p in twin.parameters():
-        p.grad = None
+        with drawing([0, 1, 2]):
+            for batch in run.loader:
+                squared_loss(run.model, batch).backward()
+                twin = copied()
+                run.optimizer.step()
     before = weights(run.model)
-    for size in (4, 8):  # the numbers of records that the private batches may have, too
-        public_step(twin, (torch.randn(size, 4), torch.randn(size, 1)))
-    assert torch.equal(weights(run.model), before)
     train(run)
     assert not torch.equal(weights(run.model), before)
     other = attach(twin)  # the copy may be made private by an engine of its own
@@ -314,6 +321,19 @@ def test_freezing_between_steps() -> None:
         train(run)
         for (name, p), old in zip(model.named_parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p.detach(), old.detach() - total.get(name, torch.zeros(())) / 8)
+
+
+def test_freezing_before_the_step() -> None:
+    """What is frozen after the backward pass takes no part in the step any more."""
+    run = attach(mlp())
+    train(run)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    for batch in run.loader:
+        squared_loss(run.model, batch).backward()
+        run.model[0].requires_grad_(False)
+        run.optimizer.step()
+    kept = [torch.equal(p, old) for p, old in zip(run.model.parameters(), before, strict=True)]
+    assert kept == [True, True, False, False]
 
 
 # --- other uses of the model in between ---

@@ -185,7 +185,7 @@ class HardRouting(nn.Module):
         return self.expert(x) * (self.score(x).squeeze(1) * kept)[:, None]
 
 
-@pytest.mark.parametrize("build", [Centred, lambda: Centred(0.05), HardRouting])
+@pytest.mark.parametrize("build", [Centred, lambda: Centred(0.3), HardRouting])
 def test_coupled_records(build: Callable[[], nn.Module]) -> None:
     """One record's output changes when another one leaves the batch."""
     with refused(dpkit.CoupledRecordsError, type(build()).__name__, "left out"):
@@ -522,6 +522,17 @@ def test_parameter_used_outside_the_forward(size: float, warm: bool) -> None:
     assert caught.value.cure
 
 
+def test_penalty_in_the_first_loss() -> None:
+    """Refused before its step, not after."""
+    run = attach(mlp())
+    before = copy.deepcopy(run.model.state_dict())
+    with refused(dpkit.GradientMismatchError, "2.weight", "add up"):
+        for batch in run.loader:
+            (squared_loss(run.model, batch) + run.model[2].weight.square().sum()).backward()
+            run.optimizer.step()
+    assert all(torch.equal(v, before[k]) for k, v in run.model.state_dict().items())
+
+
 def test_gradient_written_by_hand() -> None:
     """p.grad that somebody filled in is not a clipped sum."""
     run = step_on(mlp())
@@ -544,6 +555,24 @@ def test_a_refused_step_releases_nothing() -> None:
     assert all(torch.equal(v, before[k]) for k, v in run.model.state_dict().items())
     assert run.engine.accountant.ledger == ledger
     train(run)
+
+
+def test_a_refused_part_takes_its_logical_batch_with_it() -> None:
+    """A loop that catches the refusal and goes on: the next step holds its own records alone."""
+    run = attach(mlp(), data(), 4, max_physical_batch_size=1, loss_reduction="sum")
+    vector = nn.utils.parameters_to_vector
+    with drawing([0], [1, 2], [3]):
+        for k, (x, _) in enumerate(run.loader):
+            before = vector(run.model.parameters()).detach()
+            (run.model(x) * 1e6).sum().backward()
+            if k == 2:
+                run.model[2].bias.grad = torch.ones(1)  # type: ignore[union-attr]
+                with refused(dpkit.NonPrivateGradientError, "2.bias"):
+                    run.optimizer.step()
+                continue
+            run.optimizer.step()
+            moved = float((vector(run.model.parameters()).detach() - before).norm()) * 4
+            assert moved == pytest.approx(0.0 if k == 1 else 1.0, rel=1e-3)
 
 
 def test_closure() -> None:
@@ -626,6 +655,22 @@ def test_rule_that_credits_the_wrong_record() -> None:
 
     try:
         with pytest.raises((dpkit.GradientMismatchError, dpkit.CoupledRecordsError), match=r"0\.weight"):
+            step_on(nn.Sequential(Scale(), nn.Linear(4, 1)))
+    finally:
+        dpkit.unregister_rule(Scale)
+
+
+def test_rule_that_is_right_for_the_last_record_only() -> None:
+    """The proof record by record looks at one of them; the sum over all must be autograd's own, too."""
+
+    @dpkit.register_rule(Scale)
+    def scale(layer: Scale, x: Tensor, grad: Tensor) -> Any:
+        factors = torch.full((len(x), 1), 0.5)
+        factors[-1] = 1.0
+        yield layer.weight, dpkit.Dense(factors * grad * x)
+
+    try:
+        with refused(dpkit.GradientMismatchError, "0.weight", "add up"):
             step_on(nn.Sequential(Scale(), nn.Linear(4, 1)))
     finally:
         dpkit.unregister_rule(Scale)
