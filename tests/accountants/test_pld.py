@@ -258,6 +258,19 @@ def test_lattices_bracket_the_pair(pair: Pair, step: float) -> None:
     assert float(above.mass.sum()) >= 1 - pair.infinite - 1e-12
 
 
+def test_what_is_cut_off_is_kept_in_the_bound() -> None:
+    mu, step = 1.0, 0.1
+    edges = np.arange(-5, 11)  # losses from -0.5 to 1: both tails are cut deep in the law
+    head, tail = float(ndtr(-0.5 / mu - mu / 2)), float(ndtr(mu / 2 - 1.0 / mu))
+    law = dominating(GaussianPair(sigma=1 / mu), edges, 0.0, step, head, tail)
+    assert float(law.mass[0]) >= head
+    assert float(law.mass.sum()) + law.infinite >= 1.0
+    for epsilon in (0.0, 0.5, 0.95, 1.5, 4.0):
+        truth = float(ndtr(mu / 2 - epsilon / mu) - math.exp(epsilon) * ndtr(-mu / 2 - epsilon / mu))
+        above = float((law.mass * np.maximum(0.0, -np.expm1(epsilon - law.loss))).sum()) + law.infinite
+        assert above >= truth
+
+
 def test_masses_match_the_normal_distribution() -> None:
     pair = GaussianPair(q=0.03, sigma=0.9)
     edges = np.array([-0.02, 0.01, 0.5, 2.0])
