@@ -28,6 +28,7 @@ typecheck: $(VENV)/.ready
 
 bench: $(VENV)/.ready ## training steps beside ordinary training and Opacus; writes benchmarks/results/
 	$(PY) -m benchmarks.steps
+	$(PY) -m benchmarks.accounting
 
 audit: $(VENV)/.ready ## 54 Hugging Face architectures, dpkit and Opacus, against the definition
 	$(PY) -m benchmarks.audit
