@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -19,14 +18,13 @@ from .clipping import Clipping, clipping_of
 from .errors import (
     ConfigurationError,
     DoubleUseError,
-    GradientMismatchError,
-    NonPrivateGradientError,
     NotAttachedError,
     UncoveredParameterError,
     UnfinishedStepError,
 )
 from .forms import Form, joined
 from .noise import NoiseSource
+from .proof import prove
 from .rules import register_optional
 from .sampling import Draw, FixedBatches, PrivateDataLoader, Sampling, sampling_of
 from .tape import Tape
@@ -405,7 +403,7 @@ class PrivacyEngine:
         if batch is None:
             return
         trainable = self._trainable()
-        self._prove(tape, batch)
+        prove(tape, batch)
         forms = {p: joined(found) for p, found in batch.forms.items() if p.requires_grad}
         for p in forms:
             if p not in trainable:
@@ -456,55 +454,6 @@ class PrivacyEngine:
             self._charged = draw.noise_multiplier
         for p, total in zip(trainable, wide, strict=True):
             p.grad = total.div_(self._sampling.expected_batch_size).view(p.shape).to(p.dtype)
-
-    # ---------------------------------------------------------------- the first-batch proof
-
-    def _prove(self, tape: Tape, batch: Batch) -> None:
-        """Compare the forms with autograd's own gradient, for parameters that were not compared before."""
-        compared: list[tuple[nn.Parameter, Tensor, Tensor, float]] = []
-        for p in tape.parameters():
-            stray, p.grad = p.grad, None
-            grad, tapped = batch.autograd.get(p, stray), batch.tapped.get(p)
-            if grad is not None and not tapped:
-                self._refuse_uncovered(tape, batch, p)
-            if tapped:
-                form = joined(tapped)
-                ours = form.weighted_sum(torch.ones(batch.n, device=p.device))
-                theirs = torch.zeros_like(ours) if grad is None else grad.to_dense().to(ours.dtype).flatten()
-                compared.append((p, ours, theirs, float(form.sq_norm().sqrt().sum())))
-            elif p in batch.forms:
-                tape.proven.add(p)
-        largest = max((scale for *_, scale in compared), default=0.0)
-        if not math.isfinite(largest):
-            return  # a record is not finite: its turn comes with the next batch
-        for p, ours, theirs, scale in compared:
-            gap, size = float((ours - theirs).norm()), float(theirs.norm())
-            # a gradient that is zero but for rounding (an attention key's bias) is judged against the largest one
-            if gap > batch.tolerance * max(scale, size, 1e-3 * largest):
-                raise GradientMismatchError(
-                    f"{tape.name(p)} {list(p.shape)}: the per-record gradients add up to something else than "
-                    f"autograd's gradient (they differ by {gap:.3g}, norm {size:.3g})",
-                    why="either its layer's rule is wrong, or the parameter is also used where no rule sees it; what "
-                    "is not clipped per record is not covered by the guarantee.",
-                    cure="correct the rule (dpkit.register_rule), or freeze the parameter.",
-                )
-            tape.proven.add(p)
-
-    @staticmethod
-    def _refuse_uncovered(tape: Tape, batch: Batch, p: nn.Parameter) -> None:
-        if batch.passive:
-            raise NonPrivateGradientError(
-                f"{tape.name(p)} received an ordinary gradient: {batch.passive}, while {batch.n} records were drawn",
-                why="the gradient is not clipped per record.",
-                cure="feed the model the batches of the private loader, one row for each record, in the dimension that "
-                "batch_first says.",
-            )
-        raise NonPrivateGradientError(
-            f"{tape.name(p)} {list(p.shape)} received a gradient that the engine did not see",
-            why="what is not clipped per record is not covered by the guarantee.",
-            cure="freeze it, register a rule for its module (dpkit.register_rule), or use the parameter through its "
-            "module inside the model's forward.",
-        )
 
     # ---------------------------------------------------------------- small things
 
