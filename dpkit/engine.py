@@ -23,6 +23,7 @@ from .errors import (
     UnfinishedStepError,
 )
 from .forms import Form, joined
+from .methods import MODES, Methods, Profile
 from .noise import NoiseSource
 from .proof import prove
 from .rules import register_optional
@@ -86,6 +87,7 @@ class PrivacyEngine:
         loss_reduction: str = "mean",
         poisson_sampling: bool = True,
         max_physical_batch_size: int | None = None,
+        method: str = "auto",
         noise_generator: torch.Generator | None = None,
         batch_first: bool = True,
     ) -> tuple[M, O, DataLoader[Any]]:
@@ -105,6 +107,9 @@ class PrivacyEngine:
             max_physical_batch_size: serve a logical batch in parts of at most this many records. Call
                 ``optimizer.step()`` after each part as usual; only the last one of a logical batch takes the step. A
                 scheduler that is stepped beside it counts parts, not steps.
+            method: how norms and sums are computed, where several ways give the same: "model" takes the cheapest by a
+                cost model, "measured" times them when a layer is first met, "auto" does so where the model is not sure
+                (with a noise_generator it follows the model, so that runs repeat bit for bit).
             noise_generator: for runs that repeat exactly; by default the noise is seeded from the operating system. So
                 is the draw of records, unless the data loader has a generator of its own.
             batch_first: False if the model's inputs are [t, n, ...].
@@ -142,7 +147,9 @@ class PrivacyEngine:
         checks.validate_model(module)
         sigma = self._noise_multiplier_for(sampling, noise_multiplier, target_epsilon, target_delta, epochs, steps)
 
-        tape = Tape(module, batch_first=batch_first)
+        checks.choice("method", method, MODES)
+        methods = Methods("model" if method == "auto" and noise_generator is not None else method)
+        tape = Tape(module, batch_first=batch_first, methods=methods)
         self._tape, self._optimizer, self._sampling = tape, optimizer, sampling
         self._clipping, self._loss_reduction = rule, loss_reduction
         self._noise_multiplier, self._max_grad_norm = sigma, max_grad_norm
@@ -277,6 +284,11 @@ class PrivacyEngine:
                 "get_epsilon() without delta", why="ε is a function of δ.", cure="pass delta=1e-5, say."
             )
         return self.accountant.epsilon(checks.number("delta", delta, low=0.0, high=1.0))
+
+    def profile(self) -> Profile:
+        """What is done for each trainable parameter, as seen in the batches so far: method, time, memory; see `Line`."""
+        tape = self._attached()
+        return tape.methods.profile(tape.parameters())
 
     def backward(self, losses: Tensor) -> None:
         """The strict door: one loss a record, [n] or [n, 1]; checks that they are what they say.

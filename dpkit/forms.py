@@ -10,9 +10,10 @@ form         holds                           the gradient of one record
 ``Rows``     index [n, t], g [n, t, d]       row ``index`` of a [v, d] table gets g
 ===========  ==============================  ======================================
 
-Each form offers ``sq_norm() -> [n]``, ``weighted_sum(w) -> flat [p]`` and ``dense()``; ghost, materialised and
-book-keeping clipping are costs chosen inside ``Outer``, never modes. `joined` adds up the forms of one parameter with
-their exact cross terms. All norms and sums are in float32 or wider.
+Each form offers ``sq_norm() -> [n]``, ``weighted_sum(w) -> flat [p]`` and ``dense()``. Ghost, materialised and
+book-keeping clipping are never modes: where several ways lead to norm and sum, a form names them with their costs
+(``ways()``) and `dpkit.methods` chooses. `joined` adds up the forms of one parameter with their exact cross terms. All
+norms and sums are in float32 or wider.
 
 Source of the ghost norm: Li, Tramèr, Liang and Hashimoto, "Large Language Models Can Be Strong Differentially Private
 Learners" (2022); of the weighted sum without a second backward: Bu, Wang, Zha and Karypis, "Differentially Private
@@ -21,7 +22,8 @@ Optimization on Large Model at Small Cost" (2023).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -34,8 +36,43 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+@dataclass(frozen=True)
+class Way:
+    """One way from a form to its norms and its weighted sum.
+
+    Attributes:
+        take: makes the form that goes this way (at once: what it needs is computed now, the rest is let go).
+        cost: the model's estimate for one record, in floating-point operations (a number that passes through memory
+            counts as what the processor computes meanwhile).
+        kept: numbers that are kept for a record until the norms of all layers are known.
+    """
+
+    take: Callable[[], Form]
+    cost: float
+    kept: int
+
+
+MEMORY = 2.0
+"""A way may keep at most so many times what the form itself keeps."""
+
+
+def affordable(ways: dict[str, Way]) -> dict[str, Way]:
+    """The ways within the memory bound; the first is the form as it is."""
+    bound = MEMORY * next((way.kept for way in ways.values()), 0)
+    return {name: way for name, way in ways.items() if way.kept <= bound}
+
+
 class Form:
     """The gradients of n records for one parameter."""
+
+    def ways(self) -> dict[str, Way]:
+        """The ways to norm and sum, by name, the form as it is first; empty where there is only that one."""
+        return {}
+
+    def settled(self) -> Form:
+        """The form that goes the way which the cost model takes for the cheapest within the memory bound."""
+        ways = affordable(self.ways()) if self.n else {}
+        return min(ways.values(), key=lambda way: way.cost).take() if ways else self
 
     def dense(self) -> Tensor:
         """[n, ...]: every record's gradient, materialised."""
@@ -84,16 +121,27 @@ class Dense(Form):
     def dense(self) -> Tensor:
         return wide(self.value)
 
-    def _flat(self) -> Tensor:
-        return wide(self.value).reshape(self.n, self.value.shape[1:].numel())  # n may be 0, so -1 would say nothing
+    def _order(self) -> list[int]:
+        """The dimensions of a gradient as they lie in memory, so that a permuted value need not be copied."""
+        stride = self.value.stride()
+        return sorted(range(1, self.value.ndim), key=lambda d: -stride[d])
+
+    def _flat(self, order: list[int]) -> Tensor:
+        v = wide(self.value).permute(0, *order)
+        return v.reshape(self.n, v.shape[1:].numel())  # n may be 0, so -1 would say nothing
 
     def sq_norm(self) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(self._flat(), dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self._flat(self._order()), dim=1)
         return norms.square()
 
     def weighted_sum(self, w: Tensor) -> Tensor:
-        flat = self._flat()
-        return w.to(flat.dtype) @ flat
+        order = self._order()
+        flat = self._flat(order)
+        total = w.to(flat.dtype) @ flat
+        if order == sorted(order):
+            return total
+        back = [order.index(d) for d in range(1, self.value.ndim)]
+        return total.view([self.value.shape[d] for d in order]).permute(back).flatten()
 
     def take(self, records: Tensor) -> Dense:
         return Dense(self.value[records])
@@ -131,11 +179,16 @@ class Outer(Form):
         g, a = self._wide()
         return g.transpose(-1, -2) @ a
 
-    def settled(self) -> Form:
-        """Itself, or `Dense` where [o, i] is smaller than the [t, o] and [t, i] it is made of (and cheaper than the
-        two [t, t] Gram matrices of the ghost norm)."""
-        t, o, i = self.g.shape[-2], self.g.shape[-1], self.a.shape[-1]
-        return Dense(self.dense()) if t > 1 and o * i < t * (o + i) else self
+    def ways(self) -> dict[str, Way]:
+        *stack, t, o = self.g.shape[1:]
+        i, m = self.a.shape[-1], math.prod(stack)
+        if t == 1:
+            return {}
+        product = 2.0 * t * o * i
+        return {
+            "ghost": Way(lambda: self, m * (product + 1.5 * t * t * (o + i)), m * t * (o + i)),
+            "dense": Way(lambda: Dense(self.dense()), m * (product + 48.0 * o * i), m * o * i),
+        }
 
     def sq_norm(self) -> Tensor:
         g, a = self._wide()
@@ -150,7 +203,8 @@ class Outer(Form):
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         g, a = self._wide()
-        g = g * w.to(g.dtype).view(-1, *[1] * (g.ndim - 1))
+        w = w.to(g.dtype).view(-1, *[1] * (g.ndim - 1))
+        g, a = (g * w, a) if g.shape[-1] <= a.shape[-1] else (g, a * w)
         if g.ndim == 3:
             return (g.flatten(0, 1).T @ a.flatten(0, 1)).flatten()
         return torch.einsum("n...to,n...ti->...oi", g, a).flatten()
@@ -168,15 +222,38 @@ class Outer(Form):
 
 
 def _gram(g: Tensor, a: Tensor) -> Tensor:
-    """Squared norms of sum_t g_t ⊗ a_t without forming it: the sum over t, t' of (g_t·g_t')(a_t·a_t')."""
-    gg, aa = g @ g.transpose(-1, -2), a @ a.transpose(-1, -2)
-    norm = (gg * aa).flatten(1).sum(1)
-    lengths = (gg.diagonal(dim1=-2, dim2=-1) * aa.diagonal(dim1=-2, dim2=-1)).clamp_min(0).sqrt()
-    terms = lengths.sum(-1).square().reshape(len(norm), -1).sum(1)
-    return _not_below(norm, terms)
+    """Squared norms of sum_t g_t ⊗ a_t without forming it: the sum over t, t' of (g_t·g_t')(a_t·a_t').
+
+    The products are symmetric, so only blocks on and above the diagonal are taken, some records at a time.
+    """
+    n, members, t = len(g), g.shape[1:-2].numel(), g.shape[-2]
+    g, a = g.flatten(0, -3), a.flatten(0, -3)
+    block = t if t < 64 else -(-t // 2) if t < 128 else max(64, -(-t // 4))
+    each = max(1, SCRATCH // (block * t))
+    norms, lengths = g.new_empty(len(g)), g.new_zeros(len(g))
+    for some in (slice(k, k + each) for k in range(0, len(g), each)):
+        norms[some], lengths[some] = _symmetric(g[some], a[some], block)
+    return not_below(norms.view(n, members).sum(1), lengths.view(n, members).sum(1).square())
 
 
-def _not_below(norm: Tensor, terms: Tensor) -> Tensor:
+def _symmetric(g: Tensor, a: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """[n], [n]: the sum over t, t' of (g_t·g_t')(a_t·a_t') of [n, t, ·], and that over t of |g_t||a_t|."""
+    norm, lengths = g.new_zeros(len(g)), g.new_zeros(len(g))
+    for start in range(0, g.shape[1], block):
+        rows = slice(start, start + block)
+        gg = torch.bmm(g[:, rows], g[:, start:].transpose(1, 2))
+        products = gg.mul_(torch.bmm(a[:, rows], a[:, start:].transpose(1, 2)))
+        own = products[:, :, : products.shape[1]]
+        norm += 2 * products.flatten(1).sum(1) - own.sum((1, 2))
+        lengths += own.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt().sum(1)
+    return norm, lengths
+
+
+SCRATCH = 1 << 22
+"""Numbers (16 MiB in float32) that a norm may use at a time beyond what is kept anyway."""
+
+
+def not_below(norm: Tensor, terms: Tensor) -> Tensor:
     """A squared norm that was added up from inner products, made safe against their cancelling.
 
     Rounding leaves an error that is small against ``terms``, the square of the summed lengths, and may be large against
@@ -259,7 +336,7 @@ class Joined(Form):
         for k, one in enumerate(self.parts):
             for other in self.parts[k + 1 :]:
                 total = total + 2 * _inner(one, other)
-        return _not_below(total, self.lengths().square())
+        return not_below(total, self.lengths().square())
 
     def lengths(self) -> Tensor:
         return reduce(torch.add, (p.lengths() for p in self.parts))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .convolved import Convolved
 from .errors import UnsupportedModuleError
 from .forms import Dense, Form, Outer, Rows
 
@@ -193,41 +194,8 @@ def _padded(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return x, layer.padding
 
 
-def _conv_weight_grads(layer: Any, x: Tensor, grad: Tensor, padding: Any) -> Dense:
-    """All per-sample weight gradients [n, o, i / groups, *k] from one grouped convolution_backward.
-
-    Records become groups: x [1, n·i, ...], grad [1, n·o, ...], groups = n · groups.
-    """
-    n, weight, dims = x.shape[0], layer.weight, x.ndim - 2
-    x = x.to(grad.dtype).reshape(1, n * x.shape[1], *x.shape[2:])
-    grad = grad.reshape(1, n * grad.shape[1], *grad.shape[2:])
-    shape = (n * weight.shape[0], *weight.shape[1:])
-    dummy = grad.new_empty(1).expand(shape)
-    _, dense, _ = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        dummy,
-        None,
-        layer.stride,
-        padding,
-        layer.dilation,
-        False,
-        [0] * dims,
-        n * layer.groups,
-        [False, True, False],
-    )
-    return Dense(dense.view(n, *weight.shape))
-
-
-def _conv_outer(layer: Any, x: Tensor, grad: Tensor, padding: tuple[int, ...]) -> Outer:
-    """2-D convolution as `Outer` over its unfolded patches: g [n, G, t, o/G], a [n, G, t, i/G·k]."""
-    n, groups = x.shape[0], layer.groups
-    patches = F.unfold(x.to(grad.dtype), layer.kernel_size, layer.dilation, padding, layer.stride)
-    a = patches.view(n, groups, patches.shape[1] // groups, -1).transpose(-1, -2)
-    g = grad.reshape(n, groups, grad.shape[1] // groups, -1).transpose(-1, -2)
-    if groups == 1:
-        return Outer(g[:, 0], a[:, 0])
-    return Outer(g, a)
+def _convolved(layer: Any, x: Tensor, grad: Tensor, padding: tuple[int, ...]) -> Convolved:
+    return Convolved(x, grad, tuple(layer.weight.shape), layer.stride, padding, layer.dilation, layer.groups)
 
 
 @register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, input_for=["weight"])
@@ -235,12 +203,7 @@ def convolution(layer: nn.Conv2d, x: Tensor, grad: Tensor) -> Yields:
     """Convolutions of 1 to 3 dimensions: stride, dilation, groups, `same`, every padding mode, any memory format."""
     if trains(layer.weight):
         x, padding = _padded(layer, x)
-        o, k = layer.weight.shape[0], layer.weight[0].numel()
-        t = grad[0, 0].numel()
-        if grad.ndim == 4 and t * (o // layer.groups + k) < o // layer.groups * k:
-            yield layer.weight, _conv_outer(layer, x, grad, padding)  # small maps, many channels: the ghost norm
-        else:
-            yield layer.weight, _conv_weight_grads(layer, x, grad, padding)
+        yield layer.weight, _convolved(layer, x, grad, padding)
     if trains(layer.bias):
         yield layer.bias, summed(_channels_last(grad))
 
@@ -249,7 +212,7 @@ def convolution(layer: nn.Conv2d, x: Tensor, grad: Tensor) -> Yields:
 def transposed_convolution(layer: nn.ConvTranspose2d, x: Tensor, grad: Tensor) -> Yields:
     """A transposed convolution is the convolution with input and output exchanged, and so is its weight gradient."""
     if trains(layer.weight):
-        yield layer.weight, _conv_weight_grads(layer, grad, x, layer.padding)
+        yield layer.weight, _convolved(layer, grad, x, layer.padding)
     if trains(layer.bias):
         yield layer.bias, summed(_channels_last(grad))
 

@@ -21,6 +21,7 @@ from .apart import order_of
 from .errors import ConfigurationError, CoupledRecordsError, PrivacyError, UncoveredParameterError
 from .forms import joined
 from .live import Live
+from .methods import Methods
 from .records import Records, place
 from .rules import Rule, rule_for, trains
 from .standin import StandIn
@@ -68,7 +69,7 @@ _tapes: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Tape]] = weakref.WeakKe
 class Tape:
     """Hooks on one model; `open` a batch, let the user run forward and backward, `close` it and take the forms."""
 
-    def __init__(self, model: nn.Module, *, batch_first: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, batch_first: bool = True, methods: Methods | None = None) -> None:
         other = _tapes.get(model)
         if other is not None and other() is not None:
             raise ConfigurationError(
@@ -77,6 +78,7 @@ class Tape:
                 cure="call detach() on the engine that holds it first.",
             )
         self.model, self.batch_first = model, batch_first
+        self.methods = methods or Methods("model")
         self.batch: Batch | None = None
         self.paused = False
         self.proven: set[nn.Parameter] = set()
@@ -133,7 +135,7 @@ class Tape:
         """From now on, forwards are private: n records are in the user's hands."""
         self.restore()
         unproven = frozenset(p for p in self._names if p.requires_grad and p not in self.proven)
-        self.batch = batch = Batch(n, unproven=unproven)
+        self.batch = batch = Batch(n, self.methods, unproven=unproven)
         self._watches = [p.register_post_accumulate_grad_hook(_Hook(batch.keep)) for p in unproven]
 
     def close(self) -> Batch | None:

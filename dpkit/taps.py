@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .errors import CoupledRecordsError, DoubleUseError
-from .forms import Dense, Form, Outer
+from .forms import Dense, Form
+from .methods import Methods
 from .records import Records
 from .rules import looked_up
 
@@ -146,12 +147,14 @@ class Batch:
         n: records in it.
         forms: per parameter, its forms in order of arrival.
         tapped: the forms that came through rules (those that the first-batch proof compares with autograd).
+        methods: chooses the way to the norms and sums of each form.
         unproven: parameters whose forms have not been compared with autograd's own gradient yet.
         autograd: the ordinary gradients of those.
         passive: why forwards in this batch were left alone, if any was.
     """
 
     n: int
+    methods: Methods = field(default_factory=lambda: Methods("model"))
     forms: dict[nn.Parameter, list[Form]] = field(default_factory=lambda: defaultdict(list))
     tapped: dict[nn.Parameter, list[Form]] = field(default_factory=lambda: defaultdict(list))
     unproven: frozenset[nn.Parameter] = frozenset()
@@ -177,8 +180,7 @@ class Batch:
                 cure="feed the batches of the private loader as they come; evaluate under torch.no_grad() or "
                 "engine.paused(). Several views of one record belong in one more dimension, not in more rows.",
             )
-        if isinstance(form, Outer):
-            form = form.settled()
+        form = self.methods.settle(form, parameter)
         self.forms[parameter].append(form)
         if tapped and parameter in self.unproven:
             self.tapped[parameter].append(form)

@@ -1,0 +1,174 @@
+"""The per-sample gradient of a convolution's weight, kept as the layer's input and its output's gradient.
+
+Letters: n record, G groups, c input channels, o output channels, k the kernel's extent, s a position of the input
+(pixel), t a position of the output; sizes of all spatial dimensions are multiplied together.
+
+Three ways lead to norm and sum:
+
+- *grouped*: all [n, o, c / G, *k] gradients by one convolution_backward in which records are groups;
+- *patches*: the same by one matrix product a record, of the gradient with the input's patches;
+- *ghost*: no gradient is formed. The squared norm is the sum over t, t' of (g_t·g_t')(a_t·a_t') with patches a, and the
+  patches' products are sums of products of pixels, a_t·a_t' = Σ_k x_(t+k)·x_(t'+k). So the pixels' products are taken
+  once, [n, s, s], in place of the patches', and no patch is ever copied. The sum over records is then the ordinary
+  convolution_backward of the weighted gradient.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .forms import SCRATCH, Dense, Form, Way, not_below, wide
+
+
+@dataclass(frozen=True)
+class Convolved(Form):
+    """A convolution's uses of its weight: ``x`` [n, c, *s] and ``grad`` [n, o, *t] (for a transposed one: exchanged).
+
+    ``shape`` is the weight's, [o, c / groups, *k]; ``padding`` is of zeros.
+    """
+
+    x: Tensor
+    grad: Tensor
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def n(self) -> int:
+        return self.x.shape[0]
+
+    def _wide(self) -> tuple[Tensor, Tensor]:
+        return wide(self.x.to(self.grad.dtype)), wide(self.grad)
+
+    # ---- the ways
+
+    def ways(self) -> dict[str, Way]:
+        o, c, *kernel = self.shape
+        k, s, t = math.prod(kernel), self.x[0, 0].numel(), self.grad[0, 0].numel()
+        p, kept = o * c * k, self.x[0].numel() + self.grad[0].numel()
+        product = 2.0 * t * p
+        pixels = self.groups * (s * s * c + t * t * (o // self.groups + 8 * k))
+        ways = {
+            "ghost": Way(lambda: self, product + 2.0 * pixels, kept),
+            "grouped": Way(lambda: Dense(self._grouped()), 1.2 * product + 300.0 * p, p),
+        }
+        if self.groups == 1:
+            copied = 16.0 * t * c * k
+            ways["patches"] = Way(lambda: Dense(self._patches()), product + copied + 100.0 * p, p)
+        return ways
+
+    def _backward(self, x: Tensor, grad: Tensor, weight: Tensor, groups: int) -> Tensor:
+        nothing = [0] * (x.ndim - 2)
+        mask = [False, True, False]
+        found: Tensor = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, self.stride, self.padding, self.dilation, False, nothing, groups, mask
+        )[1]
+        return found
+
+    def _grouped(self) -> Tensor:
+        x, grad = self._wide()
+        n = self.n
+        x, grad = (v.reshape(1, n * v.shape[1], *v.shape[2:]) for v in (x, grad))
+        like = grad.new_empty(1).expand(n * self.shape[0], *self.shape[1:])
+        return self._backward(x, grad, like, n * self.groups).view(n, *self.shape)
+
+    def _patches(self) -> Tensor:
+        """[n, o, c, *k] for one group, some records at a time: their patches stay in the processor's cache."""
+        x, grad = self._wide()
+        (o, c, *kernel), spatial = self.shape, tuple(grad.shape[2:])
+        dims = len(kernel)
+        x = self._padded(x.movedim(1, -1), last=True).contiguous()
+        steps = x.stride()[1:-1]
+        patches = x.as_strided(
+            (self.n, *spatial, *kernel, c),
+            (
+                x.stride(0),
+                *(a * b for a, b in zip(steps, self.stride, strict=True)),
+                *(a * b for a, b in zip(steps, self.dilation, strict=True)),
+                1,
+            ),
+        )
+        grad = grad.flatten(2)
+        size = math.prod(kernel) * c
+        out = grad.new_empty(self.n, o, size)
+        each = max(1, _CACHED // (size * grad.shape[-1])) if grad.device.type == "cpu" else max(self.n, 1)
+        for k in range(0, self.n, each):
+            some = patches[k : k + each].reshape(-1, grad.shape[-1], size)
+            torch.bmm(grad[k : k + each], some, out=out[k : k + each])
+        return out.view(self.n, o, *kernel, c).movedim(-1, 2) if dims else out
+
+    def _padded(self, x: Tensor, *, last: bool = False) -> Tensor:
+        """``x`` [n, c, *s], or [n, *s, c] with ``last``, with its zeros around it."""
+        if not any(self.padding):
+            return x
+        around = [v for size in reversed(self.padding) for v in (size, size)]
+        return F.pad(x, [0, 0, *around] if last else around)
+
+    # ---- what every form offers
+
+    def dense(self) -> Tensor:
+        return self._grouped()
+
+    def _ghost(self) -> tuple[Tensor, Tensor]:
+        """[n], [n]: squared norms as they add up, and the summed lengths of their terms; some records at a time."""
+        x, grad = self._wide()
+        g = grad.unflatten(1, (self.groups, -1)).flatten(3)  # [n, G, o / G, t]
+        x = self._padded(x)
+        pixels, t = x[0, 0].numel(), g.shape[-1]
+        each = max(1, SCRATCH // (self.groups * (pixels * pixels + 2 * t * t)))
+        norms, lengths = g.new_empty(self.n), g.new_empty(self.n)
+        for some in (slice(k, k + each) for k in range(0, self.n, each)):
+            gg = (g[some].transpose(-1, -2) @ g[some]).flatten(2)  # [n, G, t·t]
+            aa = self._patch_products(x[some], grad.shape[2:])
+            norms[some] = torch.bmm(gg.flatten(1)[:, None], aa.flatten(1)[:, :, None]).flatten()
+            diagonals = gg[..., :: t + 1] * aa[..., :: t + 1]
+            lengths[some] = diagonals.clamp_min(0).sqrt().sum((1, 2))
+        return norms, lengths
+
+    def _patch_products(self, x: Tensor, spatial: torch.Size) -> Tensor:
+        """[n, G, t·t]: the products of all patches of ``x`` [n, c, *s] with each other, from those of its pixels."""
+        pixels = x.unflatten(1, (self.groups, -1)).flatten(3)
+        xx = (pixels.transpose(-1, -2) @ pixels).view(len(x), self.groups, *x.shape[2:], *x.shape[2:])
+        total: Tensor | None = None
+        for offsets in itertools.product(*(range(k) for k in self.shape[2:])):
+            window = tuple(
+                slice(k * d, k * d + s * (t - 1) + 1, s)
+                for k, d, s, t in zip(offsets, self.dilation, self.stride, spatial, strict=True)
+            )
+            part = xx[(slice(None), slice(None), *window, *window)]
+            total = part.clone(memory_format=torch.contiguous_format) if total is None else total.add_(part)
+        assert total is not None
+        return total.flatten(2)
+
+    def sq_norm(self) -> Tensor:
+        norms, lengths = self._ghost()
+        return not_below(norms, lengths.square())
+
+    def lengths(self) -> Tensor:
+        return self._ghost()[1]
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        x, grad = self._wide()
+        grad = grad * w.to(grad.dtype).view(-1, *[1] * (grad.ndim - 1))
+        like = grad.new_empty(1).expand(self.shape)
+        return self._backward(x, grad, like, self.groups).flatten()
+
+    def take(self, records: Tensor) -> Convolved:
+        return Convolved(
+            self.x[records], self.grad[records], self.shape, self.stride, self.padding, self.dilation, self.groups
+        )
+
+    def folded(self, k: int) -> Dense:
+        return Dense(self.dense()).folded(k)
+
+
+_CACHED = 1 << 18
+"""Numbers (1 MiB in float32) of patches that are copied at a time on a CPU."""
