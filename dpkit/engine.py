@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpkit.accountants import Accountant, Gaussian, RDPAccountant, calibrate, make_accountant
+from dpkit.accountants import Accountant, Gaussian, GroupOf, PLDAccountant, RDPAccountant, calibrate, make_accountant
 
 from . import checks
 from .clipping import Clipping, clipping_of
@@ -26,9 +26,10 @@ from .forms import Form, joined
 from .noise import NoiseSource
 from .proof import prove
 from .rules import register_optional
-from .sampling import Draw, FixedBatches, PrivateDataLoader, Sampling, sampling_of
+from .sampling import Draw, FixedBatches, PrivateDataLoader, Sampling, checked, sampling_of
 from .tape import Tape
 from .taps import Batch
+from .units import PrivacyUnit, Units, refuse_reordering, units_of
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
@@ -39,8 +40,9 @@ class PrivacyEngine:
 
     Guarantee: after any number of optimizer steps, the weights are (ε, δ)-differentially private with
     ε = ``get_epsilon(delta)``, for neighbouring data sets that differ by adding or removing one record (by zeroing one
-    out, with ``poisson_sampling=False``), as long as each record's loss depends on that record alone. The strict door,
-    ``engine.backward(losses)``, checks that assumption; everything else is checked in any case or refused.
+    out, with ``poisson_sampling=False``; one unit, with ``privacy_unit``), as long as each record's loss depends on
+    that record alone. The strict door, ``engine.backward(losses)``, checks that assumption; everything else is checked
+    in any case or refused.
 
     Args:
         accountant: the judge of what was spent: "pld" (tight), "rdp" (quick, some 5 to 15% above), or a
@@ -88,6 +90,10 @@ class PrivacyEngine:
         max_physical_batch_size: int | None = None,
         noise_generator: torch.Generator | None = None,
         batch_first: bool = True,
+        privacy_unit: PrivacyUnit | None = None,
+        max_rows_per_unit: int | None = None,
+        unit_reduction: str = "mean",
+        augmentations: int = 1,
     ) -> tuple[M, O, DataLoader[Any]]:
         """Attach to a model, its optimizer and its data; returns the same model and optimizer, and a private loader.
 
@@ -108,6 +114,14 @@ class PrivacyEngine:
             noise_generator: for runs that repeat exactly; by default the noise is seeded from the operating system. So
                 is the draw of records, unless the data loader has a generator of its own.
             batch_first: False if the model's inputs are [t, n, ...].
+            privacy_unit: whose presence ε is about, if one user, patient or conversation has several rows: a column
+                (its name, or its position in each row), one id for each row in the data set's order, or a function
+                from a row to its id. Units are then drawn, with all of their rows; a unit's gradients become one before
+                it is clipped. The loader's batch size, N and q count units; each physical batch holds whole units.
+            max_rows_per_unit: where a unit has more rows, that many of them, drawn anew each time, take part.
+            unit_reduction: whether a unit's gradient is the "mean" or the "sum" over its rows.
+            augmentations: read each row that is drawn this many times (the data set's own random transform makes other
+                views of it); all of them are one unit's, so they cost nothing more.
 
         Raises:
             ConfigurationError: an argument out of range, or a combination that says nothing.
@@ -137,7 +151,17 @@ class PrivacyEngine:
         if max_physical_batch_size is not None:
             checks.count("max_physical_batch_size", max_physical_batch_size)
         rule = clipping_of(clipping)
-        sampling = sampling_of(data_loader, poisson=poisson_sampling)
+        units = units_of(
+            checked(data_loader).dataset,
+            privacy_unit,
+            max_rows_per_unit=max_rows_per_unit,
+            unit_reduction=unit_reduction,
+            augmentations=augmentations,
+            max_physical_batch_size=max_physical_batch_size,
+        )
+        sampling = sampling_of(data_loader, units, poisson=poisson_sampling)
+        if not units.records or units.copies > 1:
+            refuse_reordering(data_loader.dataset, data_loader.collate_fn)
         register_optional(module)
         checks.validate_model(module)
         sigma = self._noise_multiplier_for(sampling, noise_multiplier, target_epsilon, target_delta, epochs, steps)
@@ -157,7 +181,7 @@ class PrivacyEngine:
             self._tape = None
             raise
         self._step_hook = optimizer.register_step_pre_hook(self._before_step)
-        self._loader = PrivateDataLoader(data_loader, sampling, self, max_physical_batch_size)
+        self._loader = PrivateDataLoader(data_loader, sampling, units, self, max_physical_batch_size)
         return module, optimizer, self._loader
 
     def make_private_with_epsilon(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, DataLoader[Any]]:
@@ -259,7 +283,7 @@ class PrivacyEngine:
 
     @property
     def sample_rate(self) -> float:
-        """q, the probability with which a record takes part in a step."""
+        """q, the probability with which a unit (record) takes part in a step."""
         self._attached()
         return self._sampling.sample_rate
 
@@ -269,14 +293,23 @@ class PrivacyEngine:
         self._attached()
         return self._sampling.expected_batch_size
 
-    def get_epsilon(self, delta: float | None = None) -> float:
-        """ε at ``delta`` (by default target_delta) of everything released so far; 0.0 before the first step."""
+    def get_epsilon(self, delta: float | None = None, *, group_size: int = 1) -> float:
+        """ε at ``delta`` (by default target_delta) of everything released so far; 0.0 before the first step.
+
+        With ``group_size`` k, for neighbouring data sets that differ by k units (records): group privacy.
+        """
         delta = self._target_delta if delta is None else delta
         if delta is None:
             raise ConfigurationError(
                 "get_epsilon() without delta", why="ε is a function of δ.", cure="pass delta=1e-5, say."
             )
-        return self.accountant.epsilon(checks.number("delta", delta, low=0.0, high=1.0))
+        delta = checks.number("delta", delta, low=0.0, high=1.0)
+        if checks.count("group_size", group_size) == 1:
+            return self.accountant.epsilon(delta)
+        judge = PLDAccountant(adjacency=self.accountant.adjacency)  # the Rényi accountant knows no bound for groups
+        for event, count in self.accountant.ledger:
+            judge.compose(GroupOf(group_size, event), count)
+        return judge.epsilon(delta)
 
     def backward(self, losses: Tensor) -> None:
         """The strict door: one loss a record, [n] or [n, 1]; checks that they are what they say.
@@ -413,23 +446,26 @@ class PrivacyEngine:
                     cure="add it to the optimizer (optimizer.add_param_group) or freeze it.",
                 )
         if forms:
-            self._clip(trainable, forms, batch.n, draw.max_grad_norm)
+            self._clip(trainable, forms, draw.units, draw.max_grad_norm)
 
-    def _clip(self, trainable: dict[nn.Parameter, int], forms: dict[nn.Parameter, Form], n: int, bound: float) -> None:
-        scale = float(n) if self._loss_reduction == "mean" else 1.0
-        squares = [f.sq_norm() for f in forms.values()]
+    def _clip(
+        self, trainable: dict[nn.Parameter, int], forms: dict[nn.Parameter, Form], units: Units, bound: float
+    ) -> None:
+        scale = float(units.rows) if self._loss_reduction == "mean" else 1.0
+        squares = [units.sq_norm(f) for f in forms.values()]
         wide = max((s.dtype for s in squares), key=lambda d: torch.finfo(d).bits)
-        norms = torch.zeros(n, len(trainable), dtype=wide, device=squares[0].device)
+        norms = torch.zeros(len(units.sizes), len(trainable), dtype=wide, device=squares[0].device)
         norms[:, [trainable[p] for p in forms]] = torch.stack([s.to(norms) for s in squares], 1).sqrt() * scale
         finite = torch.isfinite(norms).all(1)
         if not bool(finite.all()):
             keep = finite.nonzero().flatten()
-            self.nonfinite_records += n - len(keep)
-            forms, norms = {p: f.take(keep.to(squares[0].device)) for p, f in forms.items()}, norms[keep]
+            self.nonfinite_records += len(norms) - len(keep)
+            units, rows = units.take(keep)
+            forms, norms = {p: f.take(rows) for p, f in forms.items()}, norms[keep]
         weights = self._clipping.weights(norms, bound) * scale
         for p, form in forms.items():
             w = weights if weights.ndim == 1 else weights[:, trainable[p]]
-            total = form.weighted_sum(w.to(p.device))
+            total = form.weighted_sum(units.spread(w).to(p.device))
             held = self._sums.get(p)
             self._sums[p] = total if held is None else held.add_(total)
 

@@ -1,6 +1,6 @@
 """Who takes part in a step, and how the logical batch is served.
 
-A sampling is a value with ``draws(generator)`` (one pass over the data: the record indices of each logical batch) and
+A sampling is a value with ``draws(generator)`` (one pass over the data: the units of each logical batch) and
 ``event(inner, first)`` (what a step of it costs, given the noise's event). `PrivateDataLoader` serves the draws
 through the user's own dataset, collate_fn and workers, as physical batches where a bound was given.
 """
@@ -20,6 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from dpkit.accountants import Event, PoissonSampled
 
 from .errors import SamplingError
+from .units import UnitIndex, Units
 
 
 class Sampling(Protocol):
@@ -44,10 +45,10 @@ class Sampling(Protocol):
 
 @dataclass(frozen=True)
 class PoissonSampling:
-    """Every record takes part in every step independently with probability ``sample_rate``.
+    """Every unit (record) takes part in every step independently with probability ``sample_rate``.
 
     Attributes:
-        records: N, records in the data set.
+        records: N, units in the data set.
         expected_batch_size: B; q = B / N.
         steps: logical batches in one pass.
     """
@@ -97,24 +98,29 @@ class Draw:
     """One physical batch in the user's hands.
 
     Attributes:
-        n: records in it.
+        units: whose its rows are.
         last: whether it completes its logical batch, so that ``optimizer.step()`` releases.
         first: whether it is the first logical batch of a pass.
         noise_multiplier, max_grad_norm: σ and C of its logical batch, fixed when the batch was handed out.
     """
 
-    n: int
+    units: Units
     last: bool
     first: bool
     noise_multiplier: float = 0.0
     max_grad_norm: float = 0.0
 
+    @property
+    def n(self) -> int:
+        """Rows in it; the records, where a record is the unit of privacy."""
+        return self.units.rows
+
 
 class _PhysicalBatches:
     """The batch sampler behind `PrivateDataLoader`: splits logical draws, notes each in ``log`` (workers run ahead)."""
 
-    def __init__(self, sampling: Sampling, generator: torch.Generator, max_size: int | None) -> None:
-        self.sampling, self.generator, self.max_size = sampling, generator, max_size
+    def __init__(self, sampling: Sampling, units: UnitIndex, generator: torch.Generator, max_size: int | None) -> None:
+        self.sampling, self.units, self.generator, self.max_size = sampling, units, generator, max_size
         self.log: deque[Draw] = deque()
 
     def __len__(self) -> int:
@@ -128,13 +134,12 @@ class _PhysicalBatches:
     def _serve(self, log: deque[Draw]) -> Iterator[list[int]]:
         for k, drawn in enumerate(self.sampling.draws(self.generator)):
             if not drawn:
-                log.append(Draw(0, last=True, first=k == 0))
+                log.append(Draw(Units(()), last=True, first=k == 0))
                 continue
-            size = self.max_size or len(drawn)
-            for start in range(0, len(drawn), size):
-                part = drawn[start : start + size]
-                log.append(Draw(len(part), last=start + size >= len(drawn), first=k == 0))
-                yield part
+            parts = list(self.units.parts(drawn, self.generator, self.max_size))
+            for number, (rows, units) in enumerate(parts, 1):
+                log.append(Draw(units, last=number == len(parts), first=k == 0))
+                yield rows
 
 
 class Listener(Protocol):
@@ -149,7 +154,14 @@ class Listener(Protocol):
 class PrivateDataLoader(DataLoader[Any]):
     """The user's data loader with private batches; ``len`` is the number of logical batches (optimizer steps)."""
 
-    def __init__(self, loader: DataLoader[Any], sampling: Sampling, listener: Listener, max_size: int | None) -> None:
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        sampling: Sampling,
+        units: UnitIndex,
+        listener: Listener,
+        max_size: int | None,
+    ) -> None:
         generator = loader.generator
         if generator is None:
             # not from torch's global one: amplification holds against those only who cannot repeat the draw
@@ -165,7 +177,7 @@ class PrivateDataLoader(DataLoader[Any]):
             }
         super().__init__(
             loader.dataset,
-            batch_sampler=_PhysicalBatches(sampling, generator, max_size),
+            batch_sampler=_PhysicalBatches(sampling, units, generator, max_size),
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
@@ -211,8 +223,8 @@ class PrivateDataLoader(DataLoader[Any]):
             listener.empty_draw(log.popleft())
 
 
-def sampling_of(loader: DataLoader[Any], *, poisson: bool) -> Sampling:
-    """The sampling that the user's loader asks for; raises `SamplingError` where none can be accounted."""
+def checked(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The user's loader, if it asks for a sampling that can be accounted; raises `SamplingError` if not."""
     if isinstance(loader, PrivateDataLoader):
         _refuse(
             "the data loader is private already", "its draws are counted by another engine.", "pass the original one."
@@ -250,21 +262,34 @@ def sampling_of(loader: DataLoader[Any], *, poisson: bool) -> Sampling:
         )
     if records == 0:
         _refuse("the data set is empty", "there is nothing to sample from.", "pass a data set with records.")
-    if _repeats(loader.dataset):
+    return loader
+
+
+def sampling_of(loader: DataLoader[Any], units: UnitIndex, *, poisson: bool) -> Sampling:
+    """How often each unit is drawn: the loader's batch size counts units."""
+    size, many = loader.batch_size, "records" if units.records else "units"
+    assert size is not None
+    if units.records and _repeats(loader.dataset):
         _refuse(
             "the data set is a Subset that holds a record several times",
             "the record would take part in a step with more than the sampling rate, and be clipped once for each copy.",
-            "use each index once.",
+            "use each index once, or say with privacy_unit whose rows they are.",
         )
-    if size > records:
+    if size > units.count:
         _refuse(
-            f"batch_size {size} exceeds the {records} records of the data set",
+            f"batch_size {size} exceeds the {units.count} {many} of the data set",
             "no sampling rate gives that expected batch size.",
-            f"use batch_size <= {records}.",
+            f"use batch_size <= {units.count}.",
         )
-    steps = records // size if loader.drop_last else math.ceil(records / size)
+    steps = units.count // size if loader.drop_last else math.ceil(units.count / size)
     if poisson:
-        return PoissonSampling(records, float(size), steps)
+        return PoissonSampling(units.count, float(size), steps)
+    batches: Any = loader.batch_sampler
+    if not units.records:
+        order: Any = range(units.count)
+        shuffled = isinstance(loader.sampler, RandomSampler)
+        sampler = RandomSampler(order, generator=loader.generator) if shuffled else SequentialSampler(order)
+        batches = BatchSampler(sampler, size, loader.drop_last)
     return FixedBatches(batches, float(size), steps)
 
 
