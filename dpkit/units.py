@@ -13,7 +13,7 @@ High-Accuracy Differentially Private Image Classification through Scale" (2022).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -123,31 +123,31 @@ class UnitIndex:
         largest = 1 if self.rows is None else max(len(r) for r in self.rows)
         return min(largest, self.max_rows or largest) * self.copies
 
-    def drawn(self, unit: int, generator: torch.Generator) -> list[int]:
-        """The rows with which a unit takes part: all, or ``max_rows`` drawn without regard to what they hold."""
+    def drawn(self, units: Sequence[int], generator: torch.Generator) -> list[list[int]]:
+        """The rows with which each of the drawn units takes part."""
         if self.rows is None:
-            return [unit] * self.copies
-        rows = self.rows[unit]
-        if self.max_rows is not None and len(rows) > self.max_rows:
-            order = torch.randperm(len(rows), generator=generator, device=generator.device)
-            rows = tuple(rows[k] for k in order[: self.max_rows].tolist())
-        return [row for row in rows for _ in range(self.copies)]
+            return [[unit] * self.copies for unit in units]
+        return [[row for row in self._some(self.rows[u], generator) for _ in range(self.copies)] for u in units]
 
-    def parts(
-        self, drawn: Sequence[int], generator: torch.Generator, max_size: int | None
-    ) -> Iterator[tuple[list[int], Units]]:
-        """The drawn units as physical batches of at most ``max_size`` rows, none of which splits a unit."""
-        rows: list[int] = []
-        sizes: list[int] = []
-        for unit in drawn:
-            mine = self.drawn(unit, generator)
-            if rows and max_size is not None and len(rows) + len(mine) > max_size:
-                yield rows, Units(tuple(sizes), self.averaged)
-                rows, sizes = [], []
-            rows += mine
-            sizes.append(len(mine))
-        if rows:
-            yield rows, Units(tuple(sizes), self.averaged)
+    def _some(self, rows: tuple[int, ...], generator: torch.Generator) -> tuple[int, ...]:
+        """All of a unit's rows, or ``max_rows`` drawn without regard to what they hold."""
+        if self.max_rows is None or len(rows) <= self.max_rows:
+            return rows
+        order = torch.randperm(len(rows), generator=generator, device=generator.device)
+        return tuple(rows[k] for k in order[: self.max_rows].tolist())
+
+
+def packed(units: Sequence[list[int]], max_size: int | None) -> list[list[list[int]]]:
+    """The rows of the drawn units as physical batches of at most ``max_size`` rows, none of which splits a unit."""
+    parts: list[list[list[int]]] = [[]]
+    size = 0
+    for rows in units:
+        if parts[-1] and max_size is not None and size + len(rows) > max_size:
+            parts.append([])
+            size = 0
+        parts[-1].append(rows)
+        size += len(rows)
+    return parts
 
 
 def units_of(

@@ -490,9 +490,7 @@ def test_index_of_records_costs_nothing() -> None:
     index = UnitIndex(1_000_000)
     assert index.rows is None
     assert index.most == 1
-    [(rows, units)] = index.parts(range(5), torch.Generator(), None)
-    assert rows == [0, 1, 2, 3, 4]
-    assert units.single
+    assert index.drawn(range(3), torch.Generator()) == [[0], [1], [2]]
 
 
 def test_loader_of_units_is_a_data_loader() -> None:
