@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .forms import SCRATCH, Dense, Form, Way, not_below, wide
+from .forms import SCRATCH, Dense, Form, Way, described, not_below, rounded, times, wide
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,31 @@ class Convolved(Form):
     def _wide(self) -> tuple[Tensor, Tensor]:
         return wide(self.x.to(self.grad.dtype)), wide(self.grad)
 
+    @property
+    def held(self) -> int:
+        return self.x[0].numel() * self.x.element_size()
+
+    def kind(self) -> str:
+        s, t = (rounded(v[0, 0].numel()) for v in (self.x, self.grad))
+        how = [*self.stride, *self.padding, *self.dilation, self.groups]
+        return f"Convolved {list(self.shape)} {how} s≤{s} t≤{t} {described(self.grad)}"
+
     # ---- the ways
 
     def ways(self) -> dict[str, Way]:
         o, c, *kernel = self.shape
         k, s, t = math.prod(kernel), self.x[0, 0].numel(), self.grad[0, 0].numel()
-        p, kept = o * c * k, self.x[0].numel() + self.grad[0].numel()
+        p, kept = o * c * k, self.held + self.grad[0].numel() * self.grad.element_size()
+        dense = p * max(4, self.grad.element_size())
         product = 2.0 * t * p
         pixels = self.groups * (s * s * c + t * t * (o // self.groups + 8 * k))
         ways = {
             "ghost": Way(lambda: self, product + 2.0 * pixels, kept),
-            "grouped": Way(lambda: Dense(self._grouped()), 1.2 * product + 300.0 * p, p),
+            "grouped": Way(lambda: Dense(self._grouped()), 1.2 * product + 300.0 * p, dense),
         }
         if self.groups == 1:
             copied = 16.0 * t * c * k
-            ways["patches"] = Way(lambda: Dense(self._patches()), product + copied + 100.0 * p, p)
+            ways["patches"] = Way(lambda: Dense(self._patches()), product + copied + 100.0 * p, dense)
         return ways
 
     def _backward(self, x: Tensor, grad: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -157,14 +167,16 @@ class Convolved(Form):
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         x, grad = self._wide()
-        grad = grad * w.to(grad.dtype).view(-1, *[1] * (grad.ndim - 1))
+        grad = times(w, grad)
         like = grad.new_empty(1).expand(self.shape)
         return self._backward(x, grad, like, self.groups).flatten()
 
     def take(self, records: Tensor) -> Convolved:
-        return Convolved(
-            self.x[records], self.grad[records], self.shape, self.stride, self.padding, self.dilation, self.groups
-        )
+        return replace(self, x=self.x[records], grad=self.grad[records])
+
+    def scaled(self, w: Tensor) -> Convolved:
+        x, grad = self._wide()
+        return replace(self, x=x, grad=times(w, grad))
 
     def folded(self, k: int) -> Dense:
         return Dense(self.dense()).folded(k)

@@ -36,6 +36,21 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def rounded(size: int) -> int:
+    """The least power of two that is not below."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def described(x: Tensor) -> str:
+    """Dtype and kind of device."""
+    return f"{str(x.dtype).removeprefix('torch.')} {x.device.type}"
+
+
+def times(w: Tensor, x: Tensor) -> Tensor:
+    """``w`` [n] times ``x`` [n, ...]."""
+    return x * w.to(x).view(-1, *[1] * (x.ndim - 1))
+
+
 @dataclass(frozen=True)
 class Way:
     """One way from a form to its norms and its weighted sum.
@@ -44,7 +59,7 @@ class Way:
         take: makes the form that goes this way (at once: what it needs is computed now, the rest is let go).
         cost: the model's estimate for one record, in floating-point operations (a number that passes through memory
             counts as what the processor computes meanwhile).
-        kept: numbers that are kept for a record until the norms of all layers are known.
+        kept: bytes that are kept for a record until the norms of all layers are known.
     """
 
     take: Callable[[], Form]
@@ -52,27 +67,36 @@ class Way:
     kept: int
 
 
-MEMORY = 2.0
-"""A way may keep at most so many times what the form itself keeps."""
-
-
-def affordable(ways: dict[str, Way]) -> dict[str, Way]:
-    """The ways within the memory bound; the first is the form as it is."""
-    bound = MEMORY * next((way.kept for way in ways.values()), 0)
-    return {name: way for name, way in ways.items() if way.kept <= bound}
-
-
 class Form:
-    """The gradients of n records for one parameter."""
+    """The gradients of n records for one parameter.
+
+    Attributes:
+        held: bytes of a record's layer input that the form refers to; 0 where it refers to none.
+    """
+
+    @property
+    def held(self) -> int:
+        return 0
+
+    @property
+    def bytes(self) -> int:
+        """What it keeps, for all records."""
+        return sum(v.numel() * v.element_size() for v in vars(self).values() if isinstance(v, Tensor))
+
+    def kind(self) -> str:
+        """What forms have in common whose ways take the same time: lengths are rounded up to a power of two."""
+        return type(self).__name__
 
     def ways(self) -> dict[str, Way]:
         """The ways to norm and sum, by name, the form as it is first; empty where there is only that one."""
         return {}
 
     def settled(self) -> Form:
-        """The form that goes the way which the cost model takes for the cheapest within the memory bound."""
-        ways = affordable(self.ways()) if self.n else {}
-        return min(ways.values(), key=lambda way: way.cost).take() if ways else self
+        """The form that goes the way which the cost model takes for the cheapest of those that keep no more than it."""
+        ways = self.ways() if self.n else {}
+        kept = max((way.kept for way in list(ways.values())[:1]), default=0)
+        within = [way for way in ways.values() if way.kept <= kept]
+        return min(within, key=lambda way: way.cost).take() if within else self
 
     def dense(self) -> Tensor:
         """[n, ...]: every record's gradient, materialised."""
@@ -96,6 +120,10 @@ class Form:
 
     def folded(self, k: int) -> Form:
         """The same gradients where each k rows in a row belong to one record: n·k records become n."""
+        raise NotImplementedError
+
+    def scaled(self, w: Tensor) -> Form:
+        """Every record's gradient times its ``w[n]``."""
         raise NotImplementedError
 
     @property
@@ -149,6 +177,9 @@ class Dense(Form):
     def folded(self, k: int) -> Dense:
         return Dense(wide(self.value).reshape(-1, k, *self.value.shape[1:]).sum(1))
 
+    def scaled(self, w: Tensor) -> Dense:
+        return Dense(times(w, wide(self.value)))
+
 
 @dataclass(frozen=True)
 class Outer(Form):
@@ -179,15 +210,24 @@ class Outer(Form):
         g, a = self._wide()
         return g.transpose(-1, -2) @ a
 
+    @property
+    def held(self) -> int:
+        return self.a[0].numel() * self.a.element_size()
+
+    def kind(self) -> str:
+        *stack, t, o = self.g.shape[1:]
+        return f"Outer {[*stack, o, self.a.shape[-1]]} t≤{rounded(t)} {described(self.g)}"
+
     def ways(self) -> dict[str, Way]:
         *stack, t, o = self.g.shape[1:]
         i, m = self.a.shape[-1], math.prod(stack)
         if t == 1:
             return {}
-        product = 2.0 * t * o * i
+        product, kept = 2.0 * t * o * i, self.g[0].numel() * self.g.element_size() + self.held
+        dense = m * o * i * max(4, self.g.element_size())
         return {
-            "ghost": Way(lambda: self, m * (product + 1.5 * t * t * (o + i)), m * t * (o + i)),
-            "dense": Way(lambda: Dense(self.dense()), m * (product + 48.0 * o * i), m * o * i),
+            "ghost": Way(lambda: self, m * (product + 1.5 * t * t * (o + i)), kept),
+            "dense": Way(lambda: Dense(self.dense()), m * (product + 48.0 * o * i), dense),
         }
 
     def sq_norm(self) -> Tensor:
@@ -203,8 +243,7 @@ class Outer(Form):
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         g, a = self._wide()
-        w = w.to(g.dtype).view(-1, *[1] * (g.ndim - 1))
-        g, a = (g * w, a) if g.shape[-1] <= a.shape[-1] else (g, a * w)
+        g, a = (times(w, g), a) if g.shape[-1] <= a.shape[-1] else (g, times(w, a))
         if g.ndim == 3:
             return (g.flatten(0, 1).T @ a.flatten(0, 1)).flatten()
         return torch.einsum("n...to,n...ti->...oi", g, a).flatten()
@@ -219,6 +258,10 @@ class Outer(Form):
             self.g.reshape(-1, k * self.g.shape[1], self.g.shape[2]),
             self.a.reshape(-1, k * self.a.shape[1], self.a.shape[2]),
         )
+
+    def scaled(self, w: Tensor) -> Outer:
+        g, a = self._wide()
+        return Outer(times(w, g), a)
 
 
 def _gram(g: Tensor, a: Tensor) -> Tensor:
@@ -249,8 +292,8 @@ def _symmetric(g: Tensor, a: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return norm, lengths
 
 
-SCRATCH = 1 << 22
-"""Numbers (16 MiB in float32) that a norm may use at a time beyond what is kept anyway."""
+SCRATCH = 1 << 20
+"""Numbers (4 MiB in float32) that a norm may use at a time beyond what is kept anyway."""
 
 
 def not_below(norm: Tensor, terms: Tensor) -> Tensor:
@@ -298,8 +341,7 @@ class Rows(Form):
         return norms.sum(1)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
-        g = wide(self.g)
-        g = (g * w.to(g.dtype).view(-1, 1, 1)).flatten(0, 1)
+        g = times(w, wide(self.g)).flatten(0, 1)
         return g.new_zeros(self.v, g.shape[-1]).index_add_(0, self.index.flatten(), g).flatten()
 
     def take(self, records: Tensor) -> Rows:
@@ -311,6 +353,9 @@ class Rows(Form):
             self.g.reshape(-1, k * self.g.shape[1], self.g.shape[2]),
             self.v,
         )
+
+    def scaled(self, w: Tensor) -> Rows:
+        return Rows(self.index, times(w, wide(self.g)), self.v)
 
 
 @dataclass(frozen=True)
@@ -346,6 +391,12 @@ class Joined(Form):
 
     def take(self, records: Tensor) -> Joined:
         return Joined(tuple(p.take(records) for p in self.parts))
+
+    def folded(self, k: int) -> Joined:
+        return Joined(tuple(p.folded(k) for p in self.parts))
+
+    def scaled(self, w: Tensor) -> Joined:
+        return Joined(tuple(p.scaled(w) for p in self.parts))
 
 
 def _inner(one: Form, other: Form) -> Tensor:

@@ -1,15 +1,16 @@
-"""The choice among the ways to a layer's norms and sums: by a cost model, or by timing them on the data at hand.
+"""The choice among the ways to a layer's norms and sums: by a cost model or by timing, within a bound on memory.
 
 Which way is fastest depends on shapes, processor and libraries by factors of ten, so it is measured where the model is
-not sure: once for each kind of layer, when it is first met, and remembered for the run. All ways are exact; they differ
-in rounding alone. So that a run with a given noise generator repeats bit for bit, it follows the model unless told
-otherwise.
+not sure: once for each kind of form, when it is first met, and remembered for the run. All ways are exact; they differ
+in rounding alone. In the first batch no way is taken that keeps more than the form itself; from then on memory is spent
+where it saves most time, as long as the estimated peak of a step stays within `ROOM` times what the ordinary forward
+keeps for its backward.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,20 +19,29 @@ from torch import Tensor
 
 from .checks import choice
 from .errors import ConfigurationError
-from .forms import Form, Way, affordable
+from .forms import Form, Way
 
 MODES = ("auto", "measured", "model")
+ROOM = 1.25
+"""The peak may be estimated at so many times the ordinary forward's activations."""
 CLEAR = 0.4
 """In "auto", a way whose modelled cost is below this share of every other's is taken without timing."""
 HOPELESS = 6.0
 """A way whose modelled cost exceeds the least by this factor is never timed."""
+_SECONDS = 1e-11
+"""What the model takes for the time of a floating-point operation where modelled and measured costs meet."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What was chosen for one kind of form; ``seconds`` per record for each way that was timed."""
+class _Arrival:
+    """A form of one batch, in the order of the backward; sizes in bytes for one record."""
 
+    parameter: str
+    kind: str
     way: str
+    n: int
+    held: int  # by the layer's input
+    kept: Mapping[str, int]
     seconds: Mapping[str, float]
 
 
@@ -41,10 +51,10 @@ class Line:
 
     Attributes:
         parameter: its name in the model.
-        form: the kind and sizes of its per-sample gradients.
-        method: the way taken.
-        measured: whether by timing (else by the cost model, or because there is one way only).
-        milliseconds: of the way taken, for the last batch's norms and sum, from the timing; None without one.
+        form: the kind of its per-sample gradients.
+        method: the way taken ("only": there is no other).
+        measured: whether it was timed, or taken by the cost model.
+        milliseconds: its norms and sum for the last batch, from the timing; None without one.
         bytes: kept for the last batch until the norms were known.
     """
 
@@ -58,131 +68,170 @@ class Line:
 
 @dataclass(frozen=True)
 class Profile:
-    """What is done for each trainable parameter; printed, a table."""
+    """What was done for each use of a trainable parameter in the last batch; printed, a table."""
 
     lines: tuple[Line, ...]
 
-    @property
-    def bytes(self) -> int:
-        """All that is kept for the last batch, if nothing is shared."""
-        return sum(line.bytes for line in self.lines)
-
     def __str__(self) -> str:
-        head = ("parameter", "form", "method", "ms", "MiB")
-        rows = [
-            (
-                line.parameter,
-                line.form,
-                line.method + ("" if line.measured else " (model)" if line.method != "only" else ""),
-                "" if line.milliseconds is None else f"{line.milliseconds:.3f}",
-                f"{line.bytes / 2**20:.2f}",
-            )
-            for line in self.lines
-        ]
-        widths = [max(len(row[k]) for row in (head, *rows)) for k in range(len(head))]
-        return "\n".join("  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows))
+        rows = [("parameter", "form", "method", "chosen by", "ms", "MiB")]
+        for line in self.lines:
+            by = "" if line.method == "only" else "timing" if line.measured else "model"
+            ms = "" if line.milliseconds is None else f"{line.milliseconds:.3f}"
+            rows.append((line.parameter, line.form, line.method, by, ms, f"{line.bytes / 2**20:.2f}"))
+        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+        return "\n".join("  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 class Methods:
     """Chooses for every form the way to its norms and sum.
 
     Args:
-        mode: "model": the cost model alone; "measured": whatever is within the memory bound is timed; "auto": timed
-            where the model is not clear.
+        mode: "model": by the cost model alone; "measured": every way that is not hopeless is timed; "auto": timed where
+            the model is not clear.
+        names: of the model's parameters.
+
+    Attributes:
+        activations: bytes that the ordinary forward keeps for one record, where known.
     """
 
-    def __init__(self, mode: str = "auto") -> None:
+    def __init__(self, mode: str = "auto", names: Mapping[Any, str] | None = None) -> None:
         self.mode = choice("method", mode, MODES)
-        self._chosen: dict[str, Choice] = {}
-        self._seen: dict[Tensor, tuple[str, str, int, int]] = {}
+        self.activations = 0.0
+        self._names = {} if names is None else names
+        self._seconds: dict[str, dict[str, float]] = {}
+        self._plan: dict[tuple[str, str], str] = {}
+        self._arrivals: list[_Arrival] = []
+        self._last: list[_Arrival] = []
+
+    def begin(self) -> None:
+        """A batch begins: the last one's forms, if there were new ones, are planned for."""
+        if self._arrivals:
+            self._last, self._arrivals = self._arrivals, []
+            if any(len(a.kept) > 1 and (a.parameter, a.kind) not in self._plan for a in self._last):
+                self._plan.update(self._planned(self._last))
 
     def settle(self, form: Form, parameter: Tensor) -> Form:
         """The form that goes the chosen way."""
-        ways = affordable(form.ways()) if form.n else {}
-        kind = signature(form)
-        way = "only"
-        if ways:
-            way = next(iter(ways)) if len(ways) == 1 else self._choose(kind, form, ways)
-            form = ways[way].take()
-        self._seen[parameter] = (kind, way, form.n, size_of(form))
-        return form
+        if not form.n:
+            return form
+        ways, kind, name = form.ways(), form.kind(), self._names.get(parameter, "")
+        if not ways:
+            self._arrivals.append(_Arrival(name, kind, "only", form.n, 0, {"only": form.bytes // form.n}, {}))
+            return form
+        kept = {k: way.kept for k, way in ways.items()}
+        seconds = self._costs(kind, form, ways)
+        way = self._plan.get((name, kind), "")
+        if way not in ways:
+            way = _frugal(kept, seconds)
+        self._arrivals.append(_Arrival(name, kind, way, form.n, form.held, kept, seconds))
+        return ways[way].take()
 
-    def _choose(self, kind: str, form: Form, ways: dict[str, Way]) -> str:
-        known = self._chosen.get(kind)
-        if known is not None and known.way in ways:
-            return known.way
-        cheapest = min(ways, key=lambda name: ways[name].cost)
-        least = ways[cheapest].cost
-        others = [way.cost for name, way in ways.items() if name != cheapest]
-        if self.mode == "model" or form.n < 2 or (self.mode == "auto" and least < CLEAR * min(others)):
-            return cheapest
-        candidates = {name: way for name, way in ways.items() if way.cost <= HOPELESS * least}
-        seconds = {name: _seconds(way, form) / form.n for name, way in candidates.items()}
-        best = min(seconds, key=lambda name: seconds[name])
-        self._chosen[kind] = Choice(best, seconds)
-        return best
+    def _costs(self, kind: str, form: Form, ways: dict[str, Way]) -> dict[str, float]:
+        """Seconds a record, for each way that may be taken."""
+        if kind in self._seconds:
+            return self._seconds[kind]
+        model = {name: way.cost * _SECONDS for name, way in ways.items()}
+        first, second = sorted(model.values())[:2] if len(model) > 1 else (0.0, 1.0)
+        if self.mode == "model" or form.n < 2 or (self.mode == "auto" and first < CLEAR * second):
+            return model
+        self._seconds[kind] = {
+            name: _timed(way, form) / form.n for name, way in ways.items() if model[name] <= HOPELESS * first
+        }
+        if next(iter(ways)) not in self._seconds[kind]:
+            self._seconds[kind][next(iter(ways))] = model[next(iter(ways))]
+        return self._seconds[kind]
 
-    def profile(self, names: Mapping[Any, str]) -> Profile:
-        """What was done for the parameters of the last batches; ``names``: parameters with their names."""
+    def _planned(self, arrivals: list[_Arrival]) -> dict[tuple[str, str], str]:
+        """A way for each parameter and kind of form: the fastest, while the peak of the step has room."""
+        ways = [_frugal(a.kept, a.seconds) if a.seconds else a.way for a in arrivals]
+        room = ROOM * max(self.activations, sum(a.held for a in arrivals))
+        better = [
+            ((a.seconds[ways[k]] - seconds) / (a.kept[way] - a.kept[ways[k]]), k, way)
+            for k, a in enumerate(arrivals)
+            for way, seconds in a.seconds.items()
+            if seconds < a.seconds[ways[k]] and way in a.kept
+        ]
+        for _, k, way in sorted(better, reverse=True):
+            if arrivals[k].seconds[way] < arrivals[k].seconds[ways[k]]:
+                before, ways[k] = ways[k], way
+                if self._peak(arrivals, ways) > room:
+                    ways[k] = before
+        return {(a.parameter, a.kind): way for a, way in zip(arrivals, ways, strict=True)}
+
+    def _peak(self, arrivals: list[_Arrival], ways: list[str]) -> float:
+        """The most bytes for one record at a time in the backward, with all activations let go evenly on the way."""
+        inputs = float(sum(a.held for a in arrivals))
+        others = max(self.activations - inputs, 0.0)
+        kept, done, peak = 0.0, 0.0, self.activations
+        for a, way in zip(arrivals, ways, strict=True):
+            kept += a.kept[way]
+            done += a.held
+            left = 1.0 - done / inputs if inputs else 0.0
+            peak = max(peak, others * left + inputs - done + kept)
+        return peak
+
+    def profile(self) -> Profile:
+        """What was done in the last batch."""
         lines = []
-        for p, name in names.items():
-            if p not in self._seen:
-                continue
-            kind, way, n, size = self._seen[p]
-            known = self._chosen.get(kind)
-            measured = known is not None and known.way == way
-            seconds = known.seconds[way] if known is not None and way in known.seconds else None
-            lines.append(Line(name, kind, way, measured, None if seconds is None else 1e3 * n * seconds, size))
+        for a in self._arrivals or self._last:
+            measured = a.way in self._seconds.get(a.kind, {})
+            milliseconds = 1e3 * a.n * self._seconds[a.kind][a.way] if measured else None
+            lines.append(Line(a.parameter, a.kind, a.way, measured, milliseconds, a.n * a.kept[a.way]))
         return Profile(tuple(lines))
 
     def state_dict(self) -> dict[str, Any]:
         """The choices, so that a resumed run rounds as the first one did."""
-        return {"mode": self.mode, "chosen": {k: {"way": c.way, "seconds": dict(c.seconds)} for k, c in self._chosen.items()}}
+        return {
+            "mode": self.mode,
+            "activations": self.activations,
+            "seconds": {kind: dict(found) for kind, found in self._seconds.items()},
+            "plan": [[parameter, kind, way] for (parameter, kind), way in self._plan.items()],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over choices that `state_dict` has saved.
+        """Take over the choices that `state_dict` gave.
 
         Raises:
             ConfigurationError: it is not such a state.
         """
         try:
-            mode = choice("method", state["mode"], MODES)
-            chosen = {k: Choice(str(c["way"]), dict(c["seconds"])) for k, c in state["chosen"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
+            mode, activations = choice("method", state["mode"], MODES), float(state["activations"])
+            seconds = {str(kind): {str(k): float(v) for k, v in found.items()} for kind, found in state["seconds"].items()}
+            plan = {(str(parameter), str(kind)): str(way) for parameter, kind, way in state["plan"]}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigurationError(
-                f"the state of the method choice lacks {error}",
+                f"the saved choice of methods cannot be read ({error!r})",
                 why="without the choices a resumed run would round differently.",
                 cure="pass what state_dict() gave.",
             ) from error
-        self.mode, self._chosen = mode, chosen
+        self.mode, self.activations, self._seconds, self._plan = mode, activations, seconds, plan
+        self._arrivals, self._last = [], []
 
 
-def signature(form: Form) -> str:
-    """Kind, sizes of one record, dtype and device: what forms share that are made the same way."""
-    parts = [type(form).__name__]
-    for name, v in vars(form).items():
-        if isinstance(v, Tensor):
-            parts.append(f"{name}[{'×'.join(map(str, v.shape[1:]))}]")
-            dtype, device = v.dtype, v.device.type
-        elif isinstance(v, tuple) and all(isinstance(k, int) for k in v) or isinstance(v, int):
-            parts.append(f"{name}={v}")
-        elif isinstance(v, tuple):  # joined
-            return " + ".join(signature(f) for f in v)
-    return " ".join([*parts, str(dtype).removeprefix("torch."), device])
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd keeps for a backward, the parameters' own aside."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._seen = {p.untyped_storage().data_ptr() for p in parameters}
+        self.bytes = 0
+        super().__init__(self._pack, lambda x: x)
+
+    def _pack(self, x: Tensor) -> Tensor:
+        if type(x) is Tensor and x.layout == torch.strided:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in self._seen:
+                self._seen.add(storage.data_ptr())
+                self.bytes += storage.nbytes()
+        return x
 
 
-def size_of(form: Form) -> int:
-    """Bytes that a form keeps."""
-    size = 0
-    for v in vars(form).values():
-        if isinstance(v, Tensor):
-            size += v.numel() * v.element_size()
-        elif isinstance(v, tuple):
-            size += sum(size_of(f) for f in v if isinstance(f, Form))
-    return size
+def _frugal(kept: Mapping[str, int], seconds: Mapping[str, float]) -> str:
+    """The fastest way of those that keep no more than the form itself (the first)."""
+    most = next(iter(kept.values()))
+    return min((way for way in seconds if kept.get(way, most + 1) <= most), key=lambda way: seconds[way])
 
 
-def _seconds(way: Way, form: Form, repeats: int = 3) -> float:
+def _timed(way: Way, form: Form, repeats: int = 3) -> float:
     """The least time of several for form, norms and sum."""
     device = next(v.device for v in vars(form).values() if isinstance(v, Tensor))
     weights = torch.ones(form.n, device=device)

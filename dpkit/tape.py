@@ -21,7 +21,7 @@ from .apart import order_of
 from .errors import ConfigurationError, CoupledRecordsError, PrivacyError, UncoveredParameterError
 from .forms import joined
 from .live import Live
-from .methods import Methods
+from .methods import Kept, Methods
 from .records import Records, place
 from .rules import Rule, rule_for, trains
 from .standin import StandIn
@@ -69,7 +69,7 @@ _tapes: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Tape]] = weakref.WeakKe
 class Tape:
     """Hooks on one model; `open` a batch, let the user run forward and backward, `close` it and take the forms."""
 
-    def __init__(self, model: nn.Module, *, batch_first: bool = True, methods: Methods | None = None) -> None:
+    def __init__(self, model: nn.Module, *, batch_first: bool = True, method: str = "model") -> None:
         other = _tapes.get(model)
         if other is not None and other() is not None:
             raise ConfigurationError(
@@ -78,12 +78,12 @@ class Tape:
                 cure="call detach() on the engine that holds it first.",
             )
         self.model, self.batch_first = model, batch_first
-        self.methods = methods or Methods("model")
         self.batch: Batch | None = None
         self.paused = False
         self.proven: set[nn.Parameter] = set()
         self.stack: list[_Frame] = []
         self._names: dict[nn.Parameter, str] = {}
+        self.methods = Methods(method, self._names)
         self._paths: dict[nn.Module, str] = {}
         self._rules: dict[nn.Module, Rule | None] = {}
         self._owners: list[tuple[nn.Module, str]] = []
@@ -135,6 +135,7 @@ class Tape:
         """From now on, forwards are private: n records are in the user's hands."""
         self.restore()
         unproven = frozenset(p for p in self._names if p.requires_grad and p not in self.proven)
+        self.methods.begin()
         self.batch = batch = Batch(n, self.methods, unproven=unproven)
         self._watches = [p.register_post_accumulate_grad_hook(_Hook(batch.keep)) for p in unproven]
 
@@ -441,10 +442,13 @@ class Tape:
 
         plain_args, plain_kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, arguments)
         self.stack.append(_Frame(module, outermost=True))
+        kept = Kept(self._names)
         try:
-            loss = one_record(module.forward(*plain_args, **plain_kwargs))
+            with kept:
+                loss = one_record(module.forward(*plain_args, **plain_kwargs))
         finally:
             self.restore()
+        self.methods.activations = max(self.methods.activations, kept.bytes / n)
         if loss is None:
             return
         trial = Batch(n)
