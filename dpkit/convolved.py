@@ -84,11 +84,21 @@ class Convolved(Form):
         return found
 
     def _grouped(self) -> Tensor:
+        """[n, o, c / G, *k], some records at a time: the kernels that do it need scratch of the result's size."""
         x, grad = self._wide()
-        n = self.n
-        x, grad = (v.reshape(1, n * v.shape[1], *v.shape[2:]) for v in (x, grad))
-        like = grad.new_empty(1).expand(n * self.shape[0], *self.shape[1:])
-        return self._backward(x, grad, like, n * self.groups).view(n, *self.shape)
+        p, out = math.prod(self.shape), None
+        each = max(1, _RESULT // p)
+        for k in range(0, self.n, each):
+            one, other = x[k : k + each], grad[k : k + each]
+            n = len(one)
+            one, other = (v.reshape(1, n * v.shape[1], *v.shape[2:]) for v in (one, other))
+            like = grad.new_empty(n * self.shape[0], *self.shape[1:])  # tells the shape; its values are not read
+            found = self._backward(one, other, like, n * self.groups).view(n, *self.shape)
+            if n == self.n:
+                return found
+            out = grad.new_empty(self.n, *self.shape) if out is None else out
+            out[k : k + each] = found
+        return grad.new_empty(0, *self.shape) if out is None else out
 
     def _patches(self) -> Tensor:
         """[n, o, c, *k] for one group, some records at a time: their patches stay in the processor's cache."""
@@ -168,7 +178,7 @@ class Convolved(Form):
     def weighted_sum(self, w: Tensor) -> Tensor:
         x, grad = self._wide()
         grad = times(w, grad)
-        like = grad.new_empty(1).expand(self.shape)
+        like = grad.new_empty(self.shape)
         return self._backward(x, grad, like, self.groups).flatten()
 
     def take(self, records: Tensor) -> Convolved:
@@ -182,5 +192,7 @@ class Convolved(Form):
         return Dense(self.dense()).folded(k)
 
 
+_RESULT = 1 << 19
+"""Numbers (2 MiB in float32) of gradients that one call of the grouped convolution makes."""
 _CACHED = 1 << 18
 """Numbers (1 MiB in float32) of patches that are copied at a time on a CPU."""
