@@ -160,7 +160,8 @@ def _call(i: int, q: Array, low: Array, points: Array) -> float:
 
 def _put(i: int, q: Array, high: Array, points: Array) -> float:
     """E_Q(r − R)+ at edge i, to within 32 roundings."""
-    return math.fsum(high[:i] + q[:i] * np.exp(points[1 : i + 1] - points[:i]) * np.expm1(points[i] - points[1 : i + 1]))
+    right = points[1 : i + 1]
+    return math.fsum(high[:i] + q[:i] * np.exp(right - points[:i]) * np.expm1(points[i] - right))
 
 
 def _skip_corners(out: Array, points: Array) -> None:
