@@ -68,7 +68,7 @@ class _Kept:
     """The frequencies that count for one set of step counts."""
 
     near: Complex
-    """G_k conj(D1_k): rotate by the index of the first loss above epsilon."""
+    """G_k conj(D1_k − D2_k): rotate by the index of the first loss above epsilon."""
     far: Complex
     """G_k conj(D2_k)."""
     edge_near: float
@@ -78,7 +78,10 @@ class _Kept:
     """Loss at index 0."""
     log_scale: float
     """ΣTK."""
-    error: float
+    slip_near: float
+    """Errors of sums over ``near`` and ``far``, and what the mass outside the window may add."""
+    slip_far: float
+    outside: float
     infinite: float
 
 
@@ -143,16 +146,17 @@ class Spectrum:
             self._logs.append(log_f)
             self._doubts.append(doubt)
         angle = 2.0 * math.pi * self._k / self.size
-        self._near, self._far = self._geometric(theta, angle), self._geometric(1.0 + theta, angle)
+        near, self._far = self._geometric(theta, angle), self._geometric(1.0 + theta, angle)
+        turned = np.exp(-(theta * self.step + 1j * angle))
+        self._near = -math.expm1(-self.step) * turned * near * self._far  # D1 − D2, without taking the difference
         self._double = np.where((self._k == 0) | (2 * self._k == self.size), 1.0, 2.0) / self.size
         self._kept: dict[tuple[int, ...], _Kept] = {}
 
     def _alive(self, spectra: list[Complex]) -> tuple[Ints, float]:
         """The frequencies whose power at the fewest steps exceeds e^-_FADE, and a bound on all others' share in B.
 
-        With G ≤ e^-_FADE (1 + e_F/|F|)^T for the others and |1 − ρ e^{−iφ}| ≥ sin(φ/2) ≥ φ/π for 0 ≤ ρ ≤ 1, φ ≤ π,
-        their
-        share is at most (2/N) Σ_k |G_k| (|D1| + |D2|) ≤ 2 max|G| (1 + log N).
+        For the others G ≤ e^-_FADE (1 + e_F/|F|)^T, and |1 − ρ e^{−iφ}| ≥ sin(φ/2) ≥ φ/π for 0 ≤ ρ ≤ 1, φ ≤ π, so that
+        their share in a sum against D1, or D2, is at most (2/N) Σ_k |G_k| π/φ_k ≤ max|G| (1 + log N).
         """
         if len(spectra) == 1:
             n = max(self.fewest[0], 1)
@@ -173,7 +177,7 @@ class Spectrum:
         alive[0] = True
         if alive.all():
             return np.flatnonzero(alive), 0.0
-        return np.flatnonzero(alive), 2.0 * math.exp(ceiling) * (1.0 + math.log(self.size)) * (1.0 + 1e-9)
+        return np.flatnonzero(alive), math.exp(ceiling) * (1.0 + math.log(self.size)) * (1.0 + 1e-9)
 
     def _transformed(self, f: Complex, noise: float) -> tuple[Complex, Array]:
         """log F and a bound on its error, from the fast transform."""
@@ -266,11 +270,10 @@ class Spectrum:
         size = np.abs(g)
         doubt += 4.0 * U * (1.0 + np.abs(log_g))
         slip = size * np.expm1(np.minimum(doubt, 100.0))
-        weight_size = self._double * 2.0 * (np.abs(self._near) + np.abs(self._far))
-        error = float(np.sum(weight_size * (slip + (size + slip) * (64.0 + math.log2(len(k) + 1) + 128.0) * U)))
-        error += self._rest
+        slip += (size + slip) * (192.0 + math.log2(len(k) + 1)) * U
+        slip *= self._double * (1.0 + 1e-9)
+        ratio = math.expm1(-h) / math.expm1(-(1.0 + theta) * h)  # |D1 − D2| ≤ ratio·|D1|
         largest = math.exp(theta * math.log(theta) - (1.0 + theta) * math.log1p(theta))
-        error += outside * largest
         turn = np.exp(2j * math.pi / n * ((k * ((start + n) % n)) % n))
         near: Complex = (self._double * g * np.conj(self._near)).astype(np.complex128)
         far: Complex = (self._double * g * np.conj(self._far)).astype(np.complex128)
@@ -290,7 +293,9 @@ class Spectrum:
             start=start,
             base=base,
             log_scale=scale,
-            error=error * (1.0 + 1e-9),
+            slip_near=float(np.dot(slip, np.abs(self._near))) + ratio * self._rest,
+            slip_far=float(np.dot(slip, np.abs(self._far))) + self._rest,
+            outside=outside * largest,
             infinite=-math.expm1(survive),
         )
         if len(self._kept) > 8:
@@ -309,15 +314,17 @@ class Spectrum:
         n, h, theta = self.size, self.step, self.theta
         last = kept.base + h * (kept.start + n) - epsilon
         if last <= 0.0:
-            return 0.0, kept.error, kept.log_scale, kept.infinite
+            return 0.0, kept.outside, kept.log_scale, kept.infinite
         first = max(kept.start, math.floor((epsilon - kept.base) / h) + 1)
         gap = kept.base + h * first - epsilon
         turn = np.exp(2j * math.pi / n * ((self._k * (first % n)) % n))
         a = float(np.sum((kept.near * turn).real))
         b = float(np.sum((kept.far * turn).real))
-        value = math.exp(-theta * gap) * a - math.exp(-(1.0 + theta) * gap) * b
-        value -= math.exp(-theta * last) * kept.edge_near - math.exp(-(1.0 + theta) * last) * kept.edge_far
-        return value, kept.error, kept.log_scale, kept.infinite
+        value = error = 0.0
+        for sign, x, p, q in ((1.0, gap, a, b), (-1.0, last, kept.edge_near, kept.edge_far)):
+            value += sign * math.exp(-theta * x) * (p - math.expm1(-x) * q)
+            error += math.exp(-theta * x) * (kept.slip_near - math.expm1(-x) * kept.slip_far)
+        return value, error + kept.outside, kept.log_scale, kept.infinite
 
     def log_delta(self, epsilon: float, counts: tuple[int, ...]) -> float:
         """log of the bound on delta at ``epsilon``: above the lattice law's if ``upper``, else below it."""
