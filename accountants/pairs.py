@@ -42,6 +42,10 @@ class Pair(ABC):
     infinite: float = 0.0
     """P(L = ∞)."""
 
+    def conserves(self) -> bool:
+        """Whether all of P and of Q lies on finite losses, without an upper end: then far losses may be summed apart."""
+        return False
+
     def supremum(self) -> float:
         """The largest finite loss, rounded up; infinity where there is none."""
         return math.inf
@@ -206,6 +210,9 @@ class GaussianPair(SmoothPair):
             near = np.log1p(np.maximum(np.expm1(np.minimum(loss, 30.0)) / self.q, -1.0))
             far = loss + np.log1p(-(1.0 - self.q) * np.exp(-np.maximum(loss, 0.5))) - math.log(self.q)
             return self.sigma * np.where(loss < 1.0, near, far) + 0.5 / self.sigma
+
+    def conserves(self) -> bool:
+        return math.isinf(self.supremum())
 
     def supremum(self) -> float:
         return -math.log1p(-self.q) * (1.0 + 8.0 * U) if self.flipped and self.q < 1.0 else math.inf

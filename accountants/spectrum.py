@@ -83,6 +83,8 @@ class _Kept:
     slip_far: float
     outside: float
     infinite: float
+    apart: tuple[float, float]
+    """Σ T log(1 − Q_i), Σ T log(1 − D_i/(1 − Q_i)): see `Spectrum.apart`."""
 
 
 class Spectrum:
@@ -95,6 +97,7 @@ class Spectrum:
         upper: whether errors are to be rounded up or down.
         fewest: the smallest number of times each will be run; fewer runs need more frequencies.
         wrap: −log of the tilted mass that may lie outside the window, on either side.
+        cap: the loss beyond which what the laws left out begins (`Lattice.beyond`).
     """
 
     def __init__(
@@ -106,8 +109,10 @@ class Spectrum:
         upper: bool,
         fewest: list[int] | None = None,
         wrap: float = 21.0,
+        cap: float = math.inf,
     ) -> None:
-        self.wrap = wrap
+        self.wrap, self.cap = wrap, cap
+        self._low: list[tuple[float, list[float]]] | None = None
         self.laws, self.counts, self.theta, self.upper = laws, tuple(counts), theta, upper
         self.fewest = tuple(counts if fewest is None else fewest)
         self.step = laws[0].step
@@ -297,6 +302,7 @@ class Spectrum:
             slip_far=float(np.dot(slip, np.abs(self._far))) + self._rest,
             outside=outside * largest,
             infinite=-math.expm1(survive),
+            apart=self._apart(counts),
         )
         if len(self._kept) > 8:
             self._kept.clear()
@@ -308,8 +314,77 @@ class Spectrum:
         out: Complex = -1.0 / np.expm1(-(x * self.step + 1j * angle))
         return out
 
+    def _apart(self, counts: tuple[int, ...]) -> tuple[float, float]:
+        stay = gain = 0.0
+        for c, law in zip(counts, self.laws, strict=True):
+            q, d = law.beyond
+            stay += c * math.log1p(-q)
+            gain += c * math.log1p(-min(d / (1.0 - q), 1.0 - 1e-15))
+        return stay, gain
+
+    def apart(self, epsilon: float, counts: tuple[int, ...]) -> tuple[float, float]:
+        """(ΔP − e^ε ΔQ, a bound on what it leaves out) of all runs with a loss beyond the laws' caps.
+
+        Once a loss has exceeded the cap the total exceeds ε too, but for a little: so those runs add P − e^ε Q to
+        delta, in closed form from the mass beyond the cap in one step, Q_i and P_i = Q_i + D_i:
+        ΔP − ΔQ = Π(1 − Q_i)^T − Π(1 − P_i)^T, as P and Q are whole (`Pair.conserves`). Where the rest of the run takes the total below ε again,
+        (P − e^ε Q)+ is larger than that, by e^ε Q(far, L ≤ ε) at most: Chernoff's bound on the lower tail of the rest.
+        A lower bound may leave that out.
+        """
+        stay, gain = self._prepare(counts).apart
+        if gain == 0.0:
+            return 0.0, 0.0
+        lost = -math.expm1(stay)
+        most = (lost + math.exp(stay) * -math.expm1(gain)) * (1.0 + 1e-10)  # ΔP
+        if epsilon > 600.0:
+            return 0.0, most if self.upper else 0.0
+        one, two = math.exp(stay) * -math.expm1(gain), math.expm1(epsilon) * lost
+        slack = 1e-10 * (one + two)
+        short = 0.0
+        if self.upper:
+            reach = min(
+                sum(c * max(0.0, m) for c, m in zip(counts, moments, strict=True)) - t * (self.cap - epsilon)
+                for t, moments in self._lower_tails()
+            )
+            short = (1.0 + math.expm1(epsilon)) * lost * math.exp(min(0.0, reach)) * (1.0 + 1e-9)
+        value = max(0.0, one - two + (slack if self.upper else -slack))
+        return value, min(short, max(0.0, most - value))
+
+    def _lower_tails(self) -> list[tuple[float, list[float]]]:
+        """log E_Q[e^{−tL} | L ≤ cap] of every law at some t, rounded up."""
+        if self._low is None:
+            spread = max(1e-300, math.sqrt(sum(c * v for c, v in zip(self.counts, self._spreads(), strict=True))))
+            self._low = []
+            for factor in (0.3, 1.0, 2.0, 3.5, 5.0, 7.0, 10.0, 16.0, 30.0, 100.0, 1e3, 1e4):
+                t, moments = factor / spread, []
+                for law in self.laws:
+                    exponent = -t * law.loss
+                    kept = math.log1p(-law.beyond[0])
+                    q = law.mass * np.exp(-law.loss)
+                    if float(exponent.max()) < 300.0:
+                        # E e^x = Q + E x + E(e^x − 1 − x): the digits of a small moment are kept
+                        total = float(q.sum())
+                        small = float(np.dot(q, np.expm1(exponent) - exponent)) + float(np.dot(q, exponent))
+                        moments.append(math.log(total + small) - kept + 1e-14 * (1.0 + float(np.dot(q, np.abs(exponent)))))
+                    else:
+                        moments.append(math.inf)
+                self._low.append((t, moments))
+        return self._low
+
+    def _spreads(self) -> list[float]:
+        """E_Q[L²] of every law."""
+        return [float(np.dot(law.mass * np.exp(-law.loss), law.loss**2)) for law in self.laws]
+
     def bracket(self, epsilon: float, counts: tuple[int, ...]) -> tuple[float, float, float, float]:
-        """(B, bound on its error, log scale, P(L = ∞)) at ``epsilon``."""
+        """(B, bound on its error, log scale, P(L = ∞)) at ``epsilon``, with what is `apart` in units of B."""
+        value, error, scale, infinite = self._transform(epsilon, counts)
+        gain, short = self.apart(epsilon, counts)
+        if gain > 0.0:
+            unit = math.exp(min(600.0, self.theta * epsilon - scale))
+            value, error = value + unit * gain, error + unit * short
+        return value, error, scale, infinite
+
+    def _transform(self, epsilon: float, counts: tuple[int, ...]) -> tuple[float, float, float, float]:
         kept = self._prepare(counts)
         n, h, theta = self.size, self.step, self.theta
         last = kept.base + h * (kept.start + n) - epsilon
@@ -328,9 +403,11 @@ class Spectrum:
 
     def log_delta(self, epsilon: float, counts: tuple[int, ...]) -> float:
         """log of the bound on delta at ``epsilon``: above the lattice law's if ``upper``, else below it."""
-        value, error, log_scale, infinite = self.bracket(epsilon, counts)
+        value, error, log_scale, infinite = self._transform(epsilon, counts)
         total = value + error if self.upper else value - error
-        log_finite = log_scale - self.theta * epsilon + math.log(total) if total > 0.0 else -math.inf
-        if infinite <= 0.0:
-            return min(0.0, log_finite)
-        return min(0.0, float(np.logaddexp(log_finite, math.log(infinite))))
+        out = log_scale - self.theta * epsilon + math.log(total) if total > 0.0 else -math.inf
+        gain, short = self.apart(epsilon, counts)
+        for more in (infinite, gain + short):
+            if more > 0.0:
+                out = float(np.logaddexp(out, math.log(more)))
+        return min(0.0, out)
