@@ -242,7 +242,7 @@ def _below(q: Array, low: Array, high: Array, pinned: Array, points: Array, slac
     halves = g / (rest**2 + share**2)
     left, right = halves * rest, halves * share
     # no more than a quarter of the tail beyond is taken from it; the near edge bears the rest
-    upper = log_calls[:-1] < log_puts[:-1]
+    upper = log_calls[1:] < log_puts[1:]
     capped = np.where(upper, np.minimum(right, 0.25 * np.exp(log_calls[1:])), right)
     left = np.where(capped < right, (g - share * capped) / rest * (1.0 + slack), left)
     right = capped
@@ -258,10 +258,11 @@ def _below(q: Array, low: Array, high: Array, pinned: Array, points: Array, slac
         return _floored(q_all, low, points)
     # V is on the line E_Q(R) − k up to ``start``, and zero from ``stop`` on; there the next edge must make up for d
     put, call = _put(start, q_all, high_all, points), _call(stop, q_all, low, points)
-    if len(over):
-        if share[start] > 0.0:
-            d[start + 1] = max(d[start + 1], (g[start] - rest[start] * put * (1.0 - 2.0 * slack)) / share[start])
-        d[start] = put * (1.0 + slack)
+    if len(over) and share[start] > 0.0:
+        moved = (g[start] - rest[start] * put * (1.0 - 2.0 * slack)) / share[start]
+        if moved < 0.5 * math.exp(float(log_calls[start + 1])):
+            d[start], d[start + 1] = put, max(d[start + 1], moved)
+        # else E_Q(R) falls by d − put at ``start``: the line is that much lower
     if len(short):
         d[stop - 1] = max(d[stop - 1], (g[stop - 1] - share[stop - 1] * call * (1.0 - 2.0 * slack)) / rest[stop - 1])
         d[stop] = call * (1.0 + slack)
@@ -273,7 +274,8 @@ def _below(q: Array, low: Array, high: Array, pinned: Array, points: Array, slac
     out[1:] += (d[1:] - d[:-1] - doubt) / full
     if len(over):
         next_put = _put(start + 1, q_all, high_all, points) * (1.0 - slack)
-        out[start], out[:start] = (next_put - d[start + 1]) / width[start], 0.0
+        lowered = max(0.0, d[start] - put * (1.0 + slack))
+        out[start], out[:start] = (next_put - d[start + 1] + lowered) / width[start], 0.0
     if len(short):
         next_call = _call(stop - 1, q_all, low, points) * (1.0 - slack)
         out[stop], out[stop + 1 :] = (next_call - d[stop - 1]) / full[stop - 1], 0.0
