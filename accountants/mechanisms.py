@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from scipy.special import bdtrc
-
 from . import morepairs
 from .errors import UnsupportedEventError
 from .events import (
@@ -124,6 +122,8 @@ def _truncated(event: TruncatedPoissonSampled, adjacency: str) -> Judged:
     whole = judge(PoissonSampled(event.sample_rate, event.event), adjacency)
     if event.sample_rate == 0.0 or event.max_batch_size >= event.dataset_size:
         return whole
+    from scipy.special import bdtrc  # here, not above: it triples the import time
+
     leak = float(bdtrc(event.max_batch_size, event.dataset_size, event.sample_rate))
     return Judged(whole.mu_squared, whole.remove, whole.add, min(1.0, leak * (1.0 + 1e-9)))
 

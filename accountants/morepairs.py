@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.special import gammaln, logsumexp, ndtr
 
-from .pairs import _GAUSS, Array, Atoms, DiscretePair, GaussianPair, Ints, Pair, SmoothPair, U, _normal_reach
+from .numeric import normal_reach
+from .pairs import _GAUSS, Array, Atoms, DiscretePair, GaussianPair, Ints, Pair, SmoothPair, U
 
 
 def _cells(edges: Array, loss: Array) -> Ints:
@@ -153,7 +153,7 @@ class WithoutReplacementPair(Pair):
         if edges[0] < 0.0:
             parts.append(add.atoms(np.concatenate([edges[edges < 0.0], [0.0]])))
         a = 0.5 / self.sigma
-        rest = (1.0 - self.q) * float(ndtr(a) - ndtr(-a)) if a < 1.0 else (1.0 - self.q) * (1.0 - 2.0 * float(ndtr(-a)))
+        rest = (1.0 - self.q) * math.erf(a / math.sqrt(2.0))
         loss = np.concatenate([*(p.loss for p in parts), [0.0]])
         mass = np.concatenate([*(p.mass for p in parts), [rest]])
         return Atoms(
@@ -179,6 +179,8 @@ class GroupPair(SmoothPair):
         return _binomial(self.size, self.q)
 
     def log_ratio(self, y: Array) -> Array:
+        from scipy.special import logsumexp  # here, not above: it triples the import time
+
         i, w = self._log_weights()
         out: Array = logsumexp(w + i * (y[..., None] / self.sigma) - 0.5 * (i / self.sigma) ** 2, axis=-1)
         return out
@@ -199,8 +201,8 @@ class GroupPair(SmoothPair):
 
     def y_span(self, head: float, tail: float) -> tuple[float, float]:
         if self.flipped:
-            return -_normal_reach(tail), _normal_reach(head)
-        return -_normal_reach(head), self.size / self.sigma + _normal_reach(tail)
+            return -normal_reach(tail), normal_reach(head)
+        return -normal_reach(head), self.size / self.sigma + normal_reach(tail)
 
     def slope(self, y: Array) -> Array:
         return 3.0 + np.abs(y) + self.size / self.sigma
@@ -211,6 +213,8 @@ class GroupPair(SmoothPair):
 
 @lru_cache(maxsize=64)
 def _binomial(size: int, q: float) -> tuple[Array, Array]:
+    from scipy.special import gammaln  # here, not above: it triples the import time
+
     i = np.arange(size + 1.0)
     choose = gammaln(size + 1.0) - gammaln(i + 1.0) - gammaln(size - i + 1.0)
     log_weights: Array = choose + i * math.log(q) + (size - i) * math.log1p(-q)
