@@ -29,12 +29,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import ndtr
 
 from .pairs import Array, Atoms, Pair, U
 
 POINTS = 700
-_LEVELS: Array = ndtr(np.linspace(-7.0, 7.0, 57))
+_LEVELS: Array = np.array([0.5 * math.erfc(-0.25 * i / math.sqrt(2.0)) for i in range(-28, 29)])
 _LOWER, _UPPER = 24, 32  # one standard deviation around the middle of _LEVELS
 _HIGHEST = 600.0  # losses beyond are taken as infinite
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .lattice import Lattice, choose_edges, dominated, dominating
+from .numeric import root
 from .pairs import Atoms, DiscretePair, Pair
 from .spectrum import Spectrum
 
@@ -51,15 +52,13 @@ def moments(atoms: Atoms, t: float) -> tuple[float, float, float]:
 
 def _root(rising: Callable[[float], float], start: float) -> float:
     """log t where ``rising(log t)`` crosses zero, within e^-16 .. e^23; the nearer end if it does not."""
-    from scipy.optimize import brentq  # here, not above: it doubles the import time
-
     low = high = min(max(start, -15.0), 22.0)
     while rising(low) > 0.0 and low > -16.0:
         low -= 1.0
     while rising(high) < 0.0 and high < 23.0:
         high += 1.0
     if low < high and rising(low) < 0.0 < rising(high):
-        return float(brentq(rising, low, high, xtol=1e-3))
+        return root(rising, low, high, xtol=1e-3)
     if rising(high) < 0.0:
         return math.nan
     return low

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from scipy.special import bdtrc
-
 from . import morepairs
 from .allocation import blocks, one_of
 from .errors import UnsupportedEventError
@@ -189,6 +187,8 @@ def _truncated(event: TruncatedPoissonSampled, adjacency: str) -> Judged:
         raise unsupported(event, adjacency, "the exchange within a full batch is worked out for Gaussians.")
     if q == 1.0:
         return judge(SampledWithoutReplacement(cap, n, inner), adjacency)
+    from scipy.special import bdtrc  # here, not above: it triples the import time
+
     cut = min(1.0, float(bdtrc(cap - 1, n - 1, q)) * (1.0 + 1e-9))
     over = float(bdtrc(cap, n, q)) * (1.0 + 1e-9)
     if cut < 1e-290:

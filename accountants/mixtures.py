@@ -19,14 +19,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.special import gammaln, logsumexp
 
 from .morepairs import _cells
-from .pairs import _LOG_2PI, Array, Atoms, Pair, SmoothPair, U, _normal_reach
+from .numeric import normal_reach
+from .pairs import _LOG_2PI, Array, Atoms, Pair, SmoothPair, U
 
 Mixture = tuple[tuple[float, float], ...]
 """(weight, mean) of the components, all of the same standard deviation."""
 _NEWTON = 12
+
+
+def _log_sum(terms: Array) -> Array:
+    """log Σ e^terms over the last axis."""
+    top = terms.max(axis=-1)
+    out: Array = top + np.log(np.exp(terms - top[..., None]).sum(axis=-1))
+    return out
 
 
 @dataclass(frozen=True)
@@ -48,13 +55,11 @@ class GaussianMixturePair(SmoothPair):
         return out
 
     def log_ratio(self, y: Array) -> Array:
-        out: Array = logsumexp(self._terms(self.with_record, y), axis=-1) - logsumexp(
-            self._terms(self.without, y), axis=-1
-        )
+        out: Array = _log_sum(self._terms(self.with_record, y)) - _log_sum(self._terms(self.without, y), axis=-1)
         return out
 
     def log_base(self, y: Array) -> Array:
-        out: Array = logsumexp(self._terms(self.without, y), axis=-1) - 0.5 * (y * y + _LOG_2PI)
+        out: Array = _log_sum(self._terms(self.without, y)) - 0.5 * (y * y + _LOG_2PI)
         return out
 
     def _means(self) -> tuple[float, float]:
@@ -76,7 +81,7 @@ class GaussianMixturePair(SmoothPair):
         y = 0.5 * (a + b)
         for _ in range(_NEWTON):
             up, down = self._terms(self.with_record, y), self._terms(self.without, y)
-            above, below = logsumexp(up, axis=-1), logsumexp(down, axis=-1)
+            above, below = _log_sum(up), _log_sum(down)
             miss = above - below - loss
             rise = np.exp(up - above[..., None]) @ np.array([m for _, m in self.with_record])
             rise -= np.exp(down - below[..., None]) @ np.array([m for _, m in self.without])
@@ -91,8 +96,8 @@ class GaussianMixturePair(SmoothPair):
         means = [m for _, m in mixture]
         if self.flipped:
             head, tail = tail, head
-        low = max(self.start, min(means) / self.sigma - _normal_reach(head))
-        return low, max(low, max(means) / self.sigma + _normal_reach(tail))
+        low = max(self.start, min(means) / self.sigma - normal_reach(head))
+        return low, max(low, max(means) / self.sigma + normal_reach(tail))
 
     def slope(self, y: Array) -> Array:
         low, high = self._means()
@@ -109,10 +114,8 @@ class GaussianMixturePair(SmoothPair):
 
 def binomial(size: int, rate: float, scale: float = 1.0) -> Mixture:
     """Bin(size, rate) records, each contributing ``scale``."""
-    i = np.arange(size + 1.0)
-    choose = gammaln(size + 1.0) - gammaln(i + 1.0) - gammaln(size - i + 1.0)
-    weights = np.exp(choose + i * math.log(rate) + (size - i) * math.log1p(-rate))
-    return tuple((float(w), float(scale * k)) for w, k in zip(weights, i, strict=True) if w > 1e-300)
+    weights = (math.comb(size, i) * rate**i * (1.0 - rate) ** (size - i) for i in range(size + 1))
+    return tuple((w, scale * i) for i, w in enumerate(weights) if w > 1e-300)
 
 
 def group_pair(size: int, rate: float, sigma: float, *, flipped: bool = False) -> GaussianMixturePair:

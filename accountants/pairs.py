@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri_exp
+
+from .numeric import normal_reach
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -169,11 +170,6 @@ class SmoothPair(Pair):
 _CUTS: dict[tuple[SmoothPair, float, float], Array] = {}
 
 
-def _normal_reach(log_tail: float) -> float:
-    """z with Φ(−z) ≤ e^log_tail."""
-    return -float(ndtri_exp(min(log_tail, -0.7))) * (1.0 + 1e-12)
-
-
 @dataclass(frozen=True)
 class GaussianPair(SmoothPair):
     """Poisson-sampled Gaussian at distance 1: P = (1 − q) N(0, σ²) + q N(1, σ²), Q = N(0, σ²); y = x/σ.
@@ -216,8 +212,8 @@ class GaussianPair(SmoothPair):
 
     def y_span(self, head: float, tail: float) -> tuple[float, float]:
         if self.flipped:  # P is N(0): the loss falls with y
-            return -_normal_reach(tail), _normal_reach(head)
-        return -_normal_reach(head), 1.0 / self.sigma + _normal_reach(tail)
+            return -normal_reach(tail), normal_reach(head)
+        return -normal_reach(head), 1.0 / self.sigma + normal_reach(tail)
 
     def slope(self, y: Array) -> Array:
         return 3.0 + np.abs(y) + 1.0 / self.sigma

@@ -54,9 +54,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.fft import next_fast_len, rfft
 
 from .lattice import Lattice
+from .numeric import smooth_length
 from .pairs import Array, Ints, U
 
 Complex = NDArray[np.complex128]
@@ -123,14 +123,15 @@ class Spectrum:
         self.deviation = math.sqrt(variance)
         self._excess = self._chernoff_table()
         left, right = self._reach(self.counts)
-        self.size = int(next_fast_len(max(64, math.ceil((right + left) / self.step) + 4), real=True))
+        self.size = smooth_length(max(64, math.ceil((right + left) / self.step) + 4))
         self._shifts: list[int] = []
         self._noise: list[float] = []
         spectra: list[Complex] = []
         for law, weight, mean in zip(laws, self._tilted, self._means, strict=True):
             shift = round((mean - law.origin) / self.step)
             self._shifts.append(shift)
-            spectra.append(rfft(np.bincount((law.index - shift) % self.size, weights=weight, minlength=self.size)))
+            wrapped = np.bincount((law.index - shift) % self.size, weights=weight, minlength=self.size)
+            spectra.append(np.fft.rfft(wrapped))
             self._noise.append(8.0 * U * (math.log2(self.size) + 1.0) * float(weight.sum()) * (1.0 + 1e-10))
         self._k, self._rest = self._alive(spectra)
         self._logs: list[Complex] = []
