@@ -40,8 +40,8 @@ def _log_sum(terms: Array) -> Array:
 class GaussianMixturePair(SmoothPair):
     """P = Σ w N(m, σ²) over ``with_record`` against Q, the same over ``without``; y = x/σ.
 
-    The likelihood ratio must rise with y. If it only does where it is above 1, ``start`` is the y from which on it does,
-    and only losses of one sign are ever asked for.
+    The likelihood ratio must rise with y. Where it only does so above 1, ``start`` is the y from which on it does, and
+    only losses of one sign are ever asked for.
     """
 
     with_record: Mixture = ()
@@ -55,7 +55,7 @@ class GaussianMixturePair(SmoothPair):
         return out
 
     def log_ratio(self, y: Array) -> Array:
-        out: Array = _log_sum(self._terms(self.with_record, y)) - _log_sum(self._terms(self.without, y), axis=-1)
+        out: Array = _log_sum(self._terms(self.with_record, y)) - _log_sum(self._terms(self.without, y)
         return out
 
     def log_base(self, y: Array) -> Array:
@@ -114,7 +114,8 @@ class GaussianMixturePair(SmoothPair):
 
 def binomial(size: int, rate: float, scale: float = 1.0) -> Mixture:
     """Bin(size, rate) records, each contributing ``scale``."""
-    weights = (math.comb(size, i) * rate**i * (1.0 - rate) ** (size - i) for i in range(size + 1))
+    choose = (math.lgamma(size + 1.0) - math.lgamma(i + 1.0) - math.lgamma(size - i + 1.0) for i in range(size + 1))
+    weights = (math.exp(c + i * math.log(rate) + (size - i) * math.log1p(-rate)) for i, c in enumerate(choose))
     return tuple((w, scale * i) for i, w in enumerate(weights) if w > 1e-300)
 
 
@@ -124,9 +125,9 @@ def group_pair(size: int, rate: float, sigma: float, *, flipped: bool = False) -
 
 
 def exchange_pair(size: int, rate: float, sigma: float) -> GaussianMixturePair:
-    """``size`` Poisson-sampled records exchanged for others; symmetric. For one: (1−q)N(0) + qN(1) | (1−q)N(0) + qN(−1).
+    """``size`` Poisson-sampled records exchanged for others, at worst from C to −C; symmetric.
 
-    Both data sets are sampled with the same draws, so equal subsets meet; the worst exchange is from C to −C.
+    For one record: (1 − q)N(0) + qN(1) against (1 − q)N(0) + qN(−1).
     """
     return GaussianMixturePair(False, binomial(size, rate), binomial(size, rate, -1.0), sigma)
 
