@@ -8,8 +8,8 @@ with vectors u_i, t_j made of the records' contributions, each of norm at most C
 a function f(S, T) of jointly log-normal variables of mean 1. By Price's theorem the derivative with respect to the
 covariance of two exponents is E[S_i S_k ∂²f/∂S_i∂S_k], and f, a convex function of one linear form, has ∂² ≥ 0 between
 terms of equal sign and ≤ 0 between terms of opposite sign. So the value grows as terms of opposite sign get less, and
-terms of equal sign more, correlated, and with every variance: the worst contributions lie on one line, those of opposite
-sign at opposite ends. Everything that follows is that line in units of C.
+terms of equal sign more, correlated, and with every variance: the worst contributions lie on one line, those of
+opposite sign at opposite ends. Everything that follows is that line in units of C.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ class GaussianMixturePair(SmoothPair):
         return out
 
     def log_ratio(self, y: Array) -> Array:
-        out: Array = _log_sum(self._terms(self.with_record, y)) - _log_sum(self._terms(self.without, y)
-        return out
+        return _log_sum(self._terms(self.with_record, y)) - _log_sum(self._terms(self.without, y))
 
     def log_base(self, y: Array) -> Array:
         out: Array = _log_sum(self._terms(self.without, y)) - 0.5 * (y * y + _LOG_2PI)
