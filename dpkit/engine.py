@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -11,11 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpkit.accountants import Accountant, Gaussian, make_accountant
+from dpkit.accountants import Accountant, Event, Gaussian, make_accountant
 
-from . import checks
+from . import checkpoint, checks
 from .clipping import Clipping, clipping_of
 from .errors import (
+    CheckpointError,
     ConfigurationError,
     DoubleUseError,
     NotAttachedError,
@@ -23,14 +27,17 @@ from .errors import (
     UnfinishedStepError,
 )
 from .forms import joined
+from .ledger import Ledger
 from .loader import Draw, PrivateDataLoader, refuse_private
 from .noise import NoiseSource
 from .proof import prove, refuse_coupled_losses
 from .rules import register_optional
 from .sampling import sampling_of
+from .spending import Spending
+from .state import Part, Stateful, collect, give_back, refuse_others
 from .sums import ClippedSum
 from .tape import Tape
-from .targets import noise_multiplier_for
+from .targets import budget_for, noise_multiplier_for
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
@@ -48,13 +55,20 @@ class PrivacyEngine:
         accountant: the judge of what was spent: "pld" (tight), "rdp" (quick, some 5 to 15% above), or a
             `dpkit.accountants.Accountant`.
         secure_mode: not available in this version.
+        ledger: a file that holds every release of every run on this data set (`dpkit budget` reads it). Each is on the
+            disk before the weights that contain it are handed out, so that no crash forgets what was spent.
 
     >>> engine = PrivacyEngine()                                                            # doctest: +SKIP
     >>> model, optimizer, loader = engine.make_private(module=model, optimizer=optimizer,
     ...     data_loader=loader, noise_multiplier=1.1, max_grad_norm=1.0)
     """
 
-    def __init__(self, accountant: str | Accountant = "pld", secure_mode: bool = False) -> None:
+    def __init__(
+        self,
+        accountant: str | Accountant = "pld",
+        secure_mode: bool = False,
+        ledger: str | os.PathLike[str] | None = None,
+    ) -> None:
         if secure_mode:
             raise ConfigurationError(
                 "secure_mode=True",
@@ -62,6 +76,9 @@ class PrivacyEngine:
                 cure="use secure_mode=False (noise seeded from the operating system, by torch's generator).",
             )
         self.accountant = accountant if isinstance(accountant, Accountant) else make_accountant(accountant)
+        self._spending = Spending(
+            self.accountant, None if ledger is None else Ledger(ledger, self.accountant.adjacency)
+        )
         self.nonfinite_records = 0
         """Records whose gradient was not finite and was replaced by zero. Not covered by ε: do not publish it."""
         self._tape: Tape | None = None
@@ -84,6 +101,7 @@ class PrivacyEngine:
         target_delta: float | None = None,
         epochs: int | None = None,
         steps: int | None = None,
+        max_epsilon: float | None = None,
         clipping: str | Clipping = "flat",
         loss_reduction: str = "mean",
         poisson_sampling: bool = True,
@@ -100,6 +118,9 @@ class PrivacyEngine:
             max_grad_norm: C, the bound on each record's gradient norm.
             noise_multiplier: σ, the noise's standard deviation divided by C; or leave it out and give
             target_epsilon, target_delta, and epochs or steps: the least σ that keeps within them is found.
+            max_epsilon: a hard budget at target_delta, for everything in the ledger where there is one: the loader ends
+                before a step would exceed it (see `budget_spent`). It holds for any stopping time, and for schedules of
+                σ that were fixed in advance; not for a σ that is chosen in view of the training.
             clipping: "flat", "automatic", "per_layer", or an object with ``weights`` and ``sensitivity``.
             loss_reduction: whether the loss that is back-propagated is the "mean" or the "sum" over the batch.
             poisson_sampling: draw each record independently (amplification is accounted); if False, the loader's own
@@ -146,12 +167,15 @@ class PrivacyEngine:
         sigma = noise_multiplier_for(
             self.accountant, sampling, noise_multiplier, target_epsilon, target_delta, epochs, steps
         )
+        budget = budget_for(self.accountant, sampling, sigma, max_epsilon, target_delta)
 
         tape = Tape(module, batch_first=batch_first)
         self._tape, self._optimizer, self._sampling = tape, optimizer, sampling
         self._clipping, self._loss_reduction = rule, loss_reduction
         self._target_delta = target_delta
         self._noise_multiplier, self._max_grad_norm = sigma, max_grad_norm
+        self._spending.budget = budget
+        self._given = {"noise_multiplier": sigma, "max_grad_norm": max_grad_norm}
         self._noise = NoiseSource(noise_generator)
         if noise_generator is not None:
             self._noise.refuse_shared(data_loader.generator)
@@ -233,7 +257,24 @@ class PrivacyEngine:
             raise ConfigurationError(
                 "get_epsilon() without delta", why="ε is a function of δ.", cure="pass delta=1e-5, say."
             )
-        return self.accountant.epsilon(checks.number("delta", delta, low=0.0, high=1.0))
+        return self._spending.epsilon(checks.number("delta", delta, low=0.0, high=1.0))
+
+    @property
+    def budget_spent(self) -> bool:
+        """Whether another step would exceed ``max_epsilon``: the private loader then serves nothing more."""
+        self._attached()
+        return not self.admits()
+
+    @property
+    def completed_passes(self) -> int:
+        """How many passes over the data came to their end: ``for epoch in range(engine.completed_passes, epochs)``."""
+        self._attached()
+        return self._loader.completed
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """The ledger's file, if the engine was given one."""
+        return self._spending.ledger
 
     def backward(self, losses: Tensor) -> None:
         """The strict door: one loss a record, [n] or [n, 1]; checks that they are what they say.
@@ -273,6 +314,10 @@ class PrivacyEngine:
         self._attached()
         self._drop()
         self._charged = None
+
+    def admits(self) -> bool:
+        """Whether the budget allows for the next logical batch; the rest of one that was begun always is."""
+        return self._sum is not None or self._spending.admits(self._event(self._noise_multiplier))
 
     def hand_out(self, draw: Draw) -> None:
         """A physical batch goes to the user."""
@@ -366,13 +411,152 @@ class PrivacyEngine:
         trainable = self._trainable()
         sums = clipped.take(trainable)
         self._noise.add_to(sums, clipped.std)
-        first = self._charged is None or clipped.noise_multiplier < self._charged
-        event = self._sampling.event(Gaussian(clipped.noise_multiplier), first=first)
+        grads = [
+            total.div_(self._sampling.expected_batch_size).view(p.shape).to(p.dtype)
+            for p, total in zip(trainable, sums, strict=True)
+        ]
+        event = self._event(clipped.noise_multiplier)
+        self._spending.record(event, grads, self._about)
         if event is not None:
-            self.accountant.compose(event)
             self._charged = clipped.noise_multiplier
-        for p, total in zip(trainable, sums, strict=True):
-            p.grad = total.div_(self._sampling.expected_batch_size).view(p.shape).to(p.dtype)
+        for p, grad in zip(trainable, grads, strict=True):
+            p.grad = grad
+
+    def _event(self, noise_multiplier: float) -> Event | None:
+        """What a release with this σ costs now; None where the pass has paid for it."""
+        first = self._charged is None or noise_multiplier < self._charged
+        return self._sampling.event(Gaussian(noise_multiplier), first=first)
+
+    def _about(self) -> dict[str, Any]:
+        """What the ledger says of the run."""
+        return {"sampling": self._sampling.name, "target_delta": self._target_delta}
+
+    # ---------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the run needs to go on bit for bit, as plain values; `save_checkpoint` writes it to a file.
+
+        Model, optimizer, σ and C, the place in the pass and in the logical batch, its sums so far, the generators of
+        draws and noise, the global ones (torch, Python, numpy), what was released, and a learning clipping's state.
+        Model and optimizer tensors are the live ones, as torch's own ``state_dict`` gives them.
+
+        It is as confidential as the data: it holds sums without noise, and the streams that noise comes from.
+        """
+        return {"version": 1, "configuration": self._configuration(), **collect(self._parts())}
+
+    def load_state_dict(self, state: dict[str, Any], *, replay: bool = True) -> None:
+        """Go on from what `state_dict` gave, after `make_private` with the same arguments; see `load_checkpoint`."""
+        self._load(copy.deepcopy(state), {}, replay)
+
+    def save_checkpoint(
+        self, path: str | os.PathLike[str], *, also: Mapping[str, Stateful] | None = None, extra: Any = None
+    ) -> None:
+        """Write `state_dict` to a file that is there whole or not at all, whatever happens meanwhile.
+
+        Call it anywhere between the steps, best right after ``optimizer.step()``. A batch that has not had its step
+        will be served again.
+
+        The file is for resuming, and as confidential as the data. Publish ``model.state_dict()`` instead.
+
+        Args:
+            also: what else belongs to the run and has ``state_dict`` and ``load_state_dict``: schedulers, averages.
+            extra: any plain values of your own; `load_checkpoint` returns them.
+
+        Raises:
+            CheckpointError: it cannot be written, or something holds other than plain values. The file that was there
+                before is untouched.
+        """
+        state = self.state_dict()
+        checkpoint.save(path, {"state": state, "also": collect(also or {}), "extra": extra})
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], *, also: Mapping[str, Stateful] | None = None, replay: bool = True
+    ) -> Any:
+        """Go on from a checkpoint; returns the ``extra`` that was saved with it. Call it after `make_private`.
+
+        The next ``for batch in loader`` is the rest of the pass that was interrupted. Releases that the ledger holds
+        beyond the checkpoint stay counted; they are repeated, bit for bit, and each is compared with what was released.
+        Without a ledger, nobody can tell what was released after the checkpoint: it has to be the run's latest state.
+
+        Args:
+            also: the objects that were saved with it.
+            replay: if False, go on with fresh draws and fresh noise: for machines that do not repeat bit for bit, or
+                after a change of the code. What was released beyond the checkpoint then counts beside what follows.
+
+        Raises:
+            CheckpointError: damaged, or of another model, optimizer, data set or setting; nothing was loaded.
+            LedgerError: the ledger is not the run's, or holds less than the checkpoint.
+        """
+        held = checkpoint.load(path)
+        try:
+            state, saved, extra = held["state"], held["also"], held["extra"]
+        except KeyError:
+            raise CheckpointError(
+                f"{path} does not hold an engine's state", why="it was written by other code.", cure="name another."
+            ) from None
+        refuse_others({"also": sorted(also or {})}, {"also": sorted(saved)})
+        self._load({**state, "also": saved}, also or {}, replay)
+        return extra
+
+    def _load(self, state: dict[str, Any], also: Mapping[str, Stateful], replay: bool) -> None:
+        refuse_others({"version": 1, **self._configuration()}, {"version": state["version"], **state["configuration"]})
+        parts: dict[str, Stateful] = {}
+        parts["also"] = Part(lambda: collect(also), lambda held: give_back(also, held))
+        parts.update(self._parts(replay))
+        self._drop()
+        give_back(parts, {"also": {}, **{k: v for k, v in state.items() if k not in ("version", "configuration")}})
+        if not replay:
+            self._drop()
+            self._charged = None
+            self._noise.reseed()
+            self._loader.reseed()
+
+    def _parts(self, replay: bool = True) -> dict[str, Stateful]:
+        """All that has a state, in the order in which it is loaded; what was spent comes last, it cannot be undone."""
+        parts: dict[str, Stateful] = {"model": self._attached().model, "optimizer": self._optimizer}
+        if hasattr(self._clipping, "state_dict"):
+            parts["clipping"] = self._clipping
+        parts["noise"] = self._noise
+        parts["engine"] = Part(self._own_state, self._load_own_state)
+        parts["loader"] = self._loader
+        parts["spending"] = Part(
+            self._spending.state_dict, lambda held: self._spending.load_state_dict(held, replay=replay)
+        )
+        return parts
+
+    def _configuration(self) -> dict[str, Any]:
+        model = self._attached().model.state_dict()
+        return {
+            **self._given,
+            "clipping": repr(self._clipping) if is_dataclass(self._clipping) else type(self._clipping).__name__,
+            "loss_reduction": self._loss_reduction,
+            "optimizer": type(self._optimizer).__name__,
+            "parameter groups": [len(group["params"]) for group in self._optimizer.param_groups],
+            **self._loader.configuration(),
+            **{f"model's {k}": f"{v.dtype} {list(v.shape)}" for k, v in model.items() if isinstance(v, Tensor)},
+        }
+
+    def _own_state(self) -> dict[str, Any]:
+        names = self._attached().parameters()
+        return {
+            "noise_multiplier": self._noise_multiplier,
+            "max_grad_norm": self._max_grad_norm,
+            "charged": self._charged if self._loader.inside else None,
+            "nonfinite_records": self.nonfinite_records,
+            "trainable": [name for p, name in names.items() if p.requires_grad],
+            "sum": self._sum.state_dict(names) if self._sum is not None and self._loader.inside else None,
+        }
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        parameters = {name: p for p, name in self._attached().parameters().items()}
+        self._noise_multiplier, self._max_grad_norm = state["noise_multiplier"], state["max_grad_norm"]
+        self._charged, self.nonfinite_records = state["charged"], state["nonfinite_records"]
+        for name, p in parameters.items():
+            p.requires_grad_(name in state["trainable"])
+        self._sum = None
+        if state["sum"] is not None:
+            self._sum = ClippedSum(self._clipping, self._noise_multiplier, self._max_grad_norm)
+            self._sum.load_state_dict(state["sum"], parameters)
 
     # ---------------------------------------------------------------- small things
 
