@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dpkit.accountants import Accountant, Event, make_accountant
+from dpkit.accountants import Accountant, Event, GroupOf, PLDAccountant, make_accountant
 
 from .budget import Budget, Totals
 from .errors import BudgetExhaustedError, CheckpointError, LedgerError, ReplayError
@@ -103,8 +103,13 @@ class Spending:
                 totals[event] = totals.get(event, 0) + n - (run.totals.get(event, 0) if run else 0)
         return totals
 
-    def epsilon(self, delta: float) -> float:
-        """ε of this run at ``delta``."""
+    def epsilon(self, delta: float, group_size: int = 1) -> float:
+        """ε of this run at ``delta``; with ``group_size`` k, for neighbouring data sets that differ by k units."""
+        if group_size > 1:
+            judge = PLDAccountant(adjacency=self.accountant.adjacency)  # the Rényi accountant has no bound for groups
+            for event, count in self.accountant.ledger:
+                judge.compose(GroupOf(group_size, event), count)
+            return judge.epsilon(delta)
         value = self.accountant.epsilon(delta)
         budget = self.budget
         if budget is not None and delta == budget.delta and value > budget.max_epsilon and budget.holds(self._totals()):
