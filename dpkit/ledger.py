@@ -147,7 +147,7 @@ class Ledger:
         fingerprint: str,
         *,
         number: int,
-        about: Callable[[], dict[str, Any]],
+        about: dict[str, Any],
         admit: Callable[[], None] | None = None,
     ) -> Release:
         """Write one release; it is on the disk when this returns.
@@ -173,7 +173,7 @@ class Ledger:
             if admit is not None:
                 admit()
             if name not in self.runs:
-                begins = {**about(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+                begins = {**about, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
                 self._write(f'{{"run":{json.dumps(name)},"begins":{_dumps(begins)}')
             what = "null" if event is None else _dumps(event.to_json())
             self._write(f'{{"run":{json.dumps(name)},"release":{number},"event":{what},"print":"{fingerprint}"')

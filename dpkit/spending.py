@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,12 +28,14 @@ class Spending:
         run: the run's name in the ledger.
         released: how many releases the run has made, those of a pass that others paid for included.
         budget: the hard budget, if there is one.
+        about: what the ledger says of the run.
     """
 
     def __init__(self, accountant: Accountant, ledger: Ledger | None) -> None:
         self.accountant, self.ledger = accountant, ledger
         self.run, self.released = secrets.token_hex(8), 0
         self.budget: Budget | None = None
+        self.about: dict[str, Any] = {}
         self._fingerprint = Fingerprint()
         self._pending: deque[Release] = deque()  # released before the interruption, to be repeated
         self._latest = ""  # the checksum of the run's latest line
@@ -51,7 +53,7 @@ class Spending:
             self.ledger.read()
         return self.budget.admits(self._totals(), event)
 
-    def record(self, event: Event | None, release: Sequence[Tensor], about: Callable[[], dict[str, Any]]) -> None:
+    def record(self, event: Event | None, release: Sequence[Tensor]) -> None:
         """Count a release; nobody may see it before this has returned.
 
         Raises:
@@ -65,7 +67,7 @@ class Spending:
         if self.ledger is not None:
             mark = self._fingerprint.of(release)
             line = self.ledger.append(
-                self.run, event, mark, number=self.released, about=about, admit=lambda: self._refuse_excess(event)
+                self.run, event, mark, number=self.released, about=self.about, admit=lambda: self._refuse_excess(event)
             )
             self._latest = line.check
         else:

@@ -7,13 +7,14 @@ import copy
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from .errors import CheckpointError, PrivacyError
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """What can be saved: a model, an optimizer, a scheduler, a part of the engine."""
 
