@@ -99,7 +99,8 @@ def _read(target: Path, file: BinaryIO) -> dict[str, Any]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch's reader raises: the bytes are right, so another torch wrote them
         _refuse(f"{target} is not understood by this torch ({error})", "nothing was loaded.", "use the torch it is of.")
-    assert isinstance(state, dict)
+    if not isinstance(state, dict) or set(state) != {"state", "also", "extra"}:
+        _refuse(f"{target} does not hold an engine's state", "other code wrote it.", "name another file.")
     return state
 
 

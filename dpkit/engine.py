@@ -351,18 +351,19 @@ class PrivacyEngine:
             CheckpointError: damaged, or of another model, optimizer, data set or setting; nothing was loaded.
             LedgerError: the ledger is not the run's, or holds less than the checkpoint.
         """
+        self._attached()
         held = checkpoint.load(path)
-        try:
-            state, saved, extra = held["state"], held["also"], held["extra"]
-        except KeyError:
-            raise CheckpointError(
-                f"{path} does not hold an engine's state", why="it was written by other code.", cure="name another."
-            ) from None
-        refuse_others({"also": sorted(also or {})}, {"also": sorted(saved)})
-        self._load({**state, "also": saved}, also or {}, replay)
-        return extra
+        refuse_others({"also": sorted(also or {})}, {"also": sorted(held["also"])})
+        self._load({**held["state"], "also": held["also"]}, also or {}, replay)
+        return held["extra"]
 
     def _load(self, state: dict[str, Any], also: Mapping[str, Stateful], replay: bool) -> None:
+        if not isinstance(state, dict) or not {"version", "configuration"} <= set(state):
+            raise CheckpointError(
+                "what was given is no engine's state",
+                why="there is nothing to go on from.",
+                cure="pass what state_dict() returned.",
+            )
         refuse_others({"version": 1, **self._configuration()}, {"version": state["version"], **state["configuration"]})
         parts = {"also": Part(lambda: collect(also), lambda held: give_back(also, held)), **self._parts(replay)}
         saved = {"also": {}, **{k: v for k, v in state.items() if k not in ("version", "configuration")}}

@@ -57,7 +57,7 @@ def give_back(parts: Mapping[str, Stateful], state: Mapping[str, Any]) -> None:
             part.load_state_dict(state[name])
     except BaseException as error:
         for name in done:
-            with contextlib.suppress(PrivacyError):  # an atomic part that refuses has changed nothing
+            with contextlib.suppress(Exception):  # the first error is the one to tell
                 parts[name].load_state_dict(before[name])
         if isinstance(error, PrivacyError) or not isinstance(error, Exception):
             raise
