@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpkit.accountants import Accountant, Gaussian, RDPAccountant, calibrate, make_accountant
+from dpkit.accountants import Accountant, Gaussian, make_accountant
 
 from . import checks
 from .clipping import Clipping, clipping_of
@@ -22,13 +22,16 @@ from .errors import (
     UncoveredParameterError,
     UnfinishedStepError,
 )
-from .forms import Form, joined
-from .noise import NoiseSource
-from .proof import prove
+from .forms import joined
+from .loader import Draw, PrivateDataLoader, refuse_private
+from .noise import Source, source_of
+from .proof import prove, refuse_coupled_losses
 from .rules import register_optional
-from .sampling import Draw, FixedBatches, PrivateDataLoader, Sampling, sampling_of
+from .sampling import sampling_of
+from .secure import SecureNoise
+from .sums import ClippedSum
 from .tape import Tape
-from .taps import Batch
+from .targets import noise_multiplier_for
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
@@ -45,7 +48,9 @@ class PrivacyEngine:
     Args:
         accountant: the judge of what was spent: "pld" (tight), "rdp" (quick, some 5 to 15% above), or a
             `dpkit.accountants.Accountant`.
-        secure_mode: not available in this version.
+        secure_mode: draw the noise from a cryptographic generator and round it so that floating point tells nothing;
+            see `dpkit.secure` for what is proven. Needs the extra ``dpkit[secure]``, and costs some four times the
+            plain noise, on the processor.
 
     >>> engine = PrivacyEngine()                                                            # doctest: +SKIP
     >>> model, optimizer, loader = engine.make_private(module=model, optimizer=optimizer,
@@ -53,18 +58,13 @@ class PrivacyEngine:
     """
 
     def __init__(self, accountant: str | Accountant = "pld", secure_mode: bool = False) -> None:
-        if secure_mode:
-            raise ConfigurationError(
-                "secure_mode=True",
-                why="noise from a cryptographic generator is not part of this version, and plain noise is not secure.",
-                cure="use secure_mode=False (noise seeded from the operating system, by torch's generator).",
-            )
+        self._secure = SecureNoise() if secure_mode else None
         self.accountant = accountant if isinstance(accountant, Accountant) else make_accountant(accountant)
         self.nonfinite_records = 0
         """Records whose gradient was not finite and was replaced by zero. Not covered by ε: do not publish it."""
         self._tape: Tape | None = None
         self._draw: Draw | None = None
-        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._sum: ClippedSum | None = None
         self._target_delta: float | None = None
         self._charged: float | None = None  # fixed batches: the least σ charged for in this pass
 
@@ -137,18 +137,21 @@ class PrivacyEngine:
         if max_physical_batch_size is not None:
             checks.count("max_physical_batch_size", max_physical_batch_size)
         rule = clipping_of(clipping)
+        refuse_private(data_loader)
         sampling = sampling_of(data_loader, poisson=poisson_sampling)
+        noise = source_of(self._secure, noise_generator, data_loader.generator)
         register_optional(module)
         checks.validate_model(module)
-        sigma = self._noise_multiplier_for(sampling, noise_multiplier, target_epsilon, target_delta, epochs, steps)
+        sigma = noise_multiplier_for(
+            self.accountant, sampling, noise_multiplier, target_epsilon, target_delta, epochs, steps
+        )
 
         tape = Tape(module, batch_first=batch_first)
         self._tape, self._optimizer, self._sampling = tape, optimizer, sampling
         self._clipping, self._loss_reduction = rule, loss_reduction
+        self._target_delta = target_delta
         self._noise_multiplier, self._max_grad_norm = sigma, max_grad_norm
-        self._noise = NoiseSource(noise_generator)
-        if noise_generator is not None:
-            self._noise.refuse_shared(data_loader.generator)
+        self._noise = noise
         self._strictly_examined = False
         try:
             self._trainable()
@@ -163,55 +166,6 @@ class PrivacyEngine:
     def make_private_with_epsilon(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, DataLoader[Any]]:
         """`make_private` under the name that Opacus gives the call with ``target_epsilon``."""
         return self.make_private(*args, **kwargs)
-
-    def _noise_multiplier_for(
-        self,
-        sampling: Sampling,
-        noise_multiplier: float | None,
-        target_epsilon: float | None,
-        target_delta: float | None,
-        epochs: int | None,
-        steps: int | None,
-    ) -> float:
-        """σ as given, or the least one that meets the target."""
-        if noise_multiplier is not None:
-            if target_epsilon is not None or epochs is not None or steps is not None:
-                raise ConfigurationError(
-                    "noise_multiplier was given together with target_epsilon, epochs or steps",
-                    why="one determines the other.",
-                    cure="give noise_multiplier alone, or target_epsilon, target_delta and epochs (or steps).",
-                )
-            if target_delta is not None:
-                target_delta = checks.number("target_delta", target_delta, low=0.0, high=1.0)
-            self._target_delta = target_delta
-            return checks.number("noise_multiplier", noise_multiplier, low=0.0, strict=False)
-        if target_epsilon is None or target_delta is None or (epochs is None) == (steps is None):
-            raise ConfigurationError(
-                "neither noise_multiplier nor a complete target was given",
-                why="the noise follows from one of them.",
-                cure="give noise_multiplier, or target_epsilon, target_delta and one of epochs and steps.",
-            )
-        if self.accountant.ledger:
-            raise ConfigurationError(
-                "target_epsilon was given to an engine that has spent budget already",
-                why="the target would not count what was spent before.",
-                cure="give noise_multiplier, or use a new engine and add up the two budgets.",
-            )
-        checks.number("target_epsilon", target_epsilon, low=0.0)
-        checks.number("target_delta", target_delta, low=0.0, high=1.0)
-        total = checks.count("steps", steps) if steps is not None else checks.count("epochs", epochs) * sampling.steps
-        if isinstance(sampling, FixedBatches):
-            total = -(-total // sampling.steps)
-        self._target_delta = float(target_delta)
-        kind = "rdp" if isinstance(self.accountant, RDPAccountant) else "pld"
-        sigma: float = calibrate(
-            target_epsilon=target_epsilon,
-            delta=target_delta,
-            sample_rate=sampling.sample_rate,
-            steps=total,
-            accountant=kind,
-        )
-        return sigma
 
     def detach(self) -> None:
         """Give everything back as it was. What was spent stays in the accountant."""
@@ -256,6 +210,12 @@ class PrivacyEngine:
     def max_grad_norm(self, value: float) -> None:
         self._attached()
         self._max_grad_norm = checks.number("max_grad_norm", value, low=0.0)
+
+    @property
+    def noise(self) -> Source:
+        """Where the noise comes from: whether it is ``secure``, whether it is ``seeded`` by hand."""
+        self._attached()
+        return self._noise
 
     @property
     def sample_rate(self) -> float:
@@ -306,23 +266,8 @@ class PrivacyEngine:
                 cure="compute the losses of the batch that the private loader has just yielded.",
             )
         if not self._strictly_examined and batch.n > 1:
-            self._examine(tape, batch, losses)
+            self._strictly_examined = refuse_coupled_losses(tape, batch, losses)
         (losses.mean() if self._loss_reduction == "mean" else losses.sum()).backward()
-
-    def _examine(self, tape: Tape, batch: Batch, losses: Tensor) -> None:
-        """The last record's loss must not reach the others."""
-        anchors = tape.anchors()
-        if not anchors:
-            return  # no forward was private yet: the step will say why
-        batch.examined = batch.n - 1
-        try:
-            torch.autograd.grad(losses[-1], anchors, retain_graph=True, allow_unused=True)
-            self._strictly_examined = bool(torch.isfinite(losses).all())  # else the next batch is examined too
-        except RuntimeError as error:
-            if "checkpoint" not in str(error):  # reentrant checkpointing allows .backward() only
-                raise
-        finally:
-            batch.examined = None
 
     # ---------------------------------------------------------------- the loader's side
 
@@ -335,9 +280,8 @@ class PrivacyEngine:
     def hand_out(self, draw: Draw) -> None:
         """A physical batch goes to the user."""
         tape = self._attached()
-        if not self._sums:
-            self._logical = (self._noise_multiplier, self._max_grad_norm)
-        draw.noise_multiplier, draw.max_grad_norm = self._logical
+        if self._sum is None:
+            self._sum = ClippedSum(self._clipping, self._noise_multiplier, self._max_grad_norm)
         for p in self._parameters():
             p.grad = None
         self._draw = draw
@@ -389,7 +333,7 @@ class PrivacyEngine:
         try:
             self._close(draw)
             if draw.last:
-                self._release(draw)
+                self._release()
         except BaseException:
             self._drop()
             raise
@@ -402,6 +346,7 @@ class PrivacyEngine:
         self._draw = None
         if batch is None:
             return
+        draw.done = True
         trainable = self._trainable()
         prove(tape, batch)
         forms = {p: joined(found) for p, found in batch.forms.items() if p.requires_grad}
@@ -412,47 +357,24 @@ class PrivacyEngine:
                     why="it would take its share of the clipping norm and never be trained or accounted.",
                     cure="add it to the optimizer (optimizer.add_param_group) or freeze it.",
                 )
-        if forms:
-            self._clip(trainable, forms, batch.n, draw.max_grad_norm)
-
-    def _clip(self, trainable: dict[nn.Parameter, int], forms: dict[nn.Parameter, Form], n: int, bound: float) -> None:
-        scale = float(n) if self._loss_reduction == "mean" else 1.0
-        squares = [f.sq_norm() for f in forms.values()]
-        wide = max((s.dtype for s in squares), key=lambda d: torch.finfo(d).bits)
-        norms = torch.zeros(n, len(trainable), dtype=wide, device=squares[0].device)
-        norms[:, [trainable[p] for p in forms]] = torch.stack([s.to(norms) for s in squares], 1).sqrt() * scale
-        finite = torch.isfinite(norms).all(1)
-        if not bool(finite.all()):
-            keep = finite.nonzero().flatten()
-            self.nonfinite_records += n - len(keep)
-            forms, norms = {p: f.take(keep.to(squares[0].device)) for p, f in forms.items()}, norms[keep]
-        weights = self._clipping.weights(norms, bound) * scale
-        for p, form in forms.items():
-            w = weights if weights.ndim == 1 else weights[:, trainable[p]]
-            total = form.weighted_sum(w.to(p.device))
-            held = self._sums.get(p)
-            self._sums[p] = total if held is None else held.add_(total)
+        if forms and self._sum is not None:
+            scale = float(batch.n) if self._loss_reduction == "mean" else 1.0
+            self.nonfinite_records += self._sum.add(forms, trainable, batch.n, scale)
 
     @torch.no_grad()
-    def _release(self, draw: Draw) -> None:
+    def _release(self) -> None:
         """Sums + noise, divided by the expected batch size, become ``p.grad``; the ledger is written first."""
+        clipped, self._sum = self._sum, None
+        assert clipped is not None
         trainable = self._trainable()
-        sums = [self._sums.pop(p, None) for p in trainable]
-        wide = [
-            s
-            if s is not None
-            else torch.zeros(p.numel(), device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
-            for p, s in zip(trainable, sums, strict=True)
-        ]
-        self._sums.clear()
-        std = draw.noise_multiplier * self._clipping.sensitivity(draw.max_grad_norm)
-        self._noise.add_to(wide, std)
-        first = self._charged is None or draw.noise_multiplier < self._charged
-        event = self._sampling.event(Gaussian(draw.noise_multiplier), first=first)
+        sums = clipped.take(trainable)
+        self._noise.add_to(sums, clipped.std)
+        first = self._charged is None or clipped.noise_multiplier < self._charged
+        event = self._sampling.event(Gaussian(clipped.noise_multiplier), first=first)
         if event is not None:
             self.accountant.compose(event)
-            self._charged = draw.noise_multiplier
-        for p, total in zip(trainable, wide, strict=True):
+            self._charged = clipped.noise_multiplier
+        for p, total in zip(trainable, sums, strict=True):
             p.grad = total.div_(self._sampling.expected_batch_size).view(p.shape).to(p.dtype)
 
     # ---------------------------------------------------------------- small things
@@ -469,8 +391,7 @@ class PrivacyEngine:
             if self._draw is not None:
                 for p in self._parameters():
                     p.grad = None
-        self._draw = None
-        self._sums.clear()
+        self._draw, self._sum = None, None
 
     def _parameters(self) -> list[nn.Parameter]:
         """The optimizer's parameters."""

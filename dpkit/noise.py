@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigurationError
-from .seeds import unforeseeable
+from .secure import SecureNoise
+from .seeds import scramble, unforeseeable
 
 
 class Source(Protocol):
@@ -28,37 +29,13 @@ class Source(Protocol):
 
     def describe(self) -> str: ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """The generators' states. Whoever reads them can tell the noise, past and future: keep them as the data."""
-        states = {str(device): g.get_state() for device, g in self._own.items()}
-        given = None if self._given is None else self._given.get_state()
-        return {"kind": "plain", "given": given, "generators": states}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken.
-
-        Raises:
-            ConfigurationError: the state is of another kind of noise, or only one of the two was seeded by hand.
-        """
-        if state.get("kind") != "plain" or (state["given"] is None) != (self._given is None):
-            raise ConfigurationError(
-                "the stored noise state is of another kind than this engine's noise",
-                why="the run could not go on as it began, and its statement would be wrong about one of its parts.",
-                cure="resume with the secure_mode and noise_generator that the run was started with.",
-            )
-        if self._given is not None:
-            self._given.set_state(state["given"])
-        self._own = {}
-        for name, held in state["generators"].items():
-            device = torch.device(name)
-            self._own[device] = torch.Generator(device)
-            self._own[device].set_state(held)
-
     def add_to(self, sums: Sequence[Tensor], std: float) -> None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def reseed(self) -> None: ...
 
 
 class NoiseSource:
@@ -69,11 +46,11 @@ class NoiseSource:
             operating system. It is never torch's global one, whose seed experiments publish.
     """
 
+    secure = False
+
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self._given = generator
         self._own: dict[torch.device, torch.Generator] = {}
-
-    secure = False
 
     @property
     def seeded(self) -> bool:
@@ -88,8 +65,8 @@ class NoiseSource:
                 "do not know the seed."
             )
         return (
-            "Noise is drawn in floating point from torch's generator, in a state drawn from the operating system; it is "
-            "not cryptographic (secure_mode=True is)."
+            "Noise is drawn in floating point from torch's generator, in a state drawn from the operating system. That "
+            "is not a cryptographic generator (secure_mode=True has one)."
         )
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -115,30 +92,37 @@ class NoiseSource:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The generators' states. Whoever reads them can tell the noise, past and future: keep them as the data."""
-        states = {str(device): g.get_state() for device, g in self._own.items()}
-        given = None if self._given is None else self._given.get_state()
-        return {"kind": "plain", "given": given, "generators": states}
+        """Where the streams stand. Who knows it can take the noise out of what was and will be released."""
+        return {
+            "kind": "plain",
+            "given": None if self._given is None else self._given.get_state(),
+            "own": {str(device): generator.get_state() for device, generator in self._own.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken.
+        """Go on with the streams that `state_dict` gave.
 
         Raises:
-            ConfigurationError: the state is of another kind of noise, or only one of the two was seeded by hand.
+            ConfigurationError: they are of secure noise, or only one of the two runs was seeded by hand.
         """
-        if state.get("kind") != "plain" or (state["given"] is None) != (self._given is None):
+        if state["kind"] != "plain" or (state["given"] is None) == self.seeded:
             raise ConfigurationError(
-                "the stored noise state is of another kind than this engine's noise",
-                why="the run could not go on as it began, and its statement would be wrong about one of its parts.",
+                "the stored state is of another kind of noise than this engine's",
+                why="the run would not go on as it began, and its statement would be untrue of one of its parts.",
                 cure="resume with the secure_mode and noise_generator that the run was started with.",
             )
         if self._given is not None:
             self._given.set_state(state["given"])
         self._own = {}
-        for name, held in state["generators"].items():
-            device = torch.device(name)
-            self._own[device] = torch.Generator(device)
-            self._own[device].set_state(held)
+        for name, held in state["own"].items():
+            self._own[torch.device(name)] = torch.Generator(name)
+            self._own[torch.device(name)].set_state(held)
+
+    def reseed(self) -> None:
+        """Go on with fresh streams: what was drawn before and may have been released is never drawn again."""
+        if self._given is not None:
+            scramble(self._given)
+        self._own = {}
 
     def add_to(self, sums: Sequence[Tensor], std: float) -> None:
         """Add independent N(0, std²) to every entry of flat float32 or float64 tensors, in place."""
@@ -154,3 +138,28 @@ class NoiseSource:
 
 
 _PIECE = 1 << 16
+
+
+def source_of(secure: SecureNoise | None, given: torch.Generator | None, draws: torch.Generator | None) -> Source:
+    """The engine's noise.
+
+    Args:
+        secure: the cryptographic source, where secure_mode was asked for.
+        given: the user's generator for the noise.
+        draws: the user's generator for the draw of records.
+
+    Raises:
+        ConfigurationError: secure mode together with a seed, or one stream for noise and draw.
+    """
+    if secure is None:
+        plain = NoiseSource(given)
+        plain.refuse_shared(draws)
+        return plain
+    if given is not None or draws is not None:
+        name = "noise_generator" if given is not None else "a data loader with a generator of its own"
+        raise ConfigurationError(
+            f"secure_mode=True together with {name}",
+            why="whoever knows the seed could repeat the noise or the draw, and secure mode says that nobody can.",
+            cure="leave the generator out, or use secure_mode=False for a run that repeats.",
+        )
+    return secure

@@ -3,10 +3,10 @@
 The release of a sum s is the nearest multiple, entry by entry, of a power of two g < std / 1000 to s + Z, where Z is
 N(0, std²) *exactly*: an infinitely precise normal number, of which as many bits are drawn as the rounding asks for.
 
-Guarantee: what leaves is a function (rounding) of the ideal Gaussian mechanism s + Z, whatever s is. So the event of the
-ideal mechanism is the event of this one, in any dimension, under any sampling, without a term for the grid. Which
-floating-point numbers can occur, and their last bits, tell nothing (the attack of Mironov, "On Significance of the Least
-Significant Bits for Differential Privacy", 2012): the grid is the same for all data.
+Guarantee: what leaves is a function (rounding) of what the ideal Gaussian mechanism s + Z gives, whatever s is. So the
+event of the ideal mechanism is the event of this one, in any dimension, under any sampling, without a term for the
+grid. Which floating-point numbers can occur, and their last bits, tell nothing (the attack of Mironov, "On Significance
+of the Least Significant Bits for Differential Privacy", 2012): the grid is the same for all data.
 
 It is proven as far as these hold:
 
@@ -61,8 +61,8 @@ class SecureNoise:
     def describe(self) -> str:
         """One sentence for the statement."""
         return (
-            "Noise is drawn from AES-256 in counter mode with keys of the operating system, and rounded to a grid as if "
-            "it had been added in exact arithmetic."
+            "Noise is drawn from AES-256 in counter mode with keys of the operating system, and rounded to a grid as "
+            "if it had been added in exact arithmetic."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,6 +77,9 @@ class SecureNoise:
                 why="the steps before it were not drawn as the statement of this run would say.",
                 cure="resume with PrivacyEngine(secure_mode=False), or start anew.",
             )
+
+    def reseed(self) -> None:
+        """Nothing to do: every release has a key of its own."""
 
     def add_to(self, sums: Sequence[Tensor], std: float) -> None:
         """Add independent N(0, std²) to every entry of flat float32 or float64 tensors, in place, rounded to the grid.
@@ -168,7 +171,8 @@ class _Workspace:
         for k in unsure.nonzero().flatten().tolist():
             offsets = [float(rest[j]) if j < p else 0.0 for j in (k, k + half)]
             moved[k], moved[k + half] = exact_pair(int(words[k]), int(words[k + half]), offsets, scale, draw)
-        return cells.add_(moved[:p]).mul_(spacing)
+        released: Tensor = cells.add_(moved[:p]).mul_(spacing)
+        return released
 
 
 def exact_pair(
@@ -190,9 +194,7 @@ def exact_pair(
         bits, digits = bits + 64, digits + 20
 
 
-def _nearest(
-    a: int, b: int, bits: int, digits: int, offsets: Sequence[float], scale: float
-) -> tuple[int, int] | None:
+def _nearest(a: int, b: int, bits: int, digits: int, offsets: Sequence[float], scale: float) -> tuple[int, int] | None:
     """What `exact_pair` looks for, if it is the same for all U in [a, a + 1] / 2^bits and V in [b, b + 1] / 2^bits.
 
     Decimal's operations are right to their last digit (logarithm and root included); ``slack`` covers all of them.
@@ -239,4 +241,5 @@ def _pi(digits: int) -> Decimal:
 
     with localcontext() as context:
         context.prec = digits + 10
-        return Decimal(16 * arctan(5) - 4 * arctan(239)) / one
+        pi: Decimal = Decimal(16 * arctan(5) - 4 * arctan(239)) / one
+    return pi
