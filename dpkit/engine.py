@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpkit.accountants import Accountant, Gaussian, make_accountant
+from dpkit.accountants import Accountant, Gaussian, GroupOf, PLDAccountant, make_accountant
 
 from . import checks
 from .clipping import Clipping, clipping_of
@@ -27,11 +27,12 @@ from .loader import Draw, PrivateDataLoader, refuse_private
 from .noise import Source, source_of
 from .proof import prove, refuse_coupled_losses
 from .rules import register_optional
-from .sampling import sampling_of
+from .sampling import checked, sampling_of
 from .secure import SecureNoise
 from .sums import ClippedSum
 from .tape import Tape
 from .targets import noise_multiplier_for
+from .units import PrivacyUnit, refuse_reordering, units_of
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
@@ -42,8 +43,9 @@ class PrivacyEngine:
 
     Guarantee: after any number of optimizer steps, the weights are (ε, δ)-differentially private with
     ε = ``get_epsilon(delta)``, for neighbouring data sets that differ by adding or removing one record (by zeroing one
-    out, with ``poisson_sampling=False``), as long as each record's loss depends on that record alone. The strict door,
-    ``engine.backward(losses)``, checks that assumption; everything else is checked in any case or refused.
+    out, with ``poisson_sampling=False``; one unit, with ``privacy_unit``), as long as each record's loss depends on
+    that record alone. The strict door, ``engine.backward(losses)``, checks that assumption; everything else is checked
+    in any case or refused.
 
     Args:
         accountant: the judge of what was spent: "pld" (tight), "rdp" (quick, some 5 to 15% above), or a
@@ -88,6 +90,10 @@ class PrivacyEngine:
         max_physical_batch_size: int | None = None,
         noise_generator: torch.Generator | None = None,
         batch_first: bool = True,
+        privacy_unit: PrivacyUnit | None = None,
+        max_rows_per_unit: int | None = None,
+        unit_reduction: str = "mean",
+        augmentations: int = 1,
     ) -> tuple[M, O, DataLoader[Any]]:
         """Attach to a model, its optimizer and its data; returns the same model and optimizer, and a private loader.
 
@@ -108,6 +114,14 @@ class PrivacyEngine:
             noise_generator: for runs that repeat exactly; by default the noise is seeded from the operating system. So
                 is the draw of records, unless the data loader has a generator of its own.
             batch_first: False if the model's inputs are [t, n, ...].
+            privacy_unit: whose presence ε is about, if one user, patient or conversation has several rows: a column
+                (its name, or its position in each row), one id for each row in the data set's order, or a function
+                from a row to its id. Units are then drawn, with all of their rows; a unit's gradients become one before
+                it is clipped. The loader's batch size, N and q count units; each physical batch holds whole units.
+            max_rows_per_unit: where a unit has more rows, that many of them, drawn anew each time, take part.
+            unit_reduction: whether a unit's gradient is the "mean" or the "sum" over its rows.
+            augmentations: read each row that is drawn this many times (the data set's own random transform makes other
+                views of it); all of them are one unit's, so they cost nothing more.
 
         Raises:
             ConfigurationError: an argument out of range, or a combination that says nothing.
@@ -138,7 +152,17 @@ class PrivacyEngine:
             checks.count("max_physical_batch_size", max_physical_batch_size)
         rule = clipping_of(clipping)
         refuse_private(data_loader)
-        sampling = sampling_of(data_loader, poisson=poisson_sampling)
+        units = units_of(
+            checked(data_loader).dataset,
+            privacy_unit,
+            max_rows_per_unit=max_rows_per_unit,
+            unit_reduction=unit_reduction,
+            augmentations=augmentations,
+            max_physical_batch_size=max_physical_batch_size,
+        )
+        sampling = sampling_of(data_loader, units, poisson=poisson_sampling)
+        if not units.records or units.copies > 1:
+            refuse_reordering(data_loader.dataset, data_loader.collate_fn)
         noise = source_of(self._secure, noise_generator, data_loader.generator)
         register_optional(module)
         checks.validate_model(module)
@@ -160,7 +184,7 @@ class PrivacyEngine:
             self._tape = None
             raise
         self._step_hook = optimizer.register_step_pre_hook(self._before_step)
-        self._loader = PrivateDataLoader(data_loader, sampling, self, max_physical_batch_size)
+        self._loader = PrivateDataLoader(data_loader, sampling, units, self, max_physical_batch_size)
         return module, optimizer, self._loader
 
     def make_private_with_epsilon(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, DataLoader[Any]]:
@@ -219,7 +243,7 @@ class PrivacyEngine:
 
     @property
     def sample_rate(self) -> float:
-        """q, the probability with which a record takes part in a step."""
+        """q, the probability with which a unit (record) takes part in a step."""
         self._attached()
         return self._sampling.sample_rate
 
@@ -229,14 +253,23 @@ class PrivacyEngine:
         self._attached()
         return self._sampling.expected_batch_size
 
-    def get_epsilon(self, delta: float | None = None) -> float:
-        """ε at ``delta`` (by default target_delta) of everything released so far; 0.0 before the first step."""
+    def get_epsilon(self, delta: float | None = None, *, group_size: int = 1) -> float:
+        """ε at ``delta`` (by default target_delta) of everything released so far; 0.0 before the first step.
+
+        With ``group_size`` k, for neighbouring data sets that differ by k units (records): group privacy.
+        """
         delta = self._target_delta if delta is None else delta
         if delta is None:
             raise ConfigurationError(
                 "get_epsilon() without delta", why="ε is a function of δ.", cure="pass delta=1e-5, say."
             )
-        return self.accountant.epsilon(checks.number("delta", delta, low=0.0, high=1.0))
+        delta = checks.number("delta", delta, low=0.0, high=1.0)
+        if checks.count("group_size", group_size) == 1:
+            return self.accountant.epsilon(delta)
+        judge = PLDAccountant(adjacency=self.accountant.adjacency)  # the Rényi accountant knows no bound for groups
+        for event, count in self.accountant.ledger:
+            judge.compose(GroupOf(group_size, event), count)
+        return judge.epsilon(delta)
 
     def backward(self, losses: Tensor) -> None:
         """The strict door: one loss a record, [n] or [n, 1]; checks that they are what they say.
@@ -359,7 +392,7 @@ class PrivacyEngine:
                 )
         if forms and self._sum is not None:
             scale = float(batch.n) if self._loss_reduction == "mean" else 1.0
-            self.nonfinite_records += self._sum.add(forms, trainable, batch.n, scale)
+            self.nonfinite_records += self._sum.add(forms, trainable, draw.units, scale)
 
     @torch.no_grad()
     def _release(self) -> None:

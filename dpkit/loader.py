@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from . import randomness
 from .errors import SamplingError
 from .sampling import Sampling
 from .seeds import scramble, unforeseeable
+from .units import UnitIndex, Units, packed
 
 
 @dataclasses.dataclass(eq=False)
@@ -26,17 +27,22 @@ class Draw:
     """One physical batch in the user's hands.
 
     Attributes:
-        n: records in it.
+        units: whose its rows are.
         last: whether it completes its logical batch, so that ``optimizer.step()`` releases.
         logical, part: its place: the how-manieth logical batch of the pass, and which part of it.
         done: whether it has been worked on, or skipped; then what follows it is next.
     """
 
-    n: int
+    units: Units
     last: bool
     logical: int
     part: int
     done: bool = False
+
+    @property
+    def n(self) -> int:
+        """Rows in it; the records, where a record is the unit of privacy."""
+        return self.units.rows
 
     @property
     def place(self) -> tuple[int, int]:
@@ -49,8 +55,8 @@ class Draw:
 class _PhysicalBatches:
     """The batch sampler behind `PrivateDataLoader`: splits logical draws, notes each in ``log`` (workers run ahead)."""
 
-    def __init__(self, sampling: Sampling, generator: torch.Generator, max_size: int | None) -> None:
-        self.sampling, self.generator, self.max_size = sampling, generator, max_size
+    def __init__(self, sampling: Sampling, units: UnitIndex, generator: torch.Generator, max_size: int | None) -> None:
+        self.sampling, self.units, self.generator, self.max_size = sampling, units, generator, max_size
         self.log: deque[Draw] = deque()
         self.start = (0, 0)
 
@@ -59,18 +65,21 @@ class _PhysicalBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         self.log = deque()
-        return self._serve(self.log, self.sampling.draws(self.generator), *self.start)
+        drawn = (self.units.drawn(k, self.generator) for k in self.sampling.draws(self.generator))
+        return self._serve(self.log, drawn, *self.start)
 
-    def _serve(self, log: deque[Draw], draws: Iterator[list[int]], logical: int, part: int) -> Iterator[list[int]]:
+    def _serve(
+        self, log: deque[Draw], draws: Iterator[list[list[int]]], logical: int, part: int
+    ) -> Iterator[list[int]]:
         for k, drawn in enumerate(islice(draws, logical, None), logical):
-            size = self.max_size or max(1, len(drawn))
-            parts = [drawn[start : start + size] for start in range(0, len(drawn), size)] or [[]]
-            for j, rows in enumerate(parts):
+            parts = packed(drawn, self.max_size)
+            for j, mine in enumerate(parts):
                 if (k, j) < (logical, part):
                     continue
-                log.append(Draw(len(rows), last=j == len(parts) - 1, logical=k, part=j))
-                if rows:
-                    yield rows
+                sizes = tuple(len(rows) for rows in mine)
+                log.append(Draw(Units(sizes, self.units.averaged), last=j == len(parts) - 1, logical=k, part=j))
+                if mine:
+                    yield list(chain(*mine))
 
 
 class Listener(Protocol):
@@ -90,7 +99,14 @@ class PrivateDataLoader(DataLoader[Any]):
         inside: whether a pass is under way: begun, and neither at its end nor left.
     """
 
-    def __init__(self, loader: DataLoader[Any], sampling: Sampling, listener: Listener, max_size: int | None) -> None:
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        sampling: Sampling,
+        units: UnitIndex,
+        listener: Listener,
+        max_size: int | None,
+    ) -> None:
         generator = loader.generator
         if generator is None:
             # not from torch's global one: amplification holds against those only who cannot repeat the draw
@@ -113,7 +129,7 @@ class PrivateDataLoader(DataLoader[Any]):
             }
         super().__init__(
             loader.dataset,
-            batch_sampler=_PhysicalBatches(sampling, generator, max_size),
+            batch_sampler=_PhysicalBatches(sampling, units, generator, max_size),
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
@@ -201,9 +217,14 @@ class PrivateDataLoader(DataLoader[Any]):
     def configuration(self) -> dict[str, Any]:
         """What has to be the same where a saved state is loaded, in numbers and words."""
         sampling: Any = self._batches.sampling
+        units = self._batches.units
         fields = {f.name: getattr(sampling, f.name) for f in dataclasses.fields(sampling)}
         return {
             "records": len(self.dataset),  # type: ignore[arg-type]
+            "units": units.count,
+            "max_rows_per_unit": units.max_rows,
+            "augmentations": units.copies,
+            "unit_reduction": "mean" if units.averaged else "sum",
             "max_physical_batch_size": self._batches.max_size,
             **{name: value for name, value in fields.items() if isinstance(value, int | float | str)},
         }

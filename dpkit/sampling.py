@@ -1,7 +1,7 @@
 """Who takes part in a step.
 
-A sampling is a frozen value with ``draws(generator)`` (one pass over the data: the record indices of each logical
-batch) and ``event(inner, first)`` (what a step of it costs, given the noise's event). All of its chance comes from the
+A sampling is a frozen value with ``draws(generator)`` (one pass over the data: the units of each logical batch)
+and ``event(inner, first)`` (what a step of it costs, given the noise's event). All of its chance comes from the
 generator, and from torch's global one at the moment when ``draws`` is called: put them back, and the pass repeats.
 """
 
@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from dpkit.accountants import Event, PoissonSampled
 
 from .errors import SamplingError
+from .units import UnitIndex
 
 
 class Sampling(Protocol):
@@ -42,10 +43,10 @@ class Sampling(Protocol):
 
 @dataclass(frozen=True)
 class PoissonSampling:
-    """Every record takes part in every step independently with probability ``sample_rate``.
+    """Every unit (record) takes part in every step independently with probability ``sample_rate``.
 
     Attributes:
-        records: N, records in the data set.
+        records: N, units in the data set.
         expected_batch_size: B; q = B / N.
         steps: logical batches in one pass.
     """
@@ -90,8 +91,8 @@ class FixedBatches:
         return inner if first else None
 
 
-def sampling_of(loader: DataLoader[Any], *, poisson: bool) -> Sampling:
-    """The sampling that the user's loader asks for; raises `SamplingError` where none can be accounted."""
+def checked(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The user's loader, if it asks for a sampling that can be accounted; raises `SamplingError` if not."""
     if not isinstance(loader, DataLoader):
         _refuse(
             f"data_loader is a {type(loader).__name__}",
@@ -125,21 +126,34 @@ def sampling_of(loader: DataLoader[Any], *, poisson: bool) -> Sampling:
         )
     if records == 0:
         _refuse("the data set is empty", "there is nothing to sample from.", "pass a data set with records.")
-    if _repeats(loader.dataset):
+    return loader
+
+
+def sampling_of(loader: DataLoader[Any], units: UnitIndex, *, poisson: bool) -> Sampling:
+    """How often each unit is drawn: the loader's batch size counts units."""
+    size, many = loader.batch_size, "records" if units.records else "units"
+    assert size is not None
+    if units.records and _repeats(loader.dataset):
         _refuse(
             "the data set is a Subset that holds a record several times",
             "the record would take part in a step with more than the sampling rate, and be clipped once for each copy.",
-            "use each index once.",
+            "use each index once, or say with privacy_unit whose rows they are.",
         )
-    if size > records:
+    if size > units.count:
         _refuse(
-            f"batch_size {size} exceeds the {records} records of the data set",
+            f"batch_size {size} exceeds the {units.count} {many} of the data set",
             "no sampling rate gives that expected batch size.",
-            f"use batch_size <= {records}.",
+            f"use batch_size <= {units.count}.",
         )
-    steps = records // size if loader.drop_last else math.ceil(records / size)
+    steps = units.count // size if loader.drop_last else math.ceil(units.count / size)
     if poisson:
-        return PoissonSampling(records, float(size), steps)
+        return PoissonSampling(units.count, float(size), steps)
+    batches: Any = loader.batch_sampler
+    if not units.records:
+        order: Any = range(units.count)
+        shuffled = isinstance(loader.sampler, RandomSampler)
+        sampler = RandomSampler(order, generator=loader.generator) if shuffled else SequentialSampler(order)
+        batches = BatchSampler(sampler, size, loader.drop_last)
     return FixedBatches(batches, float(size), steps)
 
 

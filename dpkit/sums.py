@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from .clipping import Clipping
 from .forms import Form
+from .units import Units
 
 
 class ClippedSum:
-    """Σ over records of weight · gradient, gathered over the physical batches of one logical batch.
+    """Σ over units (records) of weight · gradient, gathered over the physical batches of one logical batch.
 
-    Guarantee: adding or removing one record moves all totals together by at most ``sensitivity``.
+    Guarantee: adding or removing one unit moves all totals together by at most ``sensitivity``.
 
     Args:
         clipping: how a record's weight follows from its norms.
@@ -34,32 +35,34 @@ class ClippedSum:
         """The standard deviation of the noise that is due."""
         return self.noise_multiplier * self.sensitivity
 
-    def add(self, forms: dict[nn.Parameter, Form], columns: dict[nn.Parameter, int], n: int, scale: float) -> int:
-        """Clip the records of one physical batch and add them up.
+    def add(self, forms: dict[nn.Parameter, Form], columns: dict[nn.Parameter, int], units: Units, scale: float) -> int:
+        """Clip the units (records) of one physical batch and add them up.
 
         Args:
-            forms: the gradients of n records, per parameter.
-            columns: every trainable parameter's column in the norms [n, k].
-            scale: what the loss was divided by: a record's gradient is ``scale`` times its form.
+            forms: the gradients of the batch's rows, per parameter.
+            columns: every trainable parameter's column in the norms [u, k].
+            units: whose the rows are.
+            scale: what the loss was divided by: a row's gradient is ``scale`` times its form.
 
         Returns:
-            How many records were left out because their gradient is not finite.
+            How many units were left out because their gradient is not finite.
         """
-        squares = [f.sq_norm() for f in forms.values()]
+        squares = [units.sq_norm(f) for f in forms.values()]
         wide = max((s.dtype for s in squares), key=lambda d: torch.finfo(d).bits)
-        norms = torch.zeros(n, len(columns), dtype=wide, device=squares[0].device)
+        norms = torch.zeros(len(units.sizes), len(columns), dtype=wide, device=squares[0].device)
         norms[:, [columns[p] for p in forms]] = torch.stack([s.to(norms) for s in squares], 1).sqrt() * scale
         finite = torch.isfinite(norms).all(1)
         if not bool(finite.all()):
             keep = finite.nonzero().flatten()
-            forms, norms = {p: f.take(keep.to(squares[0].device)) for p, f in forms.items()}, norms[keep]
+            units, rows = units.take(keep)
+            forms, norms = {p: f.take(rows) for p, f in forms.items()}, norms[keep]
         weights = self.clipping.weights(norms, self.max_grad_norm) * scale
         for p, form in forms.items():
             w = weights if weights.ndim == 1 else weights[:, columns[p]]
-            total = form.weighted_sum(w.to(p.device))
+            total = form.weighted_sum(units.spread(w).to(p.device))
             held = self._totals.get(p)
             self._totals[p] = total if held is None else held.add_(total)
-        return n - len(norms)
+        return len(finite) - len(norms)
 
     def take(self, parameters: dict[nn.Parameter, int]) -> list[Tensor]:
         """The totals [numel], float32 or wider, zero where a parameter had no gradient; they are the caller's now."""
