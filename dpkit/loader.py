@@ -86,6 +86,7 @@ class Listener(Protocol):
     """The engine, as the loader sees it."""
 
     def begin_pass(self) -> None: ...
+    def admits(self) -> bool: ...
     def hand_out(self, draw: Draw) -> None: ...
     def take_back(self, draw: Draw) -> None: ...
     def empty_draw(self, draw: Draw) -> None: ...
@@ -179,15 +180,17 @@ class PrivateDataLoader(DataLoader[Any]):
                         "on one.",
                     )
                 self._fetched, self._chance = next(d for d in log if d.n), chance
-                while log[0].n == 0:
+                while log[0].n == 0 and listener.admits():
                     self._serve_nobody(listener, log.popleft())
+                if not listener.admits():
+                    return
                 draw = self._latest = log.popleft()
                 listener.hand_out(draw)
                 yield batch
                 listener.take_back(draw)
-            while log:
+            while log and listener.admits():
                 self._serve_nobody(listener, log.popleft())
-            self.completed += 1
+            self.completed += not log
         finally:
             if self._passes == this:
                 self.inside, self._latest = False, None

@@ -115,7 +115,8 @@ def test_imports_run_downwards() -> None:
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError, naming the cycle
     assert not graph["dpkit.errors"] | graph["dpkit.trees"] | graph["dpkit.records"]
     assert graph["dpkit.forms"] <= {"dpkit.errors", "dpkit.trees", "dpkit.records"}
-    assert {"dpkit.tape", "dpkit.sampling", "dpkit.noise", "dpkit.clipping", "dpkit.forms"} <= graph["dpkit.engine"]
+    assert {"dpkit.step", "dpkit.sampling", "dpkit.noise", "dpkit.clipping"} <= graph["dpkit.engine"]
+    assert {"dpkit.tape", "dpkit.sums", "dpkit.spending"} <= graph["dpkit.step"]
     assert not [user for user, used in graph.items() if "dpkit.engine" in used]
     below = ("errors", "trees", "records", "forms", "rules", "checks")
     assert not [low for low in below if graph[f"dpkit.{low}"] & {"dpkit.tape", "dpkit.live", "dpkit.sampling"}]
