@@ -91,7 +91,7 @@ class Tape:
         self._anchors: dict[torch.device, Tensor] = {}
         self._handles: list[Any] = []
         self._watches: list[Any] = []
-        self._statistics = checks.batch_statistics(model)
+        self._watched = checks.with_problems_in_training(model)
         for path, module in model.named_modules():
             self._paths[module] = path or type(module).__name__
             own = [(name, p) for name, p in module._parameters.items() if p is not None]
@@ -265,7 +265,7 @@ class Tape:
             if self._latest is not None:
                 self._router = Live(self, self._latest, batch, batch.n, again=True)
             return
-        checks.refuse_batch_statistics(self._statistics)
+        checks.refuse_problems(self._watched)
         key = (module, signature((args, kwargs)))
         plan = self._plans.get(key)
         tensors = [v for v in leaves((args, kwargs)) if isinstance(v, Tensor)]
