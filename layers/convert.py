@@ -24,8 +24,10 @@ _DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _BOOKKEEPING = frozenset(
-    ["__init__", "__module__", "__doc__", "__qualname__", "__firstlineno__", "__static_attributes__", "__annotations__"]
-    + ["__annotate__", "__annotate_func__", "__annotations_cache__", "__constants__", "extra_repr", "reset_parameters"]
+    """
+    __init__ __module__ __doc__ __qualname__ __firstlineno__ __static_attributes__ __annotations__ __annotate__
+    __annotate_func__ __annotations_cache__ __constants__ __parameters__ __orig_bases__ extra_repr reset_parameters
+    """.split()  # noqa: SIM905
 )
 
 
@@ -96,7 +98,7 @@ def convert(model: nn.Module, *, batch_norm: str | None = None, groups: int = 32
     if batch_norm not in (None, "group", "frozen"):
         raise ValueError(f'batch_norm={batch_norm!r}: use "group", "frozen" or None')
     if batch_norm is not None and isinstance(model, _BatchNorm):
-        raise ValueError("the model itself is a BatchNorm: replace it by group_norm(model) or FrozenBatchNorm.of(model)")
+        raise ValueError("the model itself is a BatchNorm: use group_norm(model) or FrozenBatchNorm.of(model)")
     changed: list[Change] = []
     left: list[tuple[str, str]] = []
     replaced: dict[nn.Module, nn.Module] = {}

@@ -61,6 +61,8 @@ class FrozenBatchNorm(nn.Module):
     True
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -106,7 +108,7 @@ class FrozenBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[n, c, ...] to the same shape."""
         y = self.normalised(x)
-        if self.weight is not None:
+        if self.weight is not None and self.bias is not None:
             shape = (-1, *[1] * (x.dim() - 2))
             y = y * self.weight.view(shape) + self.bias.view(shape)
         return y
