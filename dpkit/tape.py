@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import checks, probe
 from .apart import order_of
+from .buffers import Buffers, differing, refuse_written
 from .errors import ConfigurationError, CoupledRecordsError, PrivacyError, UncoveredParameterError
 from .forms import joined
 from .live import Live
@@ -370,6 +371,7 @@ class Tape:
         arguments = (args, kwargs)
 
         def run(what: Any, rows: int) -> tuple[Any, probe.Recorder]:
+            buffers.put_back()
             recorder = probe.Recorder(rows)
             tensors = [v for v in leaves(what) if isinstance(v, Tensor)]
             recorder.taint.mark([v for v, d in zip(tensors, dims, strict=True) if d is not None])
@@ -390,10 +392,16 @@ class Tape:
             finally:
                 self.restore()
 
-        with probe.undisturbed(self.model):
+        with probe.undisturbed(self.model) as buffers:
             probe.without_dropout(self.model)
             full, seen_full = run(probe.cut(arguments, dims, n, n), n)
+            written, held = buffers.reached(seen_full.taint), buffers.released()
             part, seen_part = run(probe.cut(arguments, dims, n, m), m)
+            changed = differing(held, buffers.released()) - written
+            if changed:
+                run(probe.cut(arguments, dims, n, n), n)
+                written |= changed - differing(held, buffers.released())  # the rest changes by chance
+            refuse_written(written)
             difference = probe.same(full, part, n, m)
             if difference is not None:
                 again, _ = run(probe.cut(arguments, dims, n, n), n)
@@ -414,11 +422,17 @@ class Tape:
                 where = [_where(a, b, n, m) for a, b in zip(leaves(full), leaves(part), strict=False)]
                 plan.gives_records = any(r is not None for r in where)
                 with torch.enable_grad():
-                    self._attribute(module, probe.cut(arguments, dims, n, n), where, plan, n)
+                    self._attribute(module, probe.cut(arguments, dims, n, n), where, plan, n, buffers)
         return plan
 
     def _attribute(
-        self, module: nn.Module, arguments: Any, where: list[Records | None], plan: probe.Plan, n: int
+        self,
+        module: nn.Module,
+        arguments: Any,
+        where: list[Records | None],
+        plan: probe.Plan,
+        n: int,
+        buffers: Buffers,
     ) -> None:
         """One record's outputs are differentiated: every form must give its gradient to that record, and all of it.
 
@@ -438,6 +452,7 @@ class Tape:
             return torch.stack([t.to(terms[0].dtype) for t in terms]).sum() if terms else None
 
         plain_args, plain_kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, arguments)
+        buffers.put_back()
         self.stack.append(_Frame(module, outermost=True))
         try:
             loss = one_record(module.forward(*plain_args, **plain_kwargs))
@@ -445,6 +460,7 @@ class Tape:
             self.restore()
         if loss is None:
             return
+        buffers.put_back()
         trial = Batch(n)
         router = Live(self, plan, trial, n)
         frame = _Frame(module, outermost=True)

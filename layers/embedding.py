@@ -61,11 +61,16 @@ def embedding_bag(
 
 
 def _rows(input: Tensor, offsets: Tensor, last: bool, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Bags laid end to end as rows [n, t], which entries are there, and their weights."""
+    """Bags laid end to end as rows [n, t], which entries are there, and their weights.
+
+    t is even, so that it never changes from n to n - 1 when a record is left out: who looks for the dimension of the
+    records by leaving one out finds one only.
+    """
     end = torch.full_like(offsets[:1], len(input))
     bounds = offsets if last else torch.cat([offsets, end])
     start, size = bounds[:-1, None], bounds.diff()[:, None]
-    t = torch.arange(int(size.max()) if len(size) else 0, device=input.device)
+    longest = int(size.max()) if len(size) else 0
+    t = torch.arange(longest + longest % 2, device=input.device)
     there = t < size
     where = torch.where(there, start + t, 0)
     return input[where], there, None if weights is None else weights[where]

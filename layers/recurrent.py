@@ -212,10 +212,14 @@ def _layers(
 
 
 class _Lengths:
-    """Between packed data [Σ lengths, ·] and rows [t, n, ·] in which every record starts at t = 0."""
+    """Between packed data [Σ lengths, ·] and rows [t, n, ·] in which every record starts at t = 0.
+
+    t is even, so that it never changes from n to n - 1 when a record is left out: who looks for the dimension of the
+    records by leaving one out finds one only.
+    """
 
     def __init__(self, batch_sizes: Tensor, order: Tensor | None, device: torch.device) -> None:
-        sizes = batch_sizes.to(device)
+        sizes = F.pad(batch_sizes.to(device), (0, len(batch_sizes) % 2))
         column = torch.arange(int(batch_sizes[0]), device=device)
         if order is not None:
             column = order  # record r lies in column order[r]
