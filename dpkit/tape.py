@@ -496,7 +496,7 @@ class Tape:
                     probe.refuse_misattributed(self.name(p), form, grad, n - 1, 1e-3 * largest, tolerance)
                 elif grad is not None and float(grad.to_dense().norm()) > tolerance * largest:
                     raise UncoveredParameterError(
-                        f"{self.name(p)} {list(p.shape)} gets a gradient in ordinary training and none in a private one",
+                        f"{self.name(p)} {list(p.shape)} has a gradient in ordinary training and none in a private one",
                         why="it is used by an operation that the engine cannot follow, such as an autograd.Function.",
                         cure="freeze it, or register a rule for the module that uses it (dpkit.register_rule).",
                     )

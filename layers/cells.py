@@ -22,7 +22,7 @@ def lstm_cell(
     b_hh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What ``torch.lstm_cell`` computes: x [n, i] and the states h, c [n, h] to the next h and c."""
-    h, c = (_of_records(s, x) for s in hx)
+    x, h, c = _of_records(x, *hx)
     i, f, g, o = (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).chunk(4, -1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
@@ -32,7 +32,7 @@ def gru_cell(
     x: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> Tensor:
     """What ``torch.gru_cell`` computes: x [n, i] and the state [n, h] to the next one."""
-    h = _of_records(hx, x)
+    x, h = _of_records(x, hx)
     xr, xz, xn = F.linear(x, w_ih, b_ih).chunk(3, -1)
     hr, hz, hn = F.linear(h, w_hh, b_hh).chunk(3, -1)
     new = (xn + (xr + hr).sigmoid() * hn).tanh()
@@ -43,27 +43,31 @@ def rnn_tanh_cell(
     x: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> Tensor:
     """What ``torch.rnn_tanh_cell`` computes: x [n, i] and the state [n, h] to the next one."""
-    return (F.linear(x, w_ih, b_ih) + F.linear(_of_records(hx, x), w_hh, b_hh)).tanh()
+    x, h = _of_records(x, hx)
+    return (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).tanh()
 
 
 def rnn_relu_cell(
     x: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> Tensor:
     """What ``torch.rnn_relu_cell`` computes: x [n, i] and the state [n, h] to the next one."""
-    return (F.linear(x, w_ih, b_ih) + F.linear(_of_records(hx, x), w_hh, b_hh)).relu()
+    x, h = _of_records(x, hx)
+    return (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).relu()
 
 
-def _of_records(state: Tensor, x: Tensor) -> Tensor:
-    """The state as these records' own: a constant or a parameter then enters the linear map as data."""
+def _of_records(x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+    """x and the states as the records' own: what is the same for all of them (a parameter, zeros) enters the linear
+    maps as data as soon as one of the others is."""
     if x.dim() != 2:
         raise ValueError(
             f"a recurrent cell's input has {x.dim()} dimensions; without a dimension of records no gradient belongs to "
             "a record. Pass [n, i]."
         )
-    if state.dim() != 2 or state.shape[0] != x.shape[0]:
-        raise RuntimeError(f"a state of a recurrent cell is {list(state.shape)}; for {x.shape[0]} records it is [n, h]")
-    own: Tensor = state + torch.zeros_like(x[:, :1])
-    return own
+    for s in states:
+        if s.dim() != 2 or s.shape[0] != x.shape[0]:
+            raise RuntimeError(f"a state of a recurrent cell is {list(s.shape)}; for {x.shape[0]} records it is [n, h]")
+    x = x if type(x) is Tensor else x + torch.zeros_like(states[0][:, :1])
+    return (x, *(s + torch.zeros_like(x[:, :1]) for s in states))
 
 
 def _blank(cell: nn.RNNCellBase, x: Tensor) -> Tensor:
