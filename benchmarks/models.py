@@ -1,7 +1,8 @@
-"""The models that are trained in the benchmarks. Where the shape allows, they are built so that Opacus can train them."""
+"""The models that are trained in the benchmarks, where possible built so that Opacus can train them too."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class CIFARNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (3, 32, 32, 64, 64, 128, 128, 256, 10)
-        convs = [nn.Conv2d(i, o, 3, padding=1) for i, o in zip(widths[:-1], widths[1:], strict=True)]
+        convs = [nn.Conv2d(i, o, 3, padding=1) for i, o in itertools.pairwise(widths)]
         self.convs = nn.ModuleList(convs)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import models
 
 PAPER = (16, 32, 64, 128, 256, 512)
-"""The batch sizes of the Opacus paper (Yousefpour et al. 2021, "Opacus: User-Friendly Differential Privacy Library")."""
+"""The batch sizes of Yousefpour et al., "Opacus: User-Friendly Differential Privacy Library in PyTorch" (2021)."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ WORKLOADS: dict[str, Workload] = {
                  models.TextClassifier, tokens(5000, 128), (8, 32)),
         Workload("resnet18-gn", "ResNet-18 with GroupNorm, 32×32", models.resnet18, images(3, 32), (16,)),
         Workload("vit-tiny", "ViT-tiny, 32×32 in patches of 4", models.ViTTiny, images(3, 32), (16,)),
-        Workload("bert-128", "Hugging Face BERT, 4 layers, d 256, T 128", models.bert_mini, tokens(8192, 128), (16,), 2),
+        Workload("bert-128", "Hugging Face BERT, 4 layers, d 256, T 128",
+                 models.bert_mini, tokens(8192, 128), (16,), 2),
         Workload("bert-512", "Hugging Face BERT, 4 layers, d 256, T 512",
                  partial(models.bert_mini, 512), tokens(8192, 512), (4,), 2),
         Workload("llama-128", "Hugging Face Llama, 4 layers, d 256, T 128, vocabulary 4096, language model",

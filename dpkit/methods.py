@@ -105,10 +105,13 @@ class Methods:
 
     def begin(self) -> None:
         """A batch begins: the last one's forms, if there were new ones, are planned for."""
+        self._extend()
         if self._arrivals:
             self._last, self._arrivals = self._arrivals, []
-            if any(len(a.kept) > 1 and (a.parameter, a.kind) not in self._plan for a in self._last):
-                self._plan.update(self._planned(self._last))
+
+    def _extend(self) -> None:
+        if any(len(a.kept) > 1 and (a.parameter, a.kind) not in self._plan for a in self._arrivals):
+            self._plan.update(self._planned(self._arrivals))
 
     def settle(self, form: Form, parameter: Tensor) -> Form:
         """The form that goes the chosen way."""
@@ -181,6 +184,7 @@ class Methods:
 
     def state_dict(self) -> dict[str, Any]:
         """The choices, so that a resumed run rounds as the first one did."""
+        self._extend()
         return {
             "mode": self.mode,
             "activations": self.activations,
@@ -196,7 +200,9 @@ class Methods:
         """
         try:
             mode, activations = choice("method", state["mode"], MODES), float(state["activations"])
-            seconds = {str(kind): {str(k): float(v) for k, v in found.items()} for kind, found in state["seconds"].items()}
+            seconds = {
+                str(k): {str(way): float(v) for way, v in found.items()} for k, found in state["seconds"].items()
+            }
             plan = {(str(parameter), str(kind)): str(way) for parameter, kind, way in state["plan"]}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigurationError(

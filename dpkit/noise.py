@@ -1,15 +1,45 @@
-"""Gaussian noise: drawn in float32 or wider, from a generator of its own."""
+"""Gaussian noise: drawn in float32 or wider, from a generator of its own. `dpkit.secure` has the cryptographic one."""
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Sequence
-from typing import Any
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .errors import ConfigurationError
+from .secure import SecureNoise
+from .seeds import scramble, unforeseeable
+
+
+class Source(Protocol):
+    """Where noise comes from: every call adds fresh, independent Gaussian noise.
+
+    Attributes:
+        seeded: whether the noise repeats with a seed that somebody chose.
+        secure: whether it is cryptographic and safe against attacks on floating point.
+    """
+
+    @property
+    def seeded(self) -> bool: ...
+
+    @property
+    def secure(self) -> bool: ...
+
+    def describe(self) -> str: ...
+
+    def prepare(self, parameters: Sequence[Tensor]) -> None: ...
+
+    def add_to(self, sums: Sequence[Tensor], std: float) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def reseed(self) -> None: ...
 
 
 class NoiseSource:
@@ -20,24 +50,39 @@ class NoiseSource:
             operating system. It is never torch's global one, whose seed experiments publish.
     """
 
+    secure = False
+
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self._given = generator
         self._own: dict[torch.device, torch.Generator] = {}
+        self._ahead: Ahead | None = None
 
     @property
     def seeded(self) -> bool:
         """Whether the noise repeats with a seed that somebody chose."""
         return self._given is not None
 
+    def describe(self) -> str:
+        """One sentence for the statement."""
+        if self.seeded:
+            return (
+                "Noise is drawn from a generator that was seeded by hand: the guarantee holds against those only who "
+                "do not know the seed."
+            )
+        return (
+            "Noise is drawn in floating point from torch's generator, in a state drawn from the operating system. That "
+            "is not a cryptographic generator (secure_mode=True has one)."
+        )
+
     def generator(self, device: torch.device) -> torch.Generator:
         if self._given is not None and self._given.device.type == device.type:
             return self._given
         if device not in self._own:
-            made = torch.Generator(device)
-            seed = secrets.randbits(63)
-            if self._given is not None:  # the user's seed, carried over to another device
+            if self._given is None:
+                self._own[device] = unforeseeable(device)
+            else:  # the user's seed, carried over to another device
                 seed = int(torch.randint(1 << 62, (), generator=self._given, device=self._given.device))
-            self._own[device] = made.manual_seed(seed)
+                self._own[device] = torch.Generator(device).manual_seed(seed)
         return self._own[device]
 
     def refuse_shared(self, draws: torch.Generator | None) -> None:
@@ -54,16 +99,31 @@ class NoiseSource:
     def state_dict(self) -> dict[str, Any]:
         """Where the streams stand. Who knows it can take the noise out of what was and will be released."""
         return {
-            "seeded": self.seeded,
+            "kind": "plain",
             "given": None if self._given is None else self._given.get_state(),
-            "own": {str(device): generator.get_state() for device, generator in self._own.items()},
+            "own": {str(device): self._state(generator) for device, generator in self._own.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the streams that `state_dict` gave."""
-        if self._given is not None and state["given"] is not None:
+    def _state(self, generator: torch.Generator) -> Tensor:
+        """Where a stream stands, as if nothing had been drawn ahead."""
+        ahead = self._ahead
+        return ahead.before if ahead is not None and ahead.generator is generator else generator.get_state()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the streams that `state_dict` gave.
+
+        Raises:
+            ConfigurationError: they are of secure noise, or only one of the two runs was seeded by hand.
+        """
+        if state["kind"] != "plain" or (state["given"] is None) == self.seeded:
+            raise ConfigurationError(
+                "the stored state is of another kind of noise than this engine's",
+                why="the run would not go on as it began, and its statement would be untrue of one of its parts.",
+                cure="resume with the secure_mode and noise_generator that the run was started with.",
+            )
+        if self._given is not None:
             self._given.set_state(state["given"])
-        self._own = {}
+        self._own, self._ahead = {}, None
         for name, held in state["own"].items():
             self._own[torch.device(name)] = torch.Generator(name)
             self._own[torch.device(name)].set_state(held)
@@ -71,20 +131,102 @@ class NoiseSource:
     def reseed(self) -> None:
         """Go on with fresh streams: what was drawn before and may have been released is never drawn again."""
         if self._given is not None:
-            self._given.manual_seed(secrets.randbits(63))
-        self._own = {}
+            scramble(self._given)
+        self._own, self._ahead = {}, None
+
+    def prepare(self, parameters: Sequence[Tensor]) -> None:
+        """Begin to draw the next noise for these parameters, beside the user's forward and backward.
+
+        Only what nobody has a hand in: not from the user's generator, and not for other devices.
+        """
+        cpu = torch.device("cpu")
+        fitting = all(p.device == cpu and p.dtype == torch.float32 for p in parameters)
+        sizes = [p.numel() for p in parameters]
+        if not self.seeded and self._ahead is None and fitting and sum(sizes) >= _MANY and _PROCESSORS > 1:
+            self._ahead = Ahead(self.generator(cpu), sizes)
 
     def add_to(self, sums: Sequence[Tensor], std: float) -> None:
         """Add independent N(0, std²) to every entry of flat float32 or float64 tensors, in place."""
         if std == 0.0:
             return
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            drawn = ahead.take()
+            if [len(z) for z in drawn] == [s.numel() for s in sums] and all(s.dtype == torch.float32 for s in sums):
+                torch._foreach_add_([s.view(-1) for s in sums], drawn, alpha=std)
+                return
+            ahead.generator.set_state(ahead.before)  # other parameters are trained now
         for s in sums:
-            generator, flat = self.generator(s.device), s.view(-1)
-            # On a CPU in pieces that stay in its cache: a fresh buffer of the parameters' size costs as much again.
-            size = _PIECE if s.device.type == "cpu" else flat.numel()
-            noise = torch.empty(min(size, flat.numel()), device=s.device, dtype=s.dtype)
-            for piece in flat.split(size):
-                piece.add_(noise[: len(piece)].normal_(generator=generator), alpha=std)
+            for piece, noise in _pieces(s.view(-1), self.generator(s.device)):
+                piece.add_(noise, alpha=std)
+
+
+def _pieces(flat: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tensor in pieces, each with standard normal numbers in a buffer that the next one uses again.
+
+    On a CPU they stay in its cache: a fresh buffer of the parameters' size costs as much again.
+    """
+    size = _PIECE if flat.device.type == "cpu" else flat.numel()
+    noise = torch.empty(min(size, flat.numel()), device=flat.device, dtype=flat.dtype)
+    for piece in flat.split(size):
+        yield piece, noise[: len(piece)].normal_(generator=generator)
+
+
+class Ahead:
+    """Standard normal numbers that a thread of its own draws meanwhile, the same as would be drawn later.
+
+    Attributes:
+        before: the generator's state before they are drawn.
+    """
+
+    def __init__(self, generator: torch.Generator, sizes: Sequence[int]) -> None:
+        self.generator, self.before = generator, generator.get_state()
+        self._drawn = [torch.empty(size) for size in sizes]
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._draw, name="dpkit noise", daemon=True)
+        self._thread.start()
+
+    def _draw(self) -> None:
+        try:
+            for flat in self._drawn:
+                for piece in flat.split(_PIECE):
+                    piece.normal_(generator=self.generator)
+        except BaseException as error:  # it is raised where the noise is asked for
+            self._error = error
+
+    def take(self) -> list[Tensor]:
+        """The numbers; they are the caller's."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._drawn
 
 
 _PIECE = 1 << 16
+_MANY = 1 << 17  # fewer numbers are drawn faster than a thread begins
+_PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def source_of(secure: SecureNoise | None, given: torch.Generator | None, draws: torch.Generator | None) -> Source:
+    """The engine's noise.
+
+    Args:
+        secure: the cryptographic source, where secure_mode was asked for.
+        given: the user's generator for the noise.
+        draws: the user's generator for the draw of records.
+
+    Raises:
+        ConfigurationError: secure mode together with a seed, or one stream for noise and draw.
+    """
+    if secure is None:
+        plain = NoiseSource(given)
+        plain.refuse_shared(draws)
+        return plain
+    if given is not None or draws is not None:
+        name = "noise_generator" if given is not None else "a data loader with a generator of its own"
+        raise ConfigurationError(
+            f"secure_mode=True together with {name}",
+            why="whoever knows the seed could repeat the noise or the draw, and secure mode says that nobody can.",
+            cure="leave the generator out, or use secure_mode=False for a run that repeats.",
+        )
+    return secure
