@@ -7,7 +7,7 @@ PY     := $(BIN)/python
 # Idle OpenMP threads sleep instead of spinning: on a shared machine two torch processes slow each other down fivefold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow stress lint typecheck bench audit clean
+.PHONY: demo test test-slow stress lint typecheck bench bench-full audit clean
 
 demo: $(VENV)/.ready $(VENV)/.weights ## the two-line example, then the guard on real prompts
 	$(PY) examples/two_lines.py
@@ -31,7 +31,14 @@ typecheck: $(VENV)/.ready
 
 bench: $(VENV)/.ready ## training steps beside ordinary training and Opacus; writes benchmarks/results/
 	$(PY) -m benchmarks.steps
+	$(PY) -m benchmarks.layers
+	$(PY) -m benchmarks.growth
 	$(PY) -m benchmarks.accounting
+
+bench-full: $(VENV)/.ready ## the same at all batch sizes of the Opacus paper: hours
+	$(PY) -m benchmarks.steps --full
+	$(PY) -m benchmarks.layers --full
+	$(PY) -m benchmarks.growth --all
 
 audit: $(VENV)/.ready ## 54 Hugging Face architectures, dpkit and Opacus, against the definition
 	$(PY) -m benchmarks.audit

@@ -1,120 +1,122 @@
-"""Milliseconds per training step of single layers: ordinary training with torch's layer, dpkit, Opacus with hooks.
+"""Milliseconds per training step of single layers: ordinary training with torch's layer, dpkit, Opacus.
 
-    python -m benchmarks.layers [--workloads mha lstm gru rnn embedding] [--rounds 9] [--quick]
+    python -m benchmarks.layers [--workloads linear conv lstm ...] [--full] [--rounds 9] [--quick]
 
-dpkit trains torch's own layer as it is; Opacus needs its own replacement of it. Measured as `benchmarks.steps` does.
+dpkit trains torch's own layer as it is; Opacus needs its own replacement of some. Measured as `benchmarks.steps` does.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import warnings
-from dataclasses import asdict, replace
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import steps
-from benchmarks.report import RESULTS, conditions
-from benchmarks.workloads import Workload
+from . import plots
+from .contestants import CONTESTANTS
+from .measure import Row, compare
+from .report import RESULTS, conditions, write
+from .steps import markdown, quiet
+from .workloads import PAPER, Workload, tokens
 
 
-class Recurrent(nn.Module):
-    """A recurrent layer and a head on its last output."""
+class Layer(nn.Module):
+    """A layer and a head on the mean of its outputs over all positions."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, width: int, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
-        self.layer, self.head = layer, nn.Linear(100, 10)
+        self.layer, self.call, self.head = layer, call, nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(x)[0][:, -1])
+        return self.head(self.call(self.layer, x))
 
 
-class Attention(nn.Module):
-    """Self-attention and a head on its mean."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer, self.head = layer, nn.Linear(256, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(x, x, x, need_weights=False)[0].mean(1))
+def _plain(layer: nn.Module, x: Tensor) -> Tensor:
+    """[n, width] or the mean over [n, t, width]."""
+    y: Tensor = layer(x)
+    return y if y.ndim == 2 else y.mean(1)
 
 
-class Words(nn.Module):
-    """A large table of words and a head on their mean."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.head = nn.Embedding(20000, 100), nn.Linear(100, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.table(x).mean(1))
+def _image(layer: nn.Module, x: Tensor) -> Tensor:
+    """The mean over the pixels of [n, c, h, w]; squared, since a norm's own mean tells nothing."""
+    y: Tensor = layer(x)
+    return y.square().mean((2, 3))
 
 
-def sequences(n: int) -> Tensor:
-    return torch.randn(n, 128, 100)
+def _attention(layer: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = layer(x, x, x, need_weights=False)[0]
+    return y.mean(1)
 
 
-WORKLOADS = {
+def _last(layer: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = layer(x)[0]
+    return y[:, -1]
+
+
+def _layer(
+    name: str,
+    what: str,
+    build: Callable[[], nn.Module],
+    width: int,
+    inputs: Callable[[int], Tensor],
+    n: int,
+    call: Callable[[nn.Module, Tensor], Tensor] = _plain,
+) -> Workload:
+    return Workload(name, what, lambda: Layer(build(), width, call), inputs, (n,), all_sizes=PAPER)
+
+
+def _random(*shape: int) -> Callable[[int], Tensor]:
+    return lambda n: torch.randn(n, *shape)
+
+
+WORKLOADS: dict[str, Workload] = {
     w.name: w
     for w in (
-        Workload(
-            "mha", "nn.MultiheadAttention, width 256, 4 heads, T 128",
-            lambda: Attention(nn.MultiheadAttention(256, 4, batch_first=True)),
-            lambda n: torch.randn(n, 128, 256), (32,),
-        ),
+        _layer("linear", "nn.Linear, 512 to 512", lambda: nn.Linear(512, 512), 512, _random(512), 64),
+        _layer("linear-128", "nn.Linear, 512 to 512, T 128", lambda: nn.Linear(512, 512), 512, _random(128, 512), 16),
+        _layer("conv", "nn.Conv2d, 64 to 64, 3×3, 16×16 pixels",
+               lambda: nn.Conv2d(64, 64, 3, padding=1), 64, _random(64, 16, 16), 64, _image),
+        _layer("layernorm", "nn.LayerNorm, width 256, T 128", lambda: nn.LayerNorm(256), 256, _random(128, 256), 64,
+               lambda layer, x: layer(x).square().mean(1)),
+        _layer("instancenorm", "nn.InstanceNorm2d, affine, 64 channels, 16×16 pixels",
+               lambda: nn.InstanceNorm2d(64, affine=True), 64, _random(64, 16, 16), 64, _image),
+        _layer("groupnorm", "nn.GroupNorm, 8 groups, 64 channels, 16×16 pixels",
+               lambda: nn.GroupNorm(8, 64), 64, _random(64, 16, 16), 64, _image),
+        _layer("embedding", "nn.Embedding, vocabulary 20000, width 100, T 128",
+               lambda: nn.Embedding(20000, 100), 100, tokens(20000, 128), 64),
+        _layer("mha", "nn.MultiheadAttention, width 256, 4 heads, T 128",
+               lambda: nn.MultiheadAttention(256, 4, batch_first=True), 256, _random(128, 256), 32, _attention),
         *(
-            Workload(name, f"nn.{kind.__name__}, 100 to 100, T 128",
-                     lambda kind=kind: Recurrent(kind(100, 100, batch_first=True)), sequences, (64,))
-            for name, kind in (("lstm", nn.LSTM), ("gru", nn.GRU), ("rnn", nn.RNN))
+            _layer(name, f"nn.{kind.__name__}, 100 to 100, T 128",
+                   lambda kind=kind: kind(100, 100, batch_first=True), 100, _random(128, 100), 64, _last)
+            for name, kind in (("rnn", nn.RNN), ("gru", nn.GRU), ("lstm", nn.LSTM))
         ),
-        Workload("embedding", "nn.Embedding, vocabulary 20000, width 100, T 128",
-                 Words, lambda n: torch.randint(0, 20000, (n, 128)), (64,)),
     )
 }  # fmt: skip
 
 
-def opacus(workload: Workload, n: int) -> steps.Runner:
-    """Opacus with hooks, on its own replacements of the layers."""
-    from opacus.layers import DPRNN
-    from opacus.validators import ModuleValidator
-
-    def fixed() -> nn.Module:
-        model = workload.build()
-        if isinstance(model, Recurrent) and isinstance(model.layer, nn.RNN):  # its validator leaves nn.RNN as it is
-            model.layer = DPRNN(100, 100, batch_first=True)
-        return ModuleValidator.fix(model)
-
-    return steps.opacus("hooks")(replace(workload, build=fixed), n)
-
-
 def main() -> None:
-    """Runs the comparison and writes results/layers.json and results/layers.md."""
+    """Runs the comparison and writes results/layers.json, layers.md and layers.png."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--full", action="store_true", help="batch sizes 16 to 512 in place of one")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="2 rounds; nothing is written")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    steps.CONTESTANTS = {"ordinary": steps.ordinary, "dpkit": steps.dpkit, "Opacus hooks": opacus}
-    steps.WORKLOADS = WORKLOADS
+    quiet()
     rounds = 2 if args.quick else args.rounds
-    rows = [
-        row for name in args.workloads for row in steps.compare(WORKLOADS[name], WORKLOADS[name].batch_sizes[0], rounds)
-    ]
-    about: dict[str, Any] = {**conditions("benchmarks.layers"), "rounds": rounds}
-    table = steps.markdown(about, rows).replace("# Training steps", "# Training steps of single layers")
-    print(f"\n{table}")
-    if not args.quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "layers.md").write_text(table)
-        (RESULTS / "layers.json").write_text(
-            json.dumps({"conditions": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
-        )
+    about = {**conditions("benchmarks.layers"), "rounds": rounds}
+    name = "layers-full" if args.full else "layers"
+    rows: list[Row] = []
+    for key in args.workloads:
+        for n in WORKLOADS[key].all_sizes if args.full else WORKLOADS[key].batch_sizes:
+            rows += compare(WORKLOADS[key], n, rounds, CONTESTANTS)
+        if not args.quick:
+            write(name, about, rows, markdown(about, rows, "Training steps of single layers", WORKLOADS))
+            plots.bars(rows, RESULTS / f"{name}.png")
+    print(f"\n{markdown(about, rows, 'Training steps of single layers', WORKLOADS)}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,3 +44,11 @@ def sentence(about: dict[str, Any]) -> str:
         f"`{about['command']}`, {about['date']}: {about['cpu']}, {threads}, torch {about['torch']}, "
         f"Opacus {about['opacus']}, transformers {about['transformers']}, dpkit {about['dpkit']}."
     )
+
+
+def write(name: str, about: dict[str, Any], rows: list[Any], markdown: str) -> None:
+    """results/<name>.json and results/<name>.md."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(markdown)
+    held = {"conditions": about, "rows": [asdict(row) for row in rows]}
+    (RESULTS / f"{name}.json").write_text(json.dumps(held, indent=1) + "\n")

@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("opacus")
 
-from benchmarks import audit, steps
+from benchmarks import audit, growth, layers, measure, steps
+from benchmarks.contestants import CONTESTANTS, Runner
 from benchmarks.report import conditions
 from benchmarks.workloads import WORKLOADS
 from tests.hf_models import HF_CASES
@@ -16,11 +17,37 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 def test_steps() -> None:
     """One round on the smallest workload: a row for each contestant, ordinary training at ratio 1."""
-    rows = steps.compare(WORKLOADS["mnist-cnn"], 8, rounds=2)
-    assert [row.contestant for row in rows] == list(steps.CONTESTANTS)
+    rows = measure.compare(WORKLOADS["mnist-cnn"], 8, rounds=2)
+    assert [row.contestant for row in rows] == list(CONTESTANTS)
     assert rows[0].ratio == 1.0
-    assert all(row.ms > 0 and row.peak_mib > 0 for row in rows)
+    assert all(row.ms and row.peak_mib for row in rows)
+    assert any("dpkit / ordinary" in line for line in measure.summary(rows))
     assert "Opacus ghost" in steps.markdown({**conditions("benchmarks.steps"), "rounds": 2}, rows)
+
+
+def test_a_contestant_that_fails_has_its_reason_in_the_table() -> None:
+    """The others are measured all the same."""
+
+    def broken(workload: object, n: int) -> Runner:
+        raise ValueError("not for me")
+
+    rows = measure.compare(WORKLOADS["tiny"], 8, 2, {**CONTESTANTS, "Opacus ghost": broken})
+    assert [row.fails for row in rows] == [None, None, None, "ValueError: not for me"]
+    assert rows[1].ms
+    assert "- tiny, 8, Opacus ghost: ValueError: not for me" in measure.table(rows)
+
+
+@pytest.mark.parametrize("name", list(layers.WORKLOADS))
+def test_layers(name: str) -> None:
+    """Every layer can be trained ordinarily and by dpkit."""
+    contestants = {k: CONTESTANTS[k] for k in ("ordinary", "dpkit")}
+    assert all(row.ms for row in measure.compare(layers.WORKLOADS[name], 4, 1, contestants))
+
+
+def test_growth() -> None:
+    """The size that grows is the model's."""
+    assert growth.workload("width", 64).build().head.in_features == 64
+    assert growth.workload("length", 32).inputs(3).shape == (3, 32)
 
 
 def test_audit() -> None:
