@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -152,36 +152,53 @@ class NoiseSource:
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             drawn = ahead.take()
-            if [len(z) for z in drawn] == [s.numel() for s in sums] and all(s.dtype == torch.float32 for s in sums):
-                torch._foreach_add_([s.view(-1) for s in sums], drawn, alpha=std)
+            if ahead.sizes == [s.numel() for s in sums] and all(s.dtype == torch.float32 for s in sums):
+                _add([s.view(-1) for s in sums], std, ahead.generator, drawn)
                 return
             ahead.generator.set_state(ahead.before)  # other parameters are trained now
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for s in sums:
-            for piece, noise in _pieces(s.view(-1), self.generator(s.device)):
-                piece.add_(noise, alpha=std)
+            kinds.setdefault((s.device, s.dtype), []).append(s.view(-1))
+        for (device, _), flat in kinds.items():
+            _add(flat, std, self.generator(device))
 
 
-def _pieces(flat: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tensor in pieces, each with standard normal numbers in a buffer that the next one uses again.
+def _add(sums: list[Tensor], std: float, generator: torch.Generator, drawn: Sequence[Tensor] | None = None) -> None:
+    """Add noise to flat tensors of one kind: what was ``drawn`` ahead, else fresh numbers in the same order."""
+    small, large = [s for s in sums if len(s) < _FEW], [s for s in sums if len(s) >= _FEW]
+    if small:  # together: for few numbers a call takes as long as for thousands
+        sizes = [len(s) for s in small]
+        noise = _filled(small[0].new_empty(sum(sizes)), generator) if drawn is None else drawn[0]
+        torch._foreach_add_(small, list(noise.split(sizes)), alpha=std)
+    for k, s in enumerate(large, 1):
+        if drawn is not None:
+            s.add_(drawn[k], alpha=std)
+            continue
+        # On a CPU in pieces that stay in its cache: a fresh buffer of the parameters' size costs as much again.
+        size = _PIECE if s.device.type == "cpu" else len(s)
+        noise = s.new_empty(min(size, len(s)))
+        for piece in s.split(size):
+            piece.add_(noise[: len(piece)].normal_(generator=generator), alpha=std)
 
-    On a CPU they stay in its cache: a fresh buffer of the parameters' size costs as much again.
-    """
-    size = _PIECE if flat.device.type == "cpu" else flat.numel()
-    noise = torch.empty(min(size, flat.numel()), device=flat.device, dtype=flat.dtype)
-    for piece in flat.split(size):
-        yield piece, noise[: len(piece)].normal_(generator=generator)
+
+def _filled(flat: Tensor, generator: torch.Generator) -> Tensor:
+    for piece in flat.split(_PIECE):
+        piece.normal_(generator=generator)
+    return flat
 
 
 class Ahead:
     """Standard normal numbers that a thread of its own draws meanwhile, the same as would be drawn later.
 
     Attributes:
+        sizes: of the float32 tensors that they are for.
         before: the generator's state before they are drawn.
     """
 
-    def __init__(self, generator: torch.Generator, sizes: Sequence[int]) -> None:
-        self.generator, self.before = generator, generator.get_state()
-        self._drawn = [torch.empty(size) for size in sizes]
+    def __init__(self, generator: torch.Generator, sizes: list[int]) -> None:
+        self.generator, self.sizes, self.before = generator, sizes, generator.get_state()
+        together = sum(size for size in sizes if size < _FEW)
+        self._drawn = [torch.empty(size) for size in (together, *(size for size in sizes if size >= _FEW))]
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._draw, name="dpkit noise", daemon=True)
         self._thread.start()
@@ -189,13 +206,12 @@ class Ahead:
     def _draw(self) -> None:
         try:
             for flat in self._drawn:
-                for piece in flat.split(_PIECE):
-                    piece.normal_(generator=self.generator)
+                _filled(flat, self.generator)
         except BaseException as error:  # it is raised where the noise is asked for
             self._error = error
 
     def take(self) -> list[Tensor]:
-        """The numbers; they are the caller's."""
+        """The numbers, first those of all small tensors together; they are the caller's."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -203,6 +219,7 @@ class Ahead:
 
 
 _PIECE = 1 << 16
+_FEW = 1 << 13
 _MANY = 1 << 17  # fewer numbers are drawn faster than a thread begins
 _PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -219,10 +219,8 @@ class PrivateStep:
         trainable = self._trainable()
         sums = clipped.take(trainable)
         self.noise.add_to(sums, clipped.std)
-        grads = [
-            total.div_(self.sampling.expected_batch_size).view(p.shape).to(p.dtype)
-            for p, total in zip(trainable, sums, strict=True)
-        ]
+        torch._foreach_div_(sums, self.sampling.expected_batch_size)
+        grads = [total.view(p.shape).to(p.dtype) for p, total in zip(trainable, sums, strict=True)]
         event = self.event(clipped.noise_multiplier)
         self.spending.record(event, grads)
         if event is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -47,24 +48,27 @@ class ClippedSum:
         Returns:
             How many units were left out because their gradient is not finite.
         """
-        squares = [units.sq_norm(f) for f in forms.values()]
-        wide = max((s.dtype for s in squares), key=lambda d: torch.finfo(d).bits)
-        norms = torch.zeros(len(units.sizes), len(columns), dtype=wide, device=squares[0].device)
-        norms[:, [columns[p] for p in forms]] = torch.stack([s.to(norms) for s in squares], 1).sqrt() * scale
-        finite = torch.isfinite(norms).all(1)
-        if not bool(finite.all()):
-            keep = finite.nonzero().flatten()
+        squares = {p: units.sq_norm(f) for p, f in forms.items()}
+        wide = max((s.dtype for s in squares.values()), key=lambda d: torch.finfo(d).bits)
+        like = next(iter(squares.values()))
+        nothing = torch.zeros(()).to(like).expand_as(like)
+        norms = torch.stack([squares.get(p, nothing).to(like.device, wide) for p in columns], 1).sqrt_().mul_(scale)
+        left_out = 0
+        if not math.isfinite(float(norms.sum())):
+            finite = torch.isfinite(norms).all(1)
+            left_out, keep = int((~finite).sum()), finite.nonzero().flatten()
             units, rows = units.take(keep)
             forms, norms = {p: f.take(rows) for p, f in forms.items()}, norms[keep]
         weights = self.clipping.weights(norms, self.max_grad_norm) * scale
+        shared = units.spread(weights) if weights.ndim == 1 else None
         for p in list(forms):
             form = forms.pop(p)  # let go as soon as it is summed up
-            w = weights if weights.ndim == 1 else weights[:, columns[p]]
-            total = form.weighted_sum(units.spread(w).to(p.device))
+            w = units.spread(weights[:, columns[p]]) if shared is None else shared
+            total = form.weighted_sum(w.to(p.device))
             del form
             held = self._totals.get(p)
             self._totals[p] = total if held is None else held.add_(total)
-        return len(finite) - len(norms)
+        return left_out
 
     def take(self, parameters: dict[nn.Parameter, int]) -> list[Tensor]:
         """The totals [numel], float32 or wider, zero where a parameter had no gradient; they are the caller's now."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
@@ -44,7 +45,7 @@ class Units:
     def rows(self) -> int:
         return sum(self.sizes)
 
-    @property
+    @cached_property
     def single(self) -> bool:
         """Whether every unit is one row."""
         return all(s == 1 for s in self.sizes)
