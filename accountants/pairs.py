@@ -42,6 +42,10 @@ class Pair(ABC):
     infinite: float = 0.0
     """P(L = ∞)."""
 
+    def conserves(self) -> bool:
+        """Whether all of P and of Q lies on finite losses, without an upper end: then far losses may be summed apart."""
+        return False
+
     def supremum(self) -> float:
         """The largest finite loss, rounded up; infinity where there is none."""
         return math.inf
@@ -123,9 +127,9 @@ class SmoothPair(Pair):
     def atoms(self, edges: Array) -> Atoms:
         forward = -edges[::-1] if self.flipped else edges
         y_edges = self.inverse(forward)
-        # near the end of the support many y share one float: the last edge takes them all
-        last = forward[-1] + 8.0 * U * abs(forward[-1])
-        y_edges[-1] = max(y_edges[-1], float(self.inverse(np.array([last]))[0]))
+        # near the ends of the support many y share one float: the outer edges take them all
+        ends = self.inverse(np.array([forward[0] - 8.0 * U * abs(forward[0]), forward[-1] + 8.0 * U * abs(forward[-1])]))
+        y_edges[0], y_edges[-1] = min(y_edges[0], float(ends[0])), max(y_edges[-1], float(ends[1]))
         low, high = self._clip(y_edges)
         y_edges = np.clip(y_edges, low, high)
         cuts = np.union1d(y_edges, self._cached_cuts(low, high))
@@ -206,6 +210,9 @@ class GaussianPair(SmoothPair):
             near = np.log1p(np.maximum(np.expm1(np.minimum(loss, 30.0)) / self.q, -1.0))
             far = loss + np.log1p(-(1.0 - self.q) * np.exp(-np.maximum(loss, 0.5))) - math.log(self.q)
             return self.sigma * np.where(loss < 1.0, near, far) + 0.5 / self.sigma
+
+    def conserves(self) -> bool:
+        return math.isinf(self.supremum())
 
     def supremum(self) -> float:
         return -math.log1p(-self.q) * (1.0 + 8.0 * U) if self.flipped and self.q < 1.0 else math.inf

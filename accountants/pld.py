@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from . import gaussian
 from .accountant import Accountant, check_delta, check_epsilon
-from .compose import MAX_SIZE, Chernoff, Plan, build, chernoff, make_plan, refine, solve_epsilon
+from .compose import MAX_SIZE, Chernoff, Plan, build, chernoff, jump_plan, make_plan, refine, solve_epsilon
 from .errors import AccountingError
 from .events import Event
 from .mechanisms import judge
@@ -112,7 +112,7 @@ class Direction:
                 wider = min(16.0, max(2.0, math.log(error / value) + 16.0)) if value > 0.0 else 16.0
                 step = spectrum.step
                 if 0.0 < answer < math.inf and value > 10.0 * error:
-                    plan = refine(plan, spectrum, counts, answer)
+                    plan = refine(self.pairs, plan, spectrum, counts, answer)
                 continue
             if not 0.0 < answer < math.inf:
                 break
@@ -121,7 +121,7 @@ class Direction:
                 ratio = (before[0] / spectrum.step) ** 2
                 cost = abs(before[1] - answer) / max(ratio - 1.0, 0.5)
             self._store(_Built(spectrum, plan, cost, error / value if value > 0.0 else math.inf))
-            better = refine(plan, spectrum, counts, answer)
+            better = refine(self.pairs, plan, spectrum, counts, answer)
             scale = max(answer, 0.1 / better.slope)  # next to epsilon 0 only delta has a scale
             budget = tolerance * scale * (1.0 if upper else 2.0)
             typical = abs(plan.epsilon - answer) < 0.08 * scale and better.slope < 1.5 * plan.slope
@@ -163,7 +163,10 @@ class Direction:
         return max(known, self.log_delta(counts, epsilon, tolerance, upper=True))
 
     def _plan(self, counts: Counts, log_delta: float) -> Plan:
-        return make_plan(self.pairs, counts, log_delta=log_delta)
+        plan = make_plan(self.pairs, counts, log_delta=log_delta)
+        if plan.heavy and all(pair.conserves() for pair in self.pairs):
+            return jump_plan(self.pairs, counts, plan)
+        return plan
 
     def log_delta(self, counts: Counts, epsilon: float, tolerance: float, *, upper: bool) -> float:
         """The bound on log delta at ``epsilon``."""

@@ -48,8 +48,8 @@ class Problem:
             torch.manual_seed(self.seed)
             return self.build().to(torch.float64)
 
-    def f(self, records: Sequence[int], **options: Any) -> tuple[Tensor, int]:
-        """f(D) for the data set of these records, and how many of them were not finite."""
+    def f(self, records: Sequence[int], owners: Sequence[int] | None = None, **options: Any) -> tuple[Tensor, int]:
+        """f(D) for the data set of these records, and how many (of the ``owners`` they are of) were not finite."""
         model = self.model()
         before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
         dataset = list(records) or [0]  # nobody: a data set of one, who is not drawn
@@ -57,9 +57,14 @@ class Problem:
         def collate(rows: list[int]) -> tuple[Tensor, ...]:
             return tuple(v[rows] for v in (self.inputs, self.targets, self.scales))
 
-        run = attach(model, dataset, loader={"collate_fn": collate}, **{**self.options, **options})
+        units = len(records)
+        if owners is not None and records:
+            options["privacy_unit"] = [owners[k] for k in records]
+            units = len(set(options["privacy_unit"]))
+        options = {**self.options, **options}
+        run = attach(model, dataset, units or 1, loader={"collate_fn": collate}, **options)
         assert run.engine.sample_rate == 1.0
-        with drawing(range(len(records))):
+        with drawing(range(units)):
             for x, y, s in run.loader:
                 run.optimizer.zero_grad()
                 losses = self.losses(model, x, y) * s
@@ -202,6 +207,18 @@ def test_one_record_moves_the_step_by_at_most_C(problem: Problem, data: st.DataO
     x = data.draw(st.integers(0, problem.n - 1), label="the record that is removed")
     others = [k for k in range(problem.n) if k != x]
     gap = float((problem.f(range(problem.n))[0] - problem.f(others)[0]).norm())
+    assert gap <= problem.options["max_grad_norm"] * (1 + 1e-5)
+
+
+@relaxed
+@given(problem=problems(), data=st.data())
+def test_one_unit_moves_the_step_by_at_most_C(problem: Problem, data: st.DataObject) -> None:
+    """The same for a unit of several records, however many, averaged or summed, whole or in physical batches."""
+    owners = data.draw(st.lists(st.integers(0, 2), min_size=problem.n, max_size=problem.n), label="owners")
+    options: dict[str, Any] = {"unit_reduction": data.draw(st.sampled_from(["mean", "sum"]))}
+    options["max_physical_batch_size"] = data.draw(st.sampled_from([None, problem.n]))
+    others = [k for k in range(problem.n) if owners[k] != owners[0]]
+    gap = float((problem.f(range(problem.n), owners, **options)[0] - problem.f(others, owners, **options)[0]).norm())
     assert gap <= problem.options["max_grad_norm"] * (1 + 1e-5)
 
 
