@@ -286,8 +286,7 @@ def build(
             cap = origin + step * float(math.ceil((plan.cap - origin) / step)) if plan.cap < hi else math.inf
             if cap < hi:
                 apart = beyond(pair, cap, hi, upper=upper)
-                within = pilot.loss <= cap
-                pilot = Atoms(*(part[within] for part in pilot))
+                pilot = pair.atoms(np.array([lo, cap]))
             edges = choose_edges(pilot, lo, min(cap, hi), origin, step, thetas, widest, pair.breaks())
             if cap < hi:
                 last = round((cap - origin) / step)
