@@ -110,7 +110,9 @@ def make_plan(pairs: Sequence[Pair], counts: Sequence[int], *, log_delta: float,
         log_best = log_best if math.isfinite(log_best) else start
     best = math.exp(log_best)
     if epsilon is not None:
-        best = max(best, 0.5 / math.sqrt(variance))  # below the mean no tilt is called for
+        # below the mean no tilt is called for: one of half a standard deviation, in relative entropy
+        least = _root(lambda x: by_delta(x) - log_delta - 0.125, start)
+        best = max(best, 0.5 / math.sqrt(variance) if math.isnan(least) else math.exp(least))
     for shade in SHADES:
         theta = shade * best
         k, mean, variance = sums(theta)
