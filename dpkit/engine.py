@@ -20,9 +20,10 @@ from .clipping import Clipping, clipping_of
 from .errors import CheckpointError, ConfigurationError, NotAttachedError
 from .ledger import Ledger
 from .loader import PrivateDataLoader, refuse_private
-from .noise import NoiseSource
+from .noise import Source, source_of
 from .rules import register_optional
 from .sampling import checked, sampling_of
+from .secure import SecureNoise
 from .spending import Spending
 from .state import Part, Stateful, collect, give_back, refuse_others
 from .step import PrivateStep
@@ -45,7 +46,9 @@ class PrivacyEngine:
     Args:
         accountant: the judge of what was spent: "pld" (tight), "rdp" (quick, some 5 to 15% above), or a
             `dpkit.accountants.Accountant`.
-        secure_mode: not available in this version.
+        secure_mode: draw the noise from a cryptographic generator and round it so that floating point tells nothing;
+            see `dpkit.secure` for what is proven. Needs the extra ``dpkit[secure]``, and costs some four times the
+            plain noise, on the processor.
         ledger: a file that holds every release of every run on this data set (`dpkit budget` reads it). Each is on the
             disk before the weights that contain it are handed out, so that no crash forgets what was spent.
 
@@ -60,12 +63,7 @@ class PrivacyEngine:
         secure_mode: bool = False,
         ledger: str | os.PathLike[str] | None = None,
     ) -> None:
-        if secure_mode:
-            raise ConfigurationError(
-                "secure_mode=True",
-                why="noise from a cryptographic generator is not part of this version, and plain noise is not secure.",
-                cure="use secure_mode=False (noise seeded from the operating system, by torch's generator).",
-            )
+        self._secure = SecureNoise() if secure_mode else None
         self.accountant = accountant if isinstance(accountant, Accountant) else make_accountant(accountant)
         self._spending = Spending(
             self.accountant, None if ledger is None else Ledger(ledger, self.accountant.adjacency)
@@ -176,6 +174,7 @@ class PrivacyEngine:
         sampling = sampling_of(data_loader, units, poisson=poisson_sampling)
         if not units.records or units.copies > 1:
             refuse_reordering(data_loader.dataset, data_loader.collate_fn)
+        noise = source_of(self._secure, noise_generator, data_loader.generator)
         register_optional(module)
         checks.validate_model(module)
         sigma = noise_multiplier_for(
@@ -183,9 +182,6 @@ class PrivacyEngine:
         )
         budget = budget_for(self.accountant, sampling, sigma, max_epsilon, target_delta)
 
-        noise = NoiseSource(noise_generator)
-        if noise_generator is not None:
-            noise.refuse_shared(data_loader.generator)
         self._step = PrivateStep(
             module,
             optimizer,
@@ -245,6 +241,11 @@ class PrivacyEngine:
     @max_grad_norm.setter
     def max_grad_norm(self, value: float) -> None:
         self._attached().max_grad_norm = checks.number("max_grad_norm", value, low=0.0)
+
+    @property
+    def noise(self) -> Source:
+        """Where the noise comes from: whether it is ``secure``, whether it is ``seeded`` by hand."""
+        return self._attached().noise
 
     @property
     def sample_rate(self) -> float:

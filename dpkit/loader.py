@@ -7,7 +7,6 @@ pass goes on by repeating its draws from the pass's beginning and serving those 
 from __future__ import annotations
 
 import dataclasses
-import secrets
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader
 from . import randomness
 from .errors import SamplingError
 from .sampling import Sampling
+from .seeds import scramble, unforeseeable
 from .units import UnitIndex, Units, packed
 
 
@@ -111,7 +111,7 @@ class PrivateDataLoader(DataLoader[Any]):
         generator = loader.generator
         if generator is None:
             # not from torch's global one: amplification holds against those only who cannot repeat the draw
-            generator = torch.Generator().manual_seed(secrets.randbits(63))
+            generator = unforeseeable()
         self.completed, self.inside = 0, False
         self._listener: Listener | None = listener
         self._passes = 0
@@ -262,7 +262,7 @@ class PrivateDataLoader(DataLoader[Any]):
     def reseed(self) -> None:
         """Draw anew, by nobody's seed, from the current logical batch on; its parts that were served are forgotten."""
         self._place = (self._place[0], 0)
-        generator = self._batches.generator.manual_seed(secrets.randbits(63))
+        generator = scramble(self._batches.generator)
         self._origin = {**self._origin, "draws": generator.get_state()}
 
 

@@ -19,7 +19,7 @@ from .clipping import Clipping
 from .errors import ConfigurationError, DoubleUseError, UncoveredParameterError, UnfinishedStepError
 from .forms import joined
 from .loader import Draw
-from .noise import NoiseSource
+from .noise import Source
 from .proof import prove, refuse_coupled_losses
 from .sampling import Sampling
 from .spending import Spending
@@ -45,7 +45,7 @@ class PrivateStep:
         optimizer: Optimizer,
         sampling: Sampling,
         clipping: Clipping,
-        noise: NoiseSource,
+        noise: Source,
         spending: Spending,
         *,
         noise_multiplier: float,
