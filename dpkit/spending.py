@@ -141,11 +141,12 @@ class Spending:
             "accountant": self.accountant.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any], *, replay: bool = True) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, replay: bool = True, repeatable: bool = True) -> None:
         """Go on with that run; what the ledger, or this process, knows to have been released since stays counted.
 
         Args:
             replay: repeat those releases, bit for bit; if False the caller sees to fresh randomness.
+            repeatable: whether the noise can be repeated.
 
         Raises:
             CheckpointError: this engine has made releases of another run, or of this run with no ledger to repeat from.
@@ -179,6 +180,12 @@ class Spending:
             self.run = state["run"]
             return
         releases = self._releases_since(self.ledger, state)
+        if releases and replay and not repeatable:
+            raise CheckpointError(
+                f"{len(releases)} releases were made after the checkpoint, with noise that cannot be repeated",
+                why="the batches of the checkpoint would be released a second time, which costs more than two batches.",
+                cure="load with replay=False: fresh draws, and everything that was released stays counted.",
+            )
         new = releases[state["counted"] - state["released"] :]
         since = [[release.event.to_json(), 1] for release in new if release.event is not None]
         held = state["accountant"]

@@ -90,6 +90,7 @@ def begin(
     batch_size: int = 4,
     accountant: str = "rdp",
     seeds: bool = True,
+    secure: bool = False,
     **options: Any,
 ) -> Life:
     """Model, optimizer, data and engine as at the start of the process; everything by seed."""
@@ -103,7 +104,7 @@ def begin(
         options.setdefault("noise_generator", torch.Generator().manual_seed(2))
         loader = {"generator": torch.Generator().manual_seed(1), **(loader or {})}
     options = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "target_delta": 1e-5, **options}
-    engine = dpkit.PrivacyEngine(accountant=accountant, ledger=ledger)
+    engine = dpkit.PrivacyEngine(accountant=accountant, ledger=ledger, secure_mode=secure)
     given: DataLoader[Any] = DataLoader(dataset or Noisy(), batch_size=batch_size, **(loader or {}))
     return Life(engine, *engine.make_private(model, optimizer, given, **options), scheduler)
 

@@ -183,6 +183,21 @@ def test_fresh_randomness_counts_everything(tmp_path: Path) -> None:
     assert count(again) == 20
 
 
+def test_secure_noise_cannot_be_repeated(tmp_path: Path) -> None:
+    """Nobody keeps its keys: a batch that was released is not released again, others are drawn."""
+    pytest.importorskip("cryptography")
+    interrupted(tmp_path, seeds=False, secure=True)
+    life = begin(ledger=tmp_path / "l", seeds=False, secure=True)
+    with refused(dpkit.CheckpointError, "5 releases", "replay=False"):
+        life.load(tmp_path / "c")
+    life.load(tmp_path / "c", replay=False)
+    assert count(life.train()) == 9 + 11
+    life.save(tmp_path / "c")
+    life = begin(ledger=tmp_path / "l", seeds=False, secure=True)
+    life.load(tmp_path / "c")  # nothing was released since: the run goes on
+    assert count(life) == 20
+
+
 def test_a_checkpoint_from_the_repetition(tmp_path: Path) -> None:
     """Saved while releases are being repeated: what is still to be repeated is known from the ledger."""
     whole = begin().train()
