@@ -375,11 +375,15 @@ class PrivacyEngine:
 
     def _parts(self, replay: bool = True) -> dict[str, Stateful]:
         """All that has a state, in the order in which it is loaded; what was spent comes last, it is not undone."""
-        spending = self._spending
+        spending, step = self._spending, self._attached()
+
+        def load(state: dict[str, Any]) -> None:
+            spending.load_state_dict(state, replay=replay, repeatable=not step.noise.secure)
+
         return {
-            **self._attached().parts(self._loader.inside),
+            **step.parts(self._loader.inside),
             "loader": self._loader,
-            "spending": Part(spending.state_dict, lambda held: spending.load_state_dict(held, replay=replay)),
+            "spending": Part(spending.state_dict, load),
         }
 
     def _configuration(self) -> dict[str, Any]:
