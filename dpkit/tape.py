@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import checks, probe
 from .apart import order_of
+from .buffers import Buffers, differing, refuse_written
 from .errors import ConfigurationError, CoupledRecordsError, PrivacyError, UncoveredParameterError
 from .forms import joined
 from .live import Live
@@ -91,7 +92,7 @@ class Tape:
         self._anchors: dict[torch.device, Tensor] = {}
         self._handles: list[Any] = []
         self._watches: list[Any] = []
-        self._statistics = checks.batch_statistics(model)
+        self._watched = checks.with_problems_in_training(model)
         for path, module in model.named_modules():
             self._paths[module] = path or type(module).__name__
             own = [(name, p) for name, p in module._parameters.items() if p is not None]
@@ -265,7 +266,7 @@ class Tape:
             if self._latest is not None:
                 self._router = Live(self, self._latest, batch, batch.n, again=True)
             return
-        checks.refuse_batch_statistics(self._statistics)
+        checks.refuse_problems(self._watched)
         key = (module, signature((args, kwargs)))
         plan = self._plans.get(key)
         tensors = [v for v in leaves((args, kwargs)) if isinstance(v, Tensor)]
@@ -370,6 +371,7 @@ class Tape:
         arguments = (args, kwargs)
 
         def run(what: Any, rows: int) -> tuple[Any, probe.Recorder]:
+            buffers.put_back()
             recorder = probe.Recorder(rows)
             tensors = [v for v in leaves(what) if isinstance(v, Tensor)]
             recorder.taint.mark([v for v, d in zip(tensors, dims, strict=True) if d is not None])
@@ -390,10 +392,16 @@ class Tape:
             finally:
                 self.restore()
 
-        with probe.undisturbed(self.model):
+        with probe.undisturbed(self.model) as buffers:
             probe.without_dropout(self.model)
             full, seen_full = run(probe.cut(arguments, dims, n, n), n)
+            written, held = buffers.reached(seen_full.taint), buffers.released()
             part, seen_part = run(probe.cut(arguments, dims, n, m), m)
+            changed = differing(held, buffers.released()) - written
+            if changed:
+                run(probe.cut(arguments, dims, n, n), n)
+                written |= changed - differing(held, buffers.released())  # the rest changes by chance
+            refuse_written(written)
             difference = probe.same(full, part, n, m)
             if difference is not None:
                 again, _ = run(probe.cut(arguments, dims, n, n), n)
@@ -414,11 +422,17 @@ class Tape:
                 where = [_where(a, b, n, m) for a, b in zip(leaves(full), leaves(part), strict=False)]
                 plan.gives_records = any(r is not None for r in where)
                 with torch.enable_grad():
-                    self._attribute(module, probe.cut(arguments, dims, n, n), where, plan, n)
+                    self._attribute(module, probe.cut(arguments, dims, n, n), where, plan, n, buffers)
         return plan
 
     def _attribute(
-        self, module: nn.Module, arguments: Any, where: list[Records | None], plan: probe.Plan, n: int
+        self,
+        module: nn.Module,
+        arguments: Any,
+        where: list[Records | None],
+        plan: probe.Plan,
+        n: int,
+        buffers: Buffers,
     ) -> None:
         """One record's outputs are differentiated: every form must give its gradient to that record, and all of it.
 
@@ -438,6 +452,7 @@ class Tape:
             return torch.stack([t.to(terms[0].dtype) for t in terms]).sum() if terms else None
 
         plain_args, plain_kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, arguments)
+        buffers.put_back()
         self.stack.append(_Frame(module, outermost=True))
         try:
             loss = one_record(module.forward(*plain_args, **plain_kwargs))
@@ -445,6 +460,7 @@ class Tape:
             self.restore()
         if loss is None:
             return
+        buffers.put_back()
         trial = Batch(n)
         router = Live(self, plan, trial, n)
         frame = _Frame(module, outermost=True)
@@ -478,6 +494,12 @@ class Tape:
                 if p in trial.forms:
                     form = joined(trial.forms[p])
                     probe.refuse_misattributed(self.name(p), form, grad, n - 1, 1e-3 * largest, tolerance)
+                elif grad is not None and float(grad.to_dense().norm()) > tolerance * largest:
+                    raise UncoveredParameterError(
+                        f"{self.name(p)} {list(p.shape)} has a gradient in ordinary training and none in a private one",
+                        why="it is used by an operation that the engine cannot follow, such as an autograd.Function.",
+                        cure="freeze it, or register a rule for the module that uses it (dpkit.register_rule).",
+                    )
 
 
 def _where(a: Any, b: Any, n: int, m: int) -> Records | None:

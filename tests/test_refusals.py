@@ -136,6 +136,37 @@ def test_embedding_options_of_the_function(option: dict[str, Any]) -> None:
         step_on(Functional(**option), tokens)
 
 
+class Triples(torch.autograd.Function):
+    """3 x weight, with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return 3 * x * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return 3 * grad * weight, (3 * grad * x).sum(0)
+
+
+class ByHand(nn.Module):
+    """A parameter that enters a function with a hand-written backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(4)), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(Triples.apply(x, self.weight))
+
+
+def test_hand_written_backward() -> None:
+    """An autograd.Function adds the records up where nobody sees: refused, not silently left untrained."""
+    with refused(dpkit.UncoveredParameterError, "weight [4]", "autograd.Function", "register_rule"):
+        step_on(ByHand(), data())
+
+
 # --- records that depend on each other ---
 
 
@@ -887,8 +918,6 @@ def test_bad_delta(delta: Any) -> None:
 
 
 def test_engine_arguments() -> None:
-    with refused(dpkit.ConfigurationError, "secure_mode"):
-        dpkit.PrivacyEngine(secure_mode=True)
     with pytest.raises(ValueError, match="moments"):
         dpkit.PrivacyEngine(accountant="moments")
     with pytest.raises(TypeError, match="grad_sample_mode"):
