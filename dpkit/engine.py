@@ -161,6 +161,7 @@ class PrivacyEngine:
                 "use the data beyond the one noisy gradient that is accounted.",
                 cure="use any first-order optimizer (SGD, Adam, AdamW, ...).",
             )
+        checks.refuse_other_processes()
         checks.choice("loss_reduction", loss_reduction, ("mean", "sum"))
         max_grad_norm = checks.number("max_grad_norm", max_grad_norm, low=0.0)
         if max_physical_batch_size is not None:
