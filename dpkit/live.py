@@ -59,6 +59,7 @@ class Live:
             )
         return self._assume(layer, k, values, type(layer).__name__)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = leaves((args, kwargs))
         origin = next(v for v in values if isinstance(v, StandIn)).origin

@@ -36,6 +36,7 @@ class _Hook:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # in a compiled model, too, hooks run as they are
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)
 

@@ -1,0 +1,191 @@
+"""The choice of methods: timed or modelled, within the memory bound, remembered; it changes rounding only."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import dpkit
+from dpkit import methods
+from dpkit.forms import Dense, Form, Outer
+from dpkit.methods import MODES, Methods
+from tests.training import attach, train, weights
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Timing that says what the test wants: dense takes 1 s a record, ghost 3 s; notes what it was asked for."""
+    asked: list[str] = []
+
+    def seconds(way: Any, form: Form, repeats: int = 3) -> float:
+        taken = way.take()
+        asked.append(type(taken).__name__)
+        return form.n * (1.0 if isinstance(taken, Dense) else 3.0)
+
+    monkeypatch.setattr(methods, "_timed", seconds)
+    return asked
+
+
+def outer(n: int = 4, t: int = 8, o: int = 8, i: int = 8) -> Outer:
+    """dense keeps o · i = 64 numbers a record, ghost t (o + i) = 128."""
+    return Outer(torch.randn(n, t, o), torch.randn(n, t, i))
+
+
+def named(*names: str) -> dict[nn.Parameter, str]:
+    return {nn.Parameter(torch.zeros(8, 8)): name for name in names}
+
+
+def test_the_faster_way_is_taken_and_timed_once(clock: list[str]) -> None:
+    """Timing happens when a kind of form is first met; lengths up to the next power of two are of the same kind."""
+    names = named("w")
+    chosen, (w,) = Methods("measured", names), names
+    for t in (8, 8, 6):
+        chosen.begin()
+        assert isinstance(chosen.settle(outer(t=t), w), Dense)
+    assert sorted(clock) == ["Dense", "Outer"]
+    chosen.settle(outer(t=9), w)
+    assert len(clock) == 4
+
+
+def test_the_model_times_nothing(clock: list[str]) -> None:
+    """ "model" never; "auto" not where the model is clear."""
+    names = named("w")
+    (w,) = names
+    assert isinstance(Methods("model", names).settle(outer(t=512), w), Dense)
+    assert isinstance(Methods("auto", names).settle(outer(t=512), w), Dense)
+    assert clock == []
+    Methods("auto", names).settle(outer(), w)
+    assert clock != []
+
+
+@pytest.mark.parametrize(("activations", "dense"), [(1200.0, 0), (1300.0, 1), (1700.0, 2), (40_000.0, 2)])
+def test_memory_is_spent_where_it_saves_time(clock: list[str], activations: float, dense: int) -> None:
+    """A way that keeps more is taken from the second batch on, as long as the estimated peak has room.
+
+    Each dense gradient [16, 16] keeps 1024 bytes a record; ghost keeps 4 · (16 + 16) numbers, 512 bytes.
+    """
+    names = named("a", "b")
+    chosen = Methods("measured", names)
+    chosen.activations = activations
+    for batch in range(3):
+        chosen.begin()
+        taken = [chosen.settle(outer(t=4, o=16, i=16), p) for p in names]
+        assert sum(isinstance(f, Dense) for f in taken) == (dense if batch else 0), batch
+
+
+def test_the_peak_counts_activations_that_are_left() -> None:
+    """What is kept late in the backward weighs less: by then the activations are gone."""
+    names = named("a", "b")
+    chosen = Methods("measured", names)
+    early = [
+        methods._Arrival("a", "k", "x", 1, 100, {"x": 500}, {}),
+        methods._Arrival("b", "k", "x", 1, 100, {"x": 0}, {}),
+    ]
+    chosen.activations = 1000.0
+    assert chosen._peak(early, ["x", "x"]) == 800 * 0.5 + 100 + 500 == 1000.0
+    assert chosen._peak([methods._Arrival("b", "k", "x", 1, 100, {"x": 1500}, {})], ["x"]) == 1500.0
+
+
+def test_state(clock: list[str]) -> None:
+    """A loaded state chooses as the saved one did, without timing."""
+    names = named("w")
+    (w,) = names
+    first = Methods("measured", names)
+    first.activations = 10_000.0
+    first.settle(outer(t=4, o=16, i=16), w)  # not planned for yet: saving plans
+    state = copy.deepcopy(first.state_dict())
+    clock.clear()
+    second = Methods("auto", names)
+    second.load_state_dict(state)
+    assert isinstance(second.settle(outer(t=4, o=16, i=16), w), Dense)
+    first.begin()
+    assert isinstance(first.settle(outer(t=4, o=16, i=16), w), Dense)
+    assert clock == []
+    assert second.state_dict() == state
+    with pytest.raises(dpkit.ConfigurationError, match="cannot be read"):
+        second.load_state_dict({"mode": "auto"})
+
+
+def sequences(n: int = 6) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(n, 2, 8, 8, generator=generator), torch.randn(n, 1, generator=generator))
+
+
+def network() -> nn.Module:
+    """A convolution of which all three ways are possible, a linear layer over positions, and a head."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.Tanh(), nn.Conv2d(6, 16, 3), nn.Flatten(2), nn.Linear(16, 4), nn.Tanh(), nn.Flatten(),
+        nn.Linear(64, 1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_modes_train_alike(mode: str) -> None:
+    """Three steps with each, the second and third planned: the same weights but for rounding."""
+    expected: Tensor | None = None
+    for method in ("model", mode):
+        run = attach(network(), sequences(), method=method, lr=0.1)
+        train(run, 3)
+        expected = weights(run.model) if expected is None else expected
+    assert expected is not None
+    torch.testing.assert_close(weights(run.model), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["ghost", "grouped", "patches", "dense"])
+def test_each_way_is_exact_in_training(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forced through the real step: as the other ways, to rounding."""
+    reference = attach(network(), sequences(), method="model", lr=0.1)
+    train(reference, 2)
+
+    def forced(self: Methods, form: Form, parameter: Tensor) -> Form:
+        ways = form.ways()
+        return ways[way].take() if way in ways else form
+
+    monkeypatch.setattr(Methods, "settle", forced)
+    run = attach(network(), sequences(), lr=0.1)
+    train(run, 2)
+    torch.testing.assert_close(weights(run.model), weights(reference.model), rtol=0, atol=1e-6)
+
+
+def test_profile() -> None:
+    """A line for each parameter that got a gradient; printed, a table; before the first batch it is empty."""
+    run = attach(network(), sequences(), method="measured")
+    assert run.engine.profile().lines == ()
+    train(run, 2)
+    profile = run.engine.profile()
+    assert {line.parameter for line in profile.lines} == {name for name, _ in run.model.named_parameters()}
+    weight = next(line for line in profile.lines if line.parameter == "2.weight")
+    assert weight.method in ("ghost", "grouped", "patches")
+    assert weight.measured
+    assert weight.milliseconds is not None
+    assert weight.milliseconds > 0
+    assert weight.bytes > 0
+    assert "2.weight" in str(profile)
+    assert str(profile).splitlines()[0].split() == ["parameter", "form", "method", "chosen", "by", "ms", "MiB"]
+
+
+def test_seeded_runs_follow_the_model(clock: list[str]) -> None:
+    """With a generator for the noise nothing depends on a clock, unless that is asked for."""
+    for method, timed in (("auto", False), ("measured", True)):
+        clock.clear()
+        generator = torch.Generator().manual_seed(0)
+        train(attach(network(), sequences(), method=method, noise_multiplier=1.0, noise_generator=generator))
+        assert bool(clock) == timed
+
+
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(dpkit.ConfigurationError, match="method"):
+        attach(network(), sequences(), method="fastest")
+
+
+def test_activations_are_counted() -> None:
+    """What the ordinary forward keeps for one record, the parameters aside."""
+    run = attach(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)))
+    train(run)
+    assert run.engine._attached().tape.methods.activations == pytest.approx(4 * (4 + 5), abs=1)  # input, tanh
