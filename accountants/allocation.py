@@ -88,8 +88,8 @@ class _Law(NamedTuple):
 def _grid(values: Array, mass: Array, rest: Rest, low: float, high: float, points: int) -> Array:
     """Points from ``low`` to ``high``, dense where the law of (value + rest) has its mass, and its tail falls.
 
-    Any points are sound. In u = log(value + a tenth of the rest) a cell of width w adds about w²/12 of its mass, so w grows like
-    the density to the power −1/3; the density is the larger of Q's, of P's, and of a power of P's tail.
+    Any points are sound. In u = log(value + a tenth of the rest) a cell of width w adds about w²/12 of its mass, so w
+    grows like the density to the power −1/3; the density is the larger of Q's, of P's, and of a power of P's tail.
     """
     mean, seldom = rest
     shift = 0.1 * min(mean, seldom)

@@ -147,7 +147,7 @@ def _reach_down(pilots: Sequence[Atoms] | Sequence[Lattice], counts: Sequence[in
     best = math.inf
     for factor in (1.0, 3.0, 6.0, 10.0, 20.0, 60.0, 300.0, 3e3, 3e4):
         t = factor / math.sqrt(max(spread, 1e-300))
-        exponents = [-t * a.loss for a in pilots]
+        exponents = [np.maximum(-t * a.loss, -40.0) for a in pilots]
         if max(float(x.max()) for x in exponents) > 600.0:
             break
         total = sum(

@@ -37,6 +37,8 @@ class Direction:
         self._seen: Counts | None = None
         self._intrinsic = [pair.infinite for pair in pairs]
         self._quick: Chernoff | None = None
+        self._last: float | None = None
+        """The last epsilon found: in a training loop the next one is near."""
 
     def _floor(self, counts: Counts) -> float:
         """log of the mechanism's own P(L = ∞)."""
@@ -94,12 +96,21 @@ class Direction:
         """The pair that runs, where one does, once."""
         return self.pairs[counts.index(1)]
 
-    def _search(self, counts: Counts, log_delta: float, tolerance: float, upper: bool) -> float:
+    def _stored(self, counts: Counts, log_delta: float, tolerance: float, upper: bool) -> float | None:
+        """The answer of a spectrum that is there already, if it is good enough."""
         for built in reversed(self._built[upper]):
             if built.spectrum.fits(counts):
-                answer = solve_epsilon(built.spectrum, counts, log_delta, built.plan.epsilon)
+                answer = solve_epsilon(built.spectrum, counts, log_delta, self._last or built.plan.epsilon)
                 if self._good(built, counts, answer, log_delta, tolerance):
+                    if 0.0 < answer < math.inf:
+                        self._last = answer
                     return answer
+        return None
+
+    def _search(self, counts: Counts, log_delta: float, tolerance: float, upper: bool) -> float:
+        stored = self._stored(counts, log_delta, tolerance, upper)
+        if stored is not None:
+            return stored
         room = self._room(counts) if upper else counts
         plan = self._plan(room, log_delta)
         best = math.inf if upper else 0.0
@@ -151,6 +162,9 @@ class Direction:
             return known
         if self._floor(counts) >= log_delta:
             return math.inf
+        stored = self._stored(counts, log_delta, 100.0 * tolerance, upper=True)
+        if stored is not None and stored <= known:
+            return known
         self._quick = chernoff(self.pairs, counts, self._plan(counts, log_delta))
         if self._quick.epsilon(counts, log_delta) <= known:
             return known
