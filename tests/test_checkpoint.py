@@ -363,7 +363,12 @@ def test_without_replay_everything_is_drawn_anew(tmp_path: Path) -> None:
     ends = []
     for _ in range(2):
         life = begin(max_physical_batch_size=2)
+        life.load(tmp_path / "c")
+        noise, draws = (part.state_dict() for part in (life.engine._attached().noise, life.engine._loader))
+        life = begin(max_physical_batch_size=2)
         life.load(tmp_path / "c", replay=False)
+        assert not torch.equal(life.engine._attached().noise.state_dict()["given"], noise["given"])
+        assert not torch.equal(life.engine._loader.state_dict()["origin"]["draws"], draws["origin"]["draws"])
         ends.append(life.train().weights())
         assert sum(n for _, n in life.engine.accountant.ledger) == 15
     assert not torch.equal(ends[0], ends[1])
