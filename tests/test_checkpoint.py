@@ -263,6 +263,32 @@ def test_a_learning_clipping_is_saved(tmp_path: Path) -> None:
     assert_same(life.train(), whole)
 
 
+class Skipping(nn.Sequential):
+    """Layers that Python's and numpy's chance may leave out, as LayerDrop does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self[0](x)
+        if self.training:
+            x = self[2](x) if random.random() < 0.5 else x
+            x = x * (1.0 + float(np.random.rand()))  # noqa: NPY002
+        return self[3](x)
+
+
+def test_a_model_with_chance_of_its_own(tmp_path: Path) -> None:
+    """What is examined anew after a resume takes nothing from the generators that the model draws from."""
+
+    def life() -> Life:
+        made = begin()
+        made.model.__class__ = Skipping
+        return made
+
+    whole = life().train(lambda life: life.save(tmp_path / str(life.steps)))
+    for at in (2, 7):
+        resumed = life()
+        resumed.load(tmp_path / str(at))
+        assert_same(resumed.train(), whole)
+
+
 @pytest.mark.parametrize("options", [{}, {"poisson_sampling": False, "loader": {"shuffle": True}}])
 def test_unseeded_runs_go_on_too(options: dict[str, Any], tmp_path: Path) -> None:
     """Generators seeded from the operating system, or drawn from torch's own, are saved as well."""
