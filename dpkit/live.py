@@ -29,15 +29,18 @@ class Live:
     Attributes:
         again: a part of the forward is run again, in the backward (activation checkpointing).
         assumed: calls and operations that the probe had not seen, to be verified when the forward ends.
+        culprit: the layer or parameter that was met last.
     """
 
     def __init__(self, tape: Tape, plan: probe.Plan, batch: Batch, n: int, *, again: bool = False) -> None:
         self.tape, self.plan, self.batch, self.n, self.again = tape, plan, batch, n, again
         self.assumed: list[tuple[Any, str, int, probe.Site]] = []
         self.order: Tensor | None = None
+        self.culprit: nn.Module | nn.Parameter | None = None
         self._called: dict[nn.Module, int] = defaultdict(int)
         self._operated: dict[tuple[nn.Parameter, str], int] = defaultdict(int)
         self._copies: dict[nn.Parameter, Tensor] = {}
+        self._apiece: dict[nn.Parameter, tuple[Tensor, ...]] = {}
 
     def count(self, layer: nn.Module) -> int:
         """The number of this call of a layer with a rule within the forward."""
@@ -61,7 +64,7 @@ class Live:
 
     def operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = leaves((args, kwargs))
-        origin = next(v for v in values if isinstance(v, StandIn)).origin
+        self.culprit = origin = next(v for v in values if isinstance(v, StandIn)).origin
         name = probe.name_of(func)
         k = self._operated[origin, name]
         self._operated[origin, name] += 1
@@ -111,6 +114,7 @@ class Live:
                 measured.calls.get((whose, k)) if isinstance(whose, nn.Module) else measured.ops.get((whose, name, k))
             )
             if not known or not site.agrees(known[0]):
+                self.culprit = whose
                 path = self.tape.path(whose) if isinstance(whose, nn.Module) else self.tape.name(whose)
                 raise UncoveredParameterError(
                     f"{path}: in this batch {name} was used in a way that was not measured before",
@@ -128,9 +132,15 @@ class Live:
         return probe.Site(name, places, [None] * len(values), [Records(0) if met else None], met)
 
     def copies(self, s: StandIn) -> Tensor:
-        if s.copies is not None:
-            return s.copies
-        parameter = s.origin
+        return self._spread(s.origin) if s.copies is None else s.copies
+
+    def apiece(self, parameter: nn.Parameter) -> tuple[Tensor, ...]:
+        """Each record's own copy of a trainable parameter."""
+        if parameter not in self._apiece:
+            self._apiece[parameter] = self._spread(parameter).unbind(0)
+        return self._apiece[parameter]
+
+    def _spread(self, parameter: nn.Parameter) -> Tensor:
         if parameter not in self._copies:
             if trains(parameter):
                 self._copies[parameter] = Spread.apply(self.tape.anchor(parameter), parameter, self.batch, self.n)

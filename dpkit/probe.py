@@ -150,15 +150,20 @@ class Taint(TorchDispatchMode):
 
 
 class Recorder:
-    """The router of one probing run: stand-ins give their logical values, and every meeting is written down."""
+    """The router of one probing run: stand-ins give their logical values, and every meeting is written down.
 
-    def __init__(self, n: int) -> None:
+    ``watch``: the calls of all modules are, too, not only those of layers with a rule.
+    """
+
+    def __init__(self, n: int, *, watch: bool = False) -> None:
         self.n = n
         self.taint = Taint()
         self.calls: dict[tuple[nn.Module, int], Call] = {}
         self.ops: dict[tuple[nn.Parameter, str, int], Call] = {}
+        self.visits: dict[tuple[nn.Module, int], Call] | None = {} if watch else None
         self.bare: set[nn.Parameter] = set()
         self.order: Tensor | None = None
+        self._open: list[tuple[nn.Module, int]] = []
         self._called: dict[nn.Module, int] = defaultdict(int)
         self._operated: dict[tuple[nn.Parameter, str], int] = defaultdict(int)
 
@@ -169,9 +174,27 @@ class Recorder:
         """Note a call of a layer with a rule. Returns whether it may use the rule: its input comes from the batch."""
         k = self._called[layer]
         self._called[layer] += 1
-        tainted = self.taint.has((args, kwargs))
-        self.calls[layer, k] = Call(type(layer).__name__, self._seen((args, kwargs)), [], tainted)
-        return tainted and not any(isinstance(v, StandIn) for v in leaves((args, kwargs)))
+        self.calls[layer, k] = call = self._call(layer, args, kwargs)
+        return call.tainted and not any(isinstance(v, StandIn) for v in leaves((args, kwargs)))
+
+    def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Call:
+        numbers = [v if type(v) is int else None for v in leaves((args, kwargs))]
+        return Call(type(module).__name__, self._seen((args, kwargs)), numbers, self.taint.has((args, kwargs)))
+
+    def visit(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note that a module is called."""
+        if self.visits is not None:
+            key = module, sum(m is module for m, _ in self.visits)
+            self._open.append(key)
+            self.visits[key] = self._call(module, args, kwargs)
+
+    def visited(self, module: nn.Module, output: Any) -> None:
+        """Note what it returned; a module that returns what the batch does not reach is none that `apiece` can run."""
+        if self.visits is not None:
+            call = self.visits[self._open.pop()]
+            values = [v for v in leaves(output) if isinstance(v, Tensor)]
+            call.outputs = self._seen(output)
+            call.tainted = call.tainted and bool(values) and not any(isinstance(v, StandIn) for v in values)
 
     def returned(self, layer: nn.Module, output: Any) -> None:
         self.calls[layer, self._called[layer] - 1].outputs = self._seen(output)
@@ -238,12 +261,32 @@ def _sites(full: dict[K, Call], part: dict[K, Call], n: int, m: int) -> dict[K, 
 
 
 def _place(a: Seen | None, b: Seen | None, n: int, m: int) -> Place:
-    return None if a is None or b is None else place(a.shape, b.shape, n, m, (a.value, b.value))
+    if a is None or b is None:
+        return None
+    changed = [(d, s, t) for d, (s, t) in enumerate(zip(a.shape, b.shape, strict=False)) if s != t]
+    if len(a.shape) == len(b.shape) and [(s, t) for _, s, t in changed] == [(n, m)] * 2:
+        return Records(changed[0][0])  # a value for each pair of records: the first one's, see `Pairs`
+    return place(a.shape, b.shape, n, m, (a.value, b.value))
 
 
 def _rows(x: int | None, y: int | None, n: int, m: int) -> int | None:
     """k, if an integer argument is k·n in one run and k·m in the other."""
     return x // n if x is not None and y is not None and x != y and x % n == 0 and x // n * m == y else None
+
+
+def splittable(full: Recorder, part: Recorder) -> set[nn.Module]:
+    """The modules that can run on one record at a time: records have a place in all that enters and leaves them."""
+    assert full.visits is not None
+    assert part.visits is not None
+    sites = _sites(full.visits, part.visits, full.n, part.n)
+    bad = {m for m, _ in full.visits.keys() ^ sites.keys()} | {m for m, _ in part.visits.keys() ^ sites.keys()}
+    for (m, _), site in sites.items():
+        carried = any(isinstance(r, Records) for r in site.arguments) and any(
+            isinstance(r, Records) for r in site.outputs
+        )
+        if not site.data or site.folded is not None or not carried:
+            bad.add(m)
+    return {m for m, _ in sites} - bad
 
 
 def cut(tree: Any, dims: list[int | None], n: int, m: int) -> Any:
@@ -293,6 +336,23 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 b.copy_(kept)
 
 
+@contextlib.contextmanager
+def opened(model: nn.Module) -> Iterator[None]:
+    """Shake the parameters, and put them back: what a zero hides (a gate, an adapter, a residual branch that starts at
+    zero) would pass every test unseen and open later. Signs are kept. Autocast must not remember the shaken weights."""
+    kept = [(p, p.data) for p in model.parameters() if p.is_floating_point() and p.layout == torch.strided]
+    try:
+        for p, value in kept:
+            noise = torch.randn_like(value)
+            p.data = torch.where(value == 0, 0.01 + 0.02 * noise.abs(), value * (1 + 0.05 * noise.clamp(-2, 2)))
+        torch.clear_autocast_cache()
+        yield
+    finally:
+        for p, value in kept:
+            p.data = value
+        torch.clear_autocast_cache()
+
+
 def without_dropout(model: nn.Module) -> None:
     for m in model.modules():
         if isinstance(m, nn.modules.dropout._DropoutNd):
@@ -308,11 +368,11 @@ def same(full: Any, part: Any, n: int, m: int) -> str | None:
             continue
         where = place(tuple(a.shape), tuple(b.shape), n, m)
         if isinstance(where, Records):
-            found = [_gap(where.split(a), where.split(b), min(n, m))]
+            found = [gap(where.split(a), where.split(b), min(n, m))]
         elif isinstance(where, Folded) and where.factor == where.factor // 1 and _grew(a, b) == [where.dim]:
             # rows of a record in either order: the records that stayed must be found unchanged in one of them
             orders = (Records(where.dim, int(where.factor), inner) for inner in (False, True))
-            found = [_gap(r.split(a), r.split(b), min(n, m)) for r in orders]
+            found = [gap(r.split(a), r.split(b), min(n, m)) for r in orders]
         else:
             continue
         if all(found):
@@ -320,8 +380,8 @@ def same(full: Any, part: Any, n: int, m: int) -> str | None:
     return None
 
 
-def _gap(x: Tensor, y: Tensor, kept: int) -> str:
-    """How the shared records' values [n, ...] differ; nothing if they do not."""
+def gap(x: Tensor, y: Tensor, kept: int | None = None) -> str:
+    """How the first ``kept`` records' values [n, ...] (all by default) differ; nothing if they do not."""
     tolerance = 5e-2 if x.dtype in (torch.float16, torch.bfloat16) else 1e-3
     x, y = x[:kept].double(), y[:kept].double()
     finite = torch.isfinite(x) & torch.isfinite(y)
@@ -346,6 +406,11 @@ def crossed(full: Any, part: Any) -> dict[int, list[int]]:
         if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point()
     }
     return {k: dims for k, dims in found.items() if len(dims) > 1}
+
+
+def paired(v: Tensor, dims: list[int] | None, n: int) -> bool:
+    """Whether v holds one value for each pair of n records, in these two dimensions."""
+    return dims is not None and len(dims) == 2 and all(v.shape[d] == n for d in dims)
 
 
 def mixed_losses(full: Any, part: Any, alone: Any, n: int, m: int, arguments: Any) -> dict[int, str]:
