@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         UnfinishedStepError,
         UnsupportedModuleError,
     )
-    from .forms import Dense, Outer, Rows
+    from .forms import Dense, Outer, Routed, Rows
     from .rules import register_rule, unregister_rule
 
 _HOMES = {
@@ -53,7 +53,7 @@ _HOMES = {
         "UnfinishedStepError",
         "UnsupportedModuleError",
     ],
-    "forms": ["Dense", "Outer", "Rows"],
+    "forms": ["Dense", "Outer", "Routed", "Rows"],
     "rules": ["register_rule", "unregister_rule"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -74,6 +74,7 @@ __all__ = [
     "PerLayerClipping",
     "PrivacyEngine",
     "PrivacyError",
+    "Routed",
     "Rows",
     "SamplingError",
     "UncoveredParameterError",

@@ -24,8 +24,8 @@ from .errors import (
 )
 from .forms import Form, joined
 from .noise import NoiseSource
+from .optional import register_optional
 from .proof import prove
-from .rules import register_optional
 from .sampling import Draw, FixedBatches, PrivateDataLoader, Sampling, sampling_of
 from .tape import Tape
 from .taps import Batch

@@ -75,9 +75,10 @@ def examine(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[in
             tape.apiece |= more
             paths = sorted(tape.path(m) for m in more)
             log.warning(
-                "%s%s: run on one record at a time, which is exact but slow; a rule (dpkit.register_rule) is faster",
+                "%s%s: run on one record at a time, which is exact but slow; a rule (register_rule) is faster. (%s)",
                 ", ".join(paths[:3]),
                 f" and {len(paths) - 3} more" if len(paths) > 3 else "",
+                lost.refusal.seen,
             )
 
 
@@ -186,29 +187,33 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
 
 
 def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None], plan: probe.Plan, n: int) -> None:
-    """One record's outputs are differentiated: every form must give its gradient to that record, and all of it.
+    """Every record's gradient is where it belongs: shown for all of them by one weighted sum.
 
-    This is where a wrong attribution shows that sums cannot show (positions taken for records, a batch of one).
+    Each record has a loss of its own, made of its outputs. Autograd differentiates the sum of w[i] times loss i; the
+    forms are those of the unweighted sum, and their sum with the weights w must be the same. The weights are random, so
+    what is credited to another record changes the result (a sum with equal weights would not show it).
     """
     trainable = [p for p in tape.names if p.requires_grad]
+    device = next((v.device for v in leaves(arguments) if isinstance(v, Tensor)), torch.device("cpu"))
+    weights = (0.5 + torch.rand(n, device=device)) * torch.where(torch.rand(n, device=device) < 0.5, -1.0, 1.0)
 
-    def one_record(out: Any) -> Tensor | None:
+    def losses(out: Any) -> Tensor | None:
         terms = []
         for k, (v, r) in enumerate(zip(leaves(out), where, strict=False)):
             if not isinstance(v, Tensor) or not v.requires_grad:
                 continue
             if r is not None:
-                mine = r.split(v)[n - 1]
+                rows = r.split(v).flatten(1)
             elif probe.paired(v, plan.crossed.get(k), n):
-                mine = v.diagonal(0, *plan.crossed[k])[..., n - 1]
+                rows = v.diagonal(0, *plan.crossed[k]).movedim(-1, 0).reshape(n, -1)
             else:
                 continue
-            terms.append((mine * torch.linspace(-1.0, 1.3, mine.numel(), device=v.device).view_as(mine).cos()).sum())
-        return torch.stack([t.to(terms[0].dtype) for t in terms]).sum() if terms else None
+            terms.append((rows * torch.linspace(-1.0, 1.3, rows.shape[1], device=v.device).cos()).sum(1))
+        return torch.stack([t.to(terms[0].dtype) for t in terms]).sum(0) if terms else None
 
     plain = run.plain(arguments)
-    loss = one_record(plain)
-    if loss is None:
+    theirs = losses(plain)
+    if theirs is None:
         return
     trial = Batch(n)
     router = Live(tape, plan, trial, n)
@@ -227,10 +232,11 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
         )
         raise _Lost(cannot, router.culprit) from crash
     try:
-        expected = torch.autograd.grad(loss, trainable, allow_unused=True)
-        private = one_record(out)
-        if private is not None:
-            torch.autograd.grad(private, tape.anchors(), allow_unused=True)
+        weighted = (theirs * weights.to(theirs.dtype)).sum()
+        expected = torch.autograd.grad(weighted, trainable, allow_unused=True)
+        ours = losses(out)
+        if ours is not None:
+            torch.autograd.grad(ours.sum(), tape.anchors(), allow_unused=True)
     except RuntimeError as error:
         if "checkpoint" in str(error):  # reentrant checkpointing allows .backward() only
             return
@@ -245,9 +251,9 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
             if p in trial.forms:
                 form = joined(trial.forms[p])
                 try:
-                    probe.refuse_misattributed(tape.name(p), form, grad, n - 1, 1e-3 * largest, tolerance)
+                    probe.refuse_misattributed(tape.name(p), form, grad, weights, 1e-3 * largest, tolerance)
                 except PrivacyError as refusal:
-                    if tape.ruled(p):  # a wrong rule is not to be hidden
+                    if any(not rule.built_in for rule in tape.rules_of(p)):  # a wrong rule is not to be hidden
                         raise
                     raise _Lost(refusal, p) from refusal
 

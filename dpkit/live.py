@@ -160,11 +160,11 @@ class Live:
             bias = b.origin if isinstance(b, StandIn) else None
             y = F.linear(x, self._seen(weight), b if bias is None else self._seen(bias))
 
-            def emit(a: Tensor | None, g: Tensor) -> Any:
-                return _linear_forms(weight, bias, a, g)
+            def emit(a: tuple[Tensor, ...], g: Tensor) -> Any:
+                return _linear_forms(weight, bias, a[0], g)
 
             if torch.is_grad_enabled():
-                tapped: Tensor = Tap.apply(y, x, self.tape.anchor(y), emit, self.batch, *there)
+                tapped: Tensor = Tap.apply(y, self.tape.anchor(y), emit, self.batch, there[1], (there[0],), x)
                 return tapped
             return y
         if func is F.embedding:
@@ -311,9 +311,9 @@ _SHAPE_PRESERVING = frozenset(["contiguous", "clone", "to", "float", "double", "
 _UNDER_VMAP: dict[Any, Callable[..., Any]] = {F.embedding: _embedding, F.scaled_dot_product_attention: _attention}
 
 
-def _linear_forms(weight: nn.Parameter, bias: nn.Parameter | None, x: Tensor | None, grad: Tensor) -> Any:
+def _linear_forms(weight: nn.Parameter, bias: nn.Parameter | None, x: Tensor, grad: Tensor) -> Any:
     g = positions(grad)
-    if trains(weight) and x is not None:
+    if trains(weight):
         yield weight, Outer(g, positions(x))
     if bias is not None and trains(bias):
         yield bias, summed(g)

@@ -450,29 +450,25 @@ def refuse_folded(path: str, what: str, folded: Folded) -> None:
 
 
 def refuse_misattributed(
-    name: str, form: Form, expected: Tensor | None, record: int, floor: float, tolerance: float
+    name: str, form: Form, expected: Tensor | None, weights: Tensor, floor: float, tolerance: float
 ) -> None:
-    """Raise unless ``form`` gives the whole gradient of one record's outputs to that record, and nothing to others.
+    """Raise unless the sum of ``form`` with the weights [n] is the gradient of the losses' sum with these weights.
 
     What is below ``floor`` may be rounding alone; ``tolerance`` is relative.
     """
     norms = form.sq_norm().sqrt()
-    ours = form.weighted_sum(torch.ones_like(norms))
+    ours = form.weighted_sum(weights.to(norms))
     theirs = torch.zeros_like(ours) if expected is None else expected.to_dense().to(ours).flatten()
     size = float(theirs.norm())
     if not (size < float("inf") and bool(torch.isfinite(norms).all())):
         return
-    tolerance *= max(size, float(norms.max()), floor)
-    if float((ours - theirs).norm()) > tolerance:
+    gap = float((ours - theirs).norm())
+    if gap > tolerance * max(size, float(norms.max()), floor):
         raise GradientMismatchError(
-            f"{name}: the gradient of record {record} is found as {float(ours.norm()):.4g}, autograd says {size:.4g}",
-            why="what is not clipped per record is not covered by the guarantee.",
-            cure="correct the layer's rule (dpkit.register_rule), or freeze the parameter.",
-        )
-    others = float(norms.sum() - norms[record])
-    if others > tolerance:
-        raise CoupledRecordsError(
-            f"{name}: a part ({others:.3g} of {size:.3g}) of the gradient of record {record} is found at other records",
-            why="each record's part would be clipped with the wrong record's norm.",
-            cure="keep records in a dimension of their own all through the model, or register a rule for the module.",
+            f"{name}: its per-record gradients, weighted by record, add up to {float(ours.norm()):.4g}, autograd says "
+            f"{size:.4g} (they differ by {gap:.3g})",
+            why="a part of a record's gradient is missing or is found at another record, and would be clipped with the "
+            "wrong norm.",
+            cure="keep records in a dimension of their own all through the model; correct the layer's rule "
+            "(dpkit.register_rule), or freeze the parameter.",
         )

@@ -48,6 +48,10 @@ class Folded:
     dim: int
     factor: float
 
+    def shares(self, other: Place) -> bool:
+        """Whether the other holds as many rows a record in the same dimension, in an order that is known."""
+        return isinstance(other, Records) and (self.dim, self.factor) == (other.dim, other.factor)
+
 
 Place = Records | Folded | None
 """Where the records are; None: nowhere, the tensor does not depend on their number."""

@@ -22,7 +22,7 @@ from .apiece import Apiece
 from .errors import ConfigurationError, CoupledRecordsError, UncoveredParameterError
 from .examine import examine, examine_any
 from .live import Live
-from .records import Records
+from .records import Folded, Records
 from .rules import Rule, rule_for, trains
 from .standin import StandIn
 from .taps import Batch, Pairs, Refusal, Tap
@@ -119,9 +119,10 @@ class Tape:
     def path(self, module: nn.Module) -> str:
         return self._paths.get(module, type(module).__name__)
 
-    def ruled(self, parameter: nn.Parameter) -> bool:
-        """Whether the parameter belongs to a layer with a rule."""
-        return any(self.rules[m] is not None and m._parameters.get(name) is parameter for m, name in self.owners)
+    def rules_of(self, parameter: nn.Parameter) -> list[Rule]:
+        """The rules of the layers that own the parameter."""
+        owners = [m for m, name in self.owners if m._parameters.get(name) is parameter]
+        return [rule for m in owners if (rule := self.rules[m]) is not None]
 
     def anchor(self, like: Tensor) -> Tensor:
         """A leaf that requires grad, so that layers with integer inputs get a gradient."""
@@ -318,15 +319,29 @@ class Tape:
     def tapped(self, module: nn.Module, site: probe.Site, args: Any, kwargs: Any, y: Any, router: Live) -> Any:
         rule = self.rules[module]
         assert rule is not None
-        if site.folded is not None:
-            probe.refuse_folded(self.path(module), f"a call of {type(module).__name__}", site.folded)
-        k, x = next((k, v) for k, v in enumerate(leaves((args, kwargs))) if isinstance(v, Tensor))
-        there = site.arguments[k], site.outputs[0]
-        if not all(isinstance(r, Records) for r in there):
+        tensors = [(k, v) for k, v in enumerate(leaves((args, kwargs))) if isinstance(v, Tensor)]
+        taken = tensors if rule.all_inputs else tensors[:1]
+        places = [site.arguments[k] for k, _ in taken]
+        if (
+            rule.all_inputs
+        ):  # rows whose own values do not tell their order (routes that are all alike) follow the first
+            lead = places[0]
+            places = [lead if isinstance(r, Folded) and r.shares(lead) else r for r in places]
+        folded = next((r for r in (*places, *site.arguments, *site.outputs) if isinstance(r, Folded)), None)
+        if folded is not None and (not rule.all_inputs or folded in (*places, *site.outputs)):
+            probe.refuse_folded(self.path(module), f"a call of {type(module).__name__}", folded)
+        there = site.outputs[0]
+        if not isinstance(places[0], Records) or not isinstance(there, Records):
             raise CoupledRecordsError(
                 f"the input of {self.path(module)} comes from the batch but has no dimension of records",
                 why="it was reduced over the records, so the layer's gradient mixes them.",
                 cure="reduce over the records only in the loss.",
+            )
+        if rule.all_inputs and len({r.factor for r in (*places, there) if isinstance(r, Records)}) > 1:
+            raise UncoveredParameterError(
+                f"{self.path(module)} ({type(module).__name__}) takes tensors with different numbers of rows a record",
+                why="a rule is given rows that belong together.",
+                cure="keep the records in a dimension of their own ([n, t, ...] rather than [n*t, ...]).",
             )
         if not isinstance(y, Tensor):
             raise UncoveredParameterError(
@@ -334,9 +349,14 @@ class Tape:
                 why="a rule is given the gradient of one output tensor.",
                 cure="return one tensor, or remove the rule: the engine then follows the parameters themselves.",
             )
-        kept = x if rule.needs_input(self._own(module)) else None
+        needed = rule.needs_input(self._own(module))
         function = rule.function
-        return Tap.apply(y, kept, self.anchor(y), lambda a, g: function(module, a, g), router.batch, *there)
+
+        def emit(inputs: tuple[Tensor, ...], grad: Tensor) -> Any:
+            return function(module, inputs if rule.all_inputs else inputs[0] if inputs else None, grad)
+
+        kept, held = ([v for _, v in taken], tuple(places)) if needed else ([], ())
+        return Tap.apply(y, self.anchor(y), emit, router.batch, there, held, *kept)
 
     # ---- the outermost call
 

@@ -640,7 +640,7 @@ def test_rule_that_credits_the_wrong_record() -> None:
 
 
 def test_rule_that_is_right_for_the_last_record_only() -> None:
-    """The proof record by record looks at one of them; the sum over all must be autograd's own, too."""
+    """All records are looked at, not one of them."""
 
     @dpkit.register_rule(Scale)
     def scale(layer: Scale, x: Tensor, grad: Tensor) -> Any:
