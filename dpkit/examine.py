@@ -111,7 +111,7 @@ class _Run:
         self.tape, self.module, self.dims = tape, module, dims
 
     def recorded(self, what: Any, rows: int, *, watch: bool = False) -> tuple[Any, probe.Recorder]:
-        recorder = probe.Recorder(rows, watch=watch)
+        recorder = probe.Recorder(rows, lambda: self.tape.stack[-1].module, watch=watch)
         tensors = [v for v in leaves(what) if isinstance(v, Tensor)]
         recorder.taint.mark([v for v, d in zip(tensors, self.dims, strict=True) if d is not None])
         return self.routed(recorder, what), recorder
@@ -123,7 +123,8 @@ class _Run:
             frame = tape.push(self.module)
             what = tape.enter(frame, *what) or what
             args, kwargs = what
-            with router.taint if isinstance(router, probe.Recorder) else contextlib.nullcontext():
+            watch = router.taint if isinstance(router, probe.Recorder) else router.watch(what)
+            with watch or contextlib.nullcontext():
                 out = self.module.forward(*args, **kwargs)
             return tape.leave(frame, args, kwargs, out)
         finally:
@@ -174,16 +175,35 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
             difference = probe.same(full, part, n, m)
             if difference is not None:
                 probe.refuse_coupling(tape.path(module), difference)
-        if n > 1 and any(isinstance(v, Tensor) and v.ndim == 0 and v.is_floating_point() for v in leaves(full)):
-            alone, _ = run.recorded(probe.last(arguments, dims, n), 1)
-            plan.losses = probe.mixed_losses(full, part, alone, n, m, arguments)
+        if n > 1:
+            alone = _alone(run, arguments, dims, n, full)
+            difference = None if alone is None else probe.same_alone(full, part, alone, n)
+            if difference is not None:
+                probe.refuse_coupling(tape.path(module), difference)
+            if alone is not None:
+                plan.losses = probe.mixed_losses(full, part, alone, n, m, arguments)
         plan.crossed = probe.crossed(full, part)
         probe.merge(seen_full, seen_part, plan)
+        if plan.lost is not None:
+            try:
+                probe.refuse_scattered(tape.path(plan.lost))
+            except PrivacyError as refusal:
+                raise _Lost(refusal, plan.lost) from refusal
         where = [_where(a, b, n, m) for a, b in zip(leaves(full), leaves(part), strict=False)]
         plan.gives_records = n > 1 and any(r is not None for r in where)
         with torch.enable_grad():
             _attribute(tape, run, probe.cut(arguments, dims, n, n), where, plan, n)
     return plan
+
+
+def _alone(run: _Run, arguments: Any, dims: list[int | None], n: int, full: Any) -> Any:
+    """The outputs for the last record alone. Some models cannot run on one record; that matters for a loss only."""
+    try:
+        return run.recorded(probe.last(arguments, dims, n), 1)[0]
+    except Exception:
+        if any(isinstance(v, Tensor) and v.ndim == 0 and v.is_floating_point() for v in leaves(full)):
+            raise
+        return None
 
 
 def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None], plan: probe.Plan, n: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import probe
 from .errors import CoupledRecordsError, DoubleUseError, UncoveredParameterError
 from .forms import Outer
+from .moves import Move, Taint
 from .records import Place, Records
 from .rules import positions, summed, trains
 from .standin import StandIn
@@ -37,10 +38,38 @@ class Live:
         self.assumed: list[tuple[Any, str, int, probe.Site]] = []
         self.order: Tensor | None = None
         self.culprit: nn.Module | nn.Parameter | None = None
+        self.quiet = 0  # inside a rule, an operation on stand-ins or a module that runs on one record at a time
+        self._moves = iter(plan.moves)
         self._called: dict[nn.Module, int] = defaultdict(int)
         self._operated: dict[tuple[nn.Parameter, str], int] = defaultdict(int)
         self._copies: dict[nn.Parameter, Tensor] = {}
         self._apiece: dict[nn.Parameter, tuple[Tensor, ...]] = {}
+
+    def watch(self, arguments: Any) -> Taint | None:
+        """What checks, while it is entered, that rows stay with their records; None where the data move none."""
+        if not self.plan.moves or self.again:
+            return None
+        taint = Taint(self._moved)
+        tensors = [v for v in leaves(arguments) if isinstance(v, Tensor)]
+        taint.mark([v for v, d in zip(tensors, self.plan.inputs, strict=True) if d is not None])
+        return taint
+
+    def _moved(self, move: Move) -> None:
+        if self.quiet:
+            return
+        self.culprit = module = self.tape.stack[-1].module
+        places = next(self._moves, None)
+        if places is None:
+            raise UncoveredParameterError(
+                f"{self.tape.path(module)}: {move.name} moves rows by data, and did not when the model was examined",
+                why="whose rows they are has not been measured.",
+                cure="keep the model's operations the same from batch to batch, or register a rule for the module.",
+            )
+        self.quiet += 1
+        try:
+            places.check(move, self.n, self.tape.path(module))
+        finally:
+            self.quiet -= 1
 
     def count(self, layer: nn.Module) -> int:
         """The number of this call of a layer with a rule within the forward."""
@@ -77,10 +106,12 @@ class Live:
             site = self._guess(values, name)
         if site.folded is not None:
             probe.refuse_folded(self.tape.name(origin), name, site.folded)
-        fast = self._by_rule(func, args, kwargs, site)
-        if fast is not None:
-            return fast
-        return self._by_copies(func, args, kwargs, values, site, name, origin)
+        self.quiet += 1
+        try:
+            fast = self._by_rule(func, args, kwargs, site)
+            return self._by_copies(func, args, kwargs, values, site, name, origin) if fast is None else fast
+        finally:
+            self.quiet -= 1
 
     def _infer(self, values: list[Any], name: str, origin: nn.Parameter, k: int) -> probe.Site:
         """An operation that the probe did not see: the model took another path (another length, no padding)."""

@@ -18,11 +18,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import CoupledRecordsError, FoldedBatchError, GradientMismatchError
 from .forms import Form
+from .moves import Move, Places, Taint
 from .records import Folded, Place, Records, Shape, place
 from .standin import StandIn
 from .trees import leaves, tree_map
@@ -60,6 +59,17 @@ class Seen:
             return None
         folded = any(s > n and s % n == 0 for s in v.shape[:2])
         return Seen(tuple(v.shape), v.detach() if folded else None)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A `Move` as the probe saw it, and the module in whose forward it was."""
+
+    name: str
+    module: nn.Module
+    base: Seen | None
+    values: Seen | None
+    out: Seen | None
 
 
 @dataclass
@@ -122,42 +132,25 @@ class Plan:
     bare: set[nn.Parameter] = field(default_factory=set)  # parameters met outside a layer with a rule
     losses: dict[int, str] = field(default_factory=dict)  # scalar outputs that mix records: leaf number -> reason
     crossed: dict[int, list[int]] = field(default_factory=dict)  # outputs on pairs of records: leaf -> dimensions
+    moves: list[Places] = field(default_factory=list)  # rows that are moved as the data say, in order
+    lost: nn.Module | None = None  # where they are moved so that the records can no longer be followed
     gives_records: bool = False  # whether a floating output carries records
-
-
-class Taint(TorchDispatchMode):
-    """Marks every tensor that is computed from the marked ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.marked: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-    def mark(self, tree: Any) -> None:
-        for v in leaves(tree):
-            if isinstance(v, Tensor):
-                self.marked[v] = True
-
-    def has(self, tree: Any) -> bool:
-        return any(isinstance(v, Tensor) and v in self.marked for v in leaves(tree))
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if self.has((args, kwargs or {})):
-            self.mark(out)
-        return out
 
 
 class Recorder:
     """The router of one probing run: stand-ins give their logical values, and every meeting is written down.
 
-    ``watch``: the calls of all modules are, too, not only those of layers with a rule.
+    Args:
+        n: the records in this run.
+        inside: tells which module's forward is running.
+        watch: write down the calls of all modules, not only those of layers with a rule.
     """
 
-    def __init__(self, n: int, *, watch: bool = False) -> None:
-        self.n = n
-        self.taint = Taint()
+    def __init__(self, n: int, inside: Callable[[], nn.Module], *, watch: bool = False) -> None:
+        self.n, self.inside = n, inside
+        self.taint = Taint(self._moved)
+        self.moves: list[Moved] = []
+        self.quiet = 0  # inside a rule, an operation on stand-ins or a module that runs on one record at a time
         self.calls: dict[tuple[nn.Module, int], Call] = {}
         self.ops: dict[tuple[nn.Parameter, str, int], Call] = {}
         self.visits: dict[tuple[nn.Module, int], Call] | None = {} if watch else None
@@ -169,6 +162,11 @@ class Recorder:
 
     def _seen(self, tree: Any) -> list[Seen | None]:
         return [Seen.of(v, self.n) for v in leaves(tree)]
+
+    def _moved(self, move: Move) -> None:
+        if not self.quiet:
+            seen = [Seen.of(v, self.n) for v in (move.base, move.values, move.out)]
+            self.moves.append(Moved(move.name, self.inside(), *seen))
 
     def call(self, layer: nn.Module, args: Any, kwargs: Any) -> bool:
         """Note a call of a layer with a rule. Returns whether it may use the rule: its input comes from the batch."""
@@ -210,7 +208,9 @@ class Recorder:
         tainted = self.taint.has((plain_args, plain_kwargs))
         numbers = [v if type(v) is int else None for v in values]
         arguments = self._seen((args, kwargs))
+        self.quiet += 1
         out = func(*plain_args, **plain_kwargs)
+        self.quiet -= 1
         self.ops[origin, name, k] = Call(name, arguments, numbers, tainted, self._seen(out))
         if tainted:
             return out
@@ -228,6 +228,26 @@ def merge(full: Recorder, part: Recorder, plan: Plan) -> None:
     for op, site in _sites(full.ops, part.ops, full.n, part.n).items():
         plan.ops[op] = [site]
     plan.bare |= full.bare | part.bare
+    for k in range(max(len(full.moves), len(part.moves))):
+        a, b = ((r.moves[k] if k < len(r.moves) else None) for r in (full, part))
+        if a is None or b is None or (a.name, a.module) != (b.name, b.module):
+            plan.lost = (a or b or full.moves[-1]).module
+            return
+        base, values, out = (
+            _place(x, y, full.n, part.n) for x, y in ((a.base, b.base), (a.values, b.values), (a.out, b.out))
+        )
+        plan.moves.append(Places(a.name, base, values, out, written=a.values is not None))
+        if plan.moves[-1].lost:
+            plan.lost = a.module
+            return
+
+
+def refuse_scattered(path: str) -> None:
+    raise FoldedBatchError(
+        f"{path}: rows are moved as the data say, and the records can no longer be followed",
+        why="each row has to be clipped with the record that it came from.",
+        cure="keep the records in a dimension of their own, or register a rule for the module (dpkit.register_rule).",
+    )
 
 
 def extend(plan: Plan, other: Plan) -> None:
@@ -380,6 +400,20 @@ def same(full: Any, part: Any, n: int, m: int) -> str | None:
     return None
 
 
+def same_alone(full: Any, part: Any, alone: Any, n: int) -> str | None:
+    """None if the last record's outputs are the same with all others left out, else what differs."""
+    for k, (a, b, c) in enumerate(zip(leaves(full), leaves(part), leaves(alone), strict=False)):
+        if not all(isinstance(v, Tensor) and not isinstance(v, StandIn) and v.is_floating_point() for v in (a, b, c)):
+            continue
+        where = place(tuple(a.shape), tuple(b.shape), n, n - 1, (a, b))
+        if isinstance(where, Records) and c.ndim == a.ndim and c.shape[where.dim] == where.factor:
+            mine, own = where.split(a)[n - 1 :], where.split(c)
+            found = gap(mine, own) if mine.shape == own.shape else ""
+            if found:
+                return f"output {k} of the last record {found}"
+    return None
+
+
 def gap(x: Tensor, y: Tensor, kept: int | None = None) -> str:
     """How the first ``kept`` records' values [n, ...] (all by default) differ; nothing if they do not."""
     tolerance = 5e-2 if x.dtype in (torch.float16, torch.bfloat16) else 1e-3
@@ -434,7 +468,7 @@ def mixed_losses(full: Any, part: Any, alone: Any, n: int, m: int, arguments: An
 
 def refuse_coupling(path: str, what: str) -> None:
     raise CoupledRecordsError(
-        f"{path}: {what} when another record was left out of the batch",
+        f"{path}: {what} when other records were left out of the batch",
         why="a record then acts through the other records' gradients too, which clipping its own does not bound.",
         cure="remove what mixes records: BatchNorm (use GroupNorm), statistics over the batch, balancing losses.",
     )

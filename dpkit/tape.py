@@ -22,6 +22,7 @@ from .apiece import Apiece
 from .errors import ConfigurationError, CoupledRecordsError, UncoveredParameterError
 from .examine import examine, examine_any
 from .live import Live
+from .moves import Taint
 from .records import Folded, Records
 from .rules import Rule, rule_for, trains
 from .standin import StandIn
@@ -61,6 +62,7 @@ class Frame:
     restore: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
     site: probe.Site | None = None
     outermost: bool = False
+    quiet: bool = False
     apiece: Apiece | None = None
     given: Any = None  # the arguments of record 0, where the call was split
     router: Live | probe.Recorder | None = None  # set aside while the module runs as if there were no tape
@@ -93,6 +95,7 @@ class Tape:
         self._plans: dict[Any, probe.Plan] = {}
         self.latest: probe.Plan | None = None
         self.router: Live | probe.Recorder | None = None
+        self._watching: Taint | None = None
         self._anchors: dict[torch.device, Tensor] = {}
         self._handles: list[Any] = []
         self._watches: list[Any] = []
@@ -170,6 +173,12 @@ class Tape:
         while self.stack:
             self.pop()
         self.router = None
+        self._unwatch()
+
+    def _unwatch(self) -> None:
+        watching, self._watching = self._watching, None
+        if watching is not None:
+            watching.__exit__(None, None, None)
 
     def push(self, module: nn.Module) -> Frame:
         """Begin a call; the parameter entries that it changes are put back by `pop`."""
@@ -205,6 +214,8 @@ class Tape:
         if module in self.apiece:
             return self._part(frame, args, kwargs, router)
         if self.rules[module] is not None and self.uses_rule(module, args, kwargs, frame, router):
+            frame.quiet = True
+            router.quiet += 1
             own = module._parameters
             seen_by_autograd = self.batch.unproven if isinstance(router, Live) and self.batch else frozenset()
             for name, p in own.items():
@@ -218,6 +229,8 @@ class Tape:
         """Split the call of a module that runs on one record at a time; while probing, run it as it is."""
         module, arguments = frame.module, (args, kwargs)
         frame.router, self.router = router, None  # whatever happens inside is no concern of the tape's
+        frame.quiet = True
+        router.quiet += 1
         if isinstance(router, probe.Recorder):
             router.call(module, args, kwargs)
         elif torch.is_grad_enabled():
@@ -288,6 +301,7 @@ class Tape:
             router = self.router
             if frame.outermost:
                 self.router = None
+                self._unwatch()
         if frame.outermost and isinstance(router, Live) and output is not None:
             if router.assumed:
                 measured = examine(self, module, args, kwargs, router.plan.inputs, router.n)
@@ -306,6 +320,8 @@ class Tape:
         if frame.router is not None:
             self.router = frame.router
         router = self.router
+        if router is not None and frame.quiet:
+            router.quiet -= 1
         if router is None or output is None:
             return output
         if isinstance(router, probe.Recorder):
@@ -393,6 +409,9 @@ class Tape:
             return
         self.latest = plan
         self.router = Live(self, plan, batch, rows.pop())
+        self._watching = self.router.watch((args, kwargs))
+        if self._watching is not None:
+            self._watching.__enter__()
 
     def _find_records(self, tensors: list[Tensor], n: int) -> list[int | None]:
         first = 0 if self.batch_first else 1
