@@ -131,24 +131,122 @@ def dominating(pair: Pair, edges: Ints, origin: float, step: float, head_mass: f
     return Lattice(origin, step, edges[keep], total[keep], pair.infinite + tail_mass)
 
 
-def _tangent(gap: float, i: int, points: Array, q: Array, low: Array) -> float:
-    """Slope of the tangent to U from ``gap`` below it at edge i, minus U's own there, sign reversed; edge i's units."""
-    if gap <= 0.0:
-        return 0.0
-    best, mass, lag, x_before = -math.inf, 0.0, 0.0, 0.0
-    for j in range(i, len(q)):
-        weight = float(q[j])
-        if weight <= 0.0:
+def _cell_sums(mass: Array, loss: Array, cell: Ints, points: Array) -> tuple[Array, Array, Array]:
+    """For every cell [r, r'] of R: Q-mass times r, E_Q(R − r) and E_Q(r' − R)."""
+    n = len(points) - 1
+    lift = loss - points[cell]
+    q: Array = np.bincount(cell, weights=mass * np.exp(-lift), minlength=n).astype(np.float64)
+    low: Array = np.bincount(cell, weights=mass * -np.expm1(-lift), minlength=n).astype(np.float64)
+    high: Array = np.bincount(cell, weights=mass * np.expm1(points[cell + 1] - loss), minlength=n).astype(np.float64)
+    return q, low, high
+
+
+def _log_tails(q: Array, low: Array, high: Array, points: Array) -> tuple[Array, Array]:
+    """log E_Q(R − r)+ and log E_Q(r − R)+ at every edge r, to within 1e-9."""
+    with np.errstate(divide="ignore"):
+        mass, width = np.log(q) - points[:-1], points[:-1] + np.log(np.expm1(np.diff(points)))
+        above = np.append(np.logaddexp.accumulate(mass[::-1])[-2::-1], -math.inf)  # log Q(R > r')
+        below = np.append(-math.inf, np.logaddexp.accumulate(mass)[:-1])  # log Q(R < r)
+        # from one edge to the next: all that lies beyond times the width, plus the cell's own share
+        calls = np.logaddexp.accumulate(np.logaddexp(above + width, np.log(low))[::-1])[::-1]
+        puts = np.logaddexp.accumulate(np.logaddexp(below + width, np.log(high)))
+    return np.append(calls, -math.inf), np.append(-math.inf, puts)
+
+
+def _call(i: int, q: Array, low: Array, points: Array) -> float:
+    """E_Q(R − r)+ at edge i, to within 32 roundings."""
+    return math.fsum(low[i:] - q[i:] * np.expm1(points[i] - points[i:-1]))
+
+
+def _put(i: int, q: Array, high: Array, points: Array) -> float:
+    """E_Q(r − R)+ at edge i, to within 32 roundings."""
+    return math.fsum(high[:i] + q[:i] * np.exp(points[1 : i + 1] - points[:i]) * np.expm1(points[i] - points[1 : i + 1]))
+
+
+def _skip_corners(out: Array, points: Array) -> None:
+    """Make a polygon convex, in place: a corner of negative mass is skipped, its mass split on its neighbours."""
+    before = np.arange(-1, len(out) - 1)
+    after = np.arange(1, len(out) + 1)
+    todo = list(np.flatnonzero(out < 0.0)[::-1])
+    last = len(out) - 1
+    while todo:
+        i = int(todo.pop())
+        mass = float(out[i])
+        if mass >= 0.0:
             continue
-        lift = float(points[j] - points[i])
-        x = math.expm1(lift) + float(low[j]) / weight * math.exp(lift)
-        lag += mass * (x - x_before)
-        slope = -(gap + lag) / x if x > 0.0 else -math.inf
-        if slope < best:
-            break
-        best, x_before = slope, x
-        mass += weight * math.exp(-lift)
-    return best if math.isfinite(best) else 0.0
+        a, b = int(before[i]), int(after[i])
+        out[i] = 0.0
+        if a >= 0 and b <= last:
+            x, y = float(points[i] - points[a]), float(points[b] - points[i])
+            up = mass * math.expm1(-x) / math.expm1(-x - y)
+            out[a] += (mass - up) * (1.0 + 8.0 * U)
+            out[b] += up * (1.0 + 8.0 * U)
+            after[a], before[b] = b, a
+            todo += [j for j in (a, b) if out[j] < 0.0]
+        elif b <= last:  # the first corner: what is taken further right lowers more
+            out[b] += mass * math.exp(float(points[b] - points[i]))
+            before[b] = -1
+            todo += [b] if out[b] < 0.0 else []
+        elif a >= 0:  # the last corner: negative by rounding only
+            out[a] += 2.0 * mass * math.exp(float(points[a] - points[i]))
+            last, after[a] = a, len(out)
+            todo += [a] if out[a] < 0.0 else []
+
+
+def _floored(q: Array, low: Array, points: Array) -> Array:
+    """Masses of the crudest law: all of Q on the edge below its mean of R."""
+    out = np.zeros(len(points))
+    with np.errstate(divide="ignore"):
+        log_q = float(np.logaddexp.reduce(np.log(q) - points[:-1]))
+    if math.isfinite(log_q):
+        mean = math.log(float(np.sum(q + low))) - log_q
+        i = max(0, int(np.searchsorted(points, mean - 1e-8)) - 1)
+        out[i] = math.exp(log_q + float(points[i]) - 1e-8)
+    return out
+
+
+def _below(q: Array, low: Array, high: Array, pinned: Array, points: Array, slack: float) -> Array:
+    """Masses of the polygon V of `dominated`; to be lowered by the relative rounding ``slack`` once more."""
+    n = len(q)
+    width = np.expm1(np.diff(points))
+    full = width / (1.0 + width)
+    share = np.divide(low, q * width, out=np.zeros(n), where=q > 0.0)
+    rest = np.divide(high, q * width, out=np.ones(n), where=q > 0.0)
+    g = low * rest * (1.0 + slack)
+    halves = g / (rest**2 + share**2)
+    d = np.append(halves * rest, 0.0)
+    d[1:] = np.maximum(d[1:], halves * share)
+    q_all, high_all = q + pinned[:-1], high + pinned[:-1] * width
+    log_calls, log_puts = _log_tails(q_all, low, high_all, points)
+    with np.errstate(divide="ignore"):
+        log_d = np.log(d)
+    over, short = np.flatnonzero(log_d > log_puts - 1e-8), np.flatnonzero(log_d > log_calls - 1e-8)
+    start, stop = int(over[-1]) if len(over) else 0, int(short[0]) if len(short) else n
+    if stop - start < 2:
+        return _floored(q_all, low, points)
+    # V is on the line E_Q(R) − k up to ``start``, and zero from ``stop`` on; there the next edge must make up for d
+    put, call = _put(start, q_all, high_all, points), _call(stop, q_all, low, points)
+    if len(over):
+        if share[start] > 0.0:
+            d[start + 1] = max(d[start + 1], (g[start] - rest[start] * put * (1.0 - 2.0 * slack)) / share[start])
+        d[start] = put * (1.0 + slack)
+    if len(short):
+        d[stop - 1] = max(d[stop - 1], (g[stop - 1] - share[stop - 1] * call * (1.0 - 2.0 * slack)) / rest[stop - 1])
+        d[stop] = call * (1.0 + slack)
+    out = np.append(high / width, 0.0)
+    out[1:] += low / full
+    out = (out + pinned) * (1.0 - slack)
+    doubt = 8.0 * U * (d[1:] + d[:-1])
+    out[:-1] -= (d[1:] - d[:-1] + doubt) / width
+    out[1:] += (d[1:] - d[:-1] - doubt) / full
+    if len(over):
+        next_put = _put(start + 1, q_all, high_all, points) * (1.0 - slack)
+        out[start], out[:start] = (next_put - d[start + 1]) / width[start], 0.0
+    if len(short):
+        next_call = _call(stop - 1, q_all, low, points) * (1.0 - slack)
+        out[stop], out[stop + 1 :] = (next_call - d[stop - 1]) / full[stop - 1], 0.0
+    _skip_corners(out[start : stop + 1], points[start : stop + 1])
+    return np.maximum(out, 0.0)
 
 
 def dominated(pair: Pair, edges: Ints, origin: float, step: float) -> Lattice:
@@ -156,25 +254,23 @@ def dominated(pair: Pair, edges: Ints, origin: float, step: float) -> Lattice:
 
     Guarantee: dominated by ``pair``. Mass outside the edges is dropped, all rounding is rounded down.
 
-    Let U(k) = E_Q(R − k)+, with every cell merged into one atom (data processing: U can only fall). From left to right
-    this draws a high polygon V ≤ U with corners on edges only: it leaves each edge along the tangent to U that passes
-    through it. Tangents to a convex function stay below it and get flatter, so V is convex, below U, and the call
-    function
-    of a law on the edges that is smaller in convex order; where V would fall below zero (far tail) the mass that is
-    left is put on the last edge
-    before, which lowers V by a constant. Only local quantities occur: D, the gap U − V at an edge, and a, the
-    difference of
-    the two slopes in units of the edge's R, so that nothing cancels.
+    Let U(k) = E_Q(R − k)+, with every cell merged into one atom (data processing: U can only fall). A law on the edges
+    whose call function V stays below U is dominated. Connecting the dots of U, as in `dominating`, overshoots it at the
+    atom c of a cell [r, r'] by g = (Q-mass)·(c − r)(r' − c)/(r' − r). So V is the polygon through U − d, where d lowers
+    the line over every cell by at least g at c: with c = (1 − λ)r + λr', d ≥ g(1 − λ)/((1 − λ)² + λ²) at r and
+    d ≥ gλ/((1 − λ)² + λ²) at r'. An atom close to one edge then costs the other edge next to nothing. A corner of V
+    that is not convex is skipped, which lowers V. In the tails, where d is more than U lies above its asymptotes, V is
+    on the asymptote. The masses of V are the connected dots' minus second differences of d; no difference of values of
+    U is ever taken. Atoms on edges (``pinned``), and a bulk narrower than the grid, need no d at all.
     """
     points: Array = origin + step * edges.astype(np.float64)
     atoms = pair.atoms(points)
     n = len(edges) - 1
     mass = atoms.mass * (1.0 - atoms.mass_error)
     loss = atoms.loss - atoms.loss_error - 4.0 * U * (np.abs(atoms.loss) + abs(origin))
-    pinned: Array = np.zeros(n + 1)
     bulk = np.abs(loss - origin) < 0.5 * step
     if not pair.breaks() and float(mass[bulk].sum()) > 0.3:
-        # a bulk narrower than the grid is merged into one atom, and the grid moved to where that lies
+        # merge it into one atom, and move the grid to where that lies
         weight = float(mass[bulk].sum())
         mean = origin - math.log(float(np.dot(mass[bulk], np.exp(origin - loss[bulk]))) / weight)
         mean -= 8.0 * U * (abs(mean) + bulk.sum() * step)
@@ -187,45 +283,10 @@ def dominated(pair: Pair, edges: Ints, origin: float, step: float) -> Lattice:
     mass, loss, cell = mass[inside], loss[inside], cell[inside]
     pin = loss - points[cell] < 3e-9 * step
     lowered = mass[pin] * np.exp(points[cell[pin]] - loss[pin])
-    pinned = np.bincount(cell[pin], weights=lowered, minlength=n + 1).astype(np.float64)
+    pinned: Array = np.bincount(cell[pin], weights=lowered, minlength=n + 1).astype(np.float64)
     mass, loss, cell = mass[~pin], loss[~pin], cell[~pin]
-    width = np.expm1(np.diff(points))
-    # Q-masses and first moments per cell, all in units of the left edge's R
-    q: Array = np.bincount(cell, weights=mass * np.exp(points[cell] - loss), minlength=n).astype(np.float64)
-    low: Array = np.bincount(cell, weights=mass * -np.expm1(points[cell] - loss), minlength=n).astype(np.float64)
-    high: Array = np.bincount(cell, weights=mass * np.expm1(points[cell + 1] - loss), minlength=n).astype(np.float64)
-    # U at the edges: call[i] = call[i + 1] + S_{i+1} (r_{i+1} − r_i) + low[i], S in units of r_i
-    slack = _slack(np.append(cell, 0))
-    growth = np.exp(np.diff(points))
-    out = np.zeros(n + 1)
-    above = np.zeros(n + 1)
-    call = np.zeros(n + 1)
-    s = u = 0.0
-    for i in range(n - 1, -1, -1):
-        s /= float(growth[i])
-        u += s * float(width[i]) + float(low[i])
-        s += float(q[i])
-        above[i], call[i] = s, u
-    gap, slope, carried = (
-        0.0,
-        0.0,
-        0.0,
-    )  # carried: V's slope left of the edge minus U's right of it, in this edge's units
-    tight = 1.0 - 4.0 * slack
-    for i in range(n):
-        if gap > call[i]:
-            break
-        slope = _tangent(gap, i, points, q, low) * tight
-        out[i] = carried - slope
-        gap = max(gap + slope * float(width[i]) + float(high[i]), 0.0)
-        carried = (slope + float(q[i])) * float(growth[i])
-        last = i
-    # everything that is left goes on the edge after the last line drawn from
-    stop = last + 1
-    out[stop] = carried + (above[stop] if stop < n else 0.0)
-    if gap > call[stop]:  # V is below zero there already: stop one edge earlier
-        out[stop] = 0.0
-        out[last] += slope + above[last]
-    out = (np.maximum(out, 0.0) + pinned) * (1.0 - 8.0 * slack)
+    slack = _slack(np.append(cell, 0)) + 64.0 * U
+    q, low, high = _cell_sums(mass, loss, cell, points)
+    out = _below(q, low, high, pinned, points, slack) * (1.0 - slack)
     keep = out > 0.0
     return Lattice(origin, step, edges[keep], out[keep], pair.infinite)

@@ -3,6 +3,9 @@
 A clipping is a frozen value with ``weights(norms, max_grad_norm)`` and ``sensitivity(max_grad_norm)``. ``norms`` is
 [n, k]: one column a trainable parameter tensor. It returns [n] (one weight a record) or [n, k] (one for each tensor).
 
+A clipping that learns (adaptive quantiles) also has ``state_dict()`` and ``load_state_dict(state)``, plain values in
+and out (tensors, numbers, strings, lists, dicts); the engine's checkpoints then hold it.
+
 Guarantee: adding or removing one record moves the weighted sum by at most ``sensitivity`` in Euclidean norm.
 """
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpkit.accountants import Accountant, Gaussian, RDPAccountant, calibrate, make_accountant
+from dpkit.accountants import Accountant, Gaussian, GroupOf, PLDAccountant, make_accountant
 
 from . import checks
 from .clipping import Clipping, clipping_of
@@ -22,13 +22,16 @@ from .errors import (
     UncoveredParameterError,
     UnfinishedStepError,
 )
-from .forms import Form, joined
+from .forms import joined
+from .loader import Draw, PrivateDataLoader, refuse_private
 from .noise import NoiseSource
 from .optional import register_optional
-from .proof import prove
-from .sampling import Draw, FixedBatches, PrivateDataLoader, Sampling, sampling_of
+from .proof import prove, refuse_coupled_losses
+from .sampling import checked, sampling_of
+from .sums import ClippedSum
 from .tape import Tape
-from .taps import Batch
+from .targets import noise_multiplier_for
+from .units import PrivacyUnit, refuse_reordering, units_of
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
@@ -39,8 +42,9 @@ class PrivacyEngine:
 
     Guarantee: after any number of optimizer steps, the weights are (ε, δ)-differentially private with
     ε = ``get_epsilon(delta)``, for neighbouring data sets that differ by adding or removing one record (by zeroing one
-    out, with ``poisson_sampling=False``), as long as each record's loss depends on that record alone. The strict door,
-    ``engine.backward(losses)``, checks that assumption; everything else is checked in any case or refused.
+    out, with ``poisson_sampling=False``; one unit, with ``privacy_unit``), as long as each record's loss depends on
+    that record alone. The strict door, ``engine.backward(losses)``, checks that assumption; everything else is checked
+    in any case or refused.
 
     Args:
         accountant: the judge of what was spent: "pld" (tight), "rdp" (quick, some 5 to 15% above), or a
@@ -64,7 +68,7 @@ class PrivacyEngine:
         """Records whose gradient was not finite and was replaced by zero. Not covered by ε: do not publish it."""
         self._tape: Tape | None = None
         self._draw: Draw | None = None
-        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._sum: ClippedSum | None = None
         self._target_delta: float | None = None
         self._charged: float | None = None  # fixed batches: the least σ charged for in this pass
 
@@ -88,6 +92,10 @@ class PrivacyEngine:
         max_physical_batch_size: int | None = None,
         noise_generator: torch.Generator | None = None,
         batch_first: bool = True,
+        privacy_unit: PrivacyUnit | None = None,
+        max_rows_per_unit: int | None = None,
+        unit_reduction: str = "mean",
+        augmentations: int = 1,
     ) -> tuple[M, O, DataLoader[Any]]:
         """Attach to a model, its optimizer and its data; returns the same model and optimizer, and a private loader.
 
@@ -108,6 +116,14 @@ class PrivacyEngine:
             noise_generator: for runs that repeat exactly; by default the noise is seeded from the operating system. So
                 is the draw of records, unless the data loader has a generator of its own.
             batch_first: False if the model's inputs are [t, n, ...].
+            privacy_unit: whose presence ε is about, if one user, patient or conversation has several rows: a column
+                (its name, or its position in each row), one id for each row in the data set's order, or a function
+                from a row to its id. Units are then drawn, with all of their rows; a unit's gradients become one before
+                it is clipped. The loader's batch size, N and q count units; each physical batch holds whole units.
+            max_rows_per_unit: where a unit has more rows, that many of them, drawn anew each time, take part.
+            unit_reduction: whether a unit's gradient is the "mean" or the "sum" over its rows.
+            augmentations: read each row that is drawn this many times (the data set's own random transform makes other
+                views of it); all of them are one unit's, so they cost nothing more.
 
         Raises:
             ConfigurationError: an argument out of range, or a combination that says nothing.
@@ -137,14 +153,28 @@ class PrivacyEngine:
         if max_physical_batch_size is not None:
             checks.count("max_physical_batch_size", max_physical_batch_size)
         rule = clipping_of(clipping)
-        sampling = sampling_of(data_loader, poisson=poisson_sampling)
+        refuse_private(data_loader)
+        units = units_of(
+            checked(data_loader).dataset,
+            privacy_unit,
+            max_rows_per_unit=max_rows_per_unit,
+            unit_reduction=unit_reduction,
+            augmentations=augmentations,
+            max_physical_batch_size=max_physical_batch_size,
+        )
+        sampling = sampling_of(data_loader, units, poisson=poisson_sampling)
+        if not units.records or units.copies > 1:
+            refuse_reordering(data_loader.dataset, data_loader.collate_fn)
         register_optional(module)
         checks.validate_model(module)
-        sigma = self._noise_multiplier_for(sampling, noise_multiplier, target_epsilon, target_delta, epochs, steps)
+        sigma = noise_multiplier_for(
+            self.accountant, sampling, noise_multiplier, target_epsilon, target_delta, epochs, steps
+        )
 
         tape = Tape(module, batch_first=batch_first)
         self._tape, self._optimizer, self._sampling = tape, optimizer, sampling
         self._clipping, self._loss_reduction = rule, loss_reduction
+        self._target_delta = target_delta
         self._noise_multiplier, self._max_grad_norm = sigma, max_grad_norm
         self._noise = NoiseSource(noise_generator)
         if noise_generator is not None:
@@ -157,61 +187,12 @@ class PrivacyEngine:
             self._tape = None
             raise
         self._step_hook = optimizer.register_step_pre_hook(self._before_step)
-        self._loader = PrivateDataLoader(data_loader, sampling, self, max_physical_batch_size)
+        self._loader = PrivateDataLoader(data_loader, sampling, units, self, max_physical_batch_size)
         return module, optimizer, self._loader
 
     def make_private_with_epsilon(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, DataLoader[Any]]:
         """`make_private` under the name that Opacus gives the call with ``target_epsilon``."""
         return self.make_private(*args, **kwargs)
-
-    def _noise_multiplier_for(
-        self,
-        sampling: Sampling,
-        noise_multiplier: float | None,
-        target_epsilon: float | None,
-        target_delta: float | None,
-        epochs: int | None,
-        steps: int | None,
-    ) -> float:
-        """σ as given, or the least one that meets the target."""
-        if noise_multiplier is not None:
-            if target_epsilon is not None or epochs is not None or steps is not None:
-                raise ConfigurationError(
-                    "noise_multiplier was given together with target_epsilon, epochs or steps",
-                    why="one determines the other.",
-                    cure="give noise_multiplier alone, or target_epsilon, target_delta and epochs (or steps).",
-                )
-            if target_delta is not None:
-                target_delta = checks.number("target_delta", target_delta, low=0.0, high=1.0)
-            self._target_delta = target_delta
-            return checks.number("noise_multiplier", noise_multiplier, low=0.0, strict=False)
-        if target_epsilon is None or target_delta is None or (epochs is None) == (steps is None):
-            raise ConfigurationError(
-                "neither noise_multiplier nor a complete target was given",
-                why="the noise follows from one of them.",
-                cure="give noise_multiplier, or target_epsilon, target_delta and one of epochs and steps.",
-            )
-        if self.accountant.ledger:
-            raise ConfigurationError(
-                "target_epsilon was given to an engine that has spent budget already",
-                why="the target would not count what was spent before.",
-                cure="give noise_multiplier, or use a new engine and add up the two budgets.",
-            )
-        checks.number("target_epsilon", target_epsilon, low=0.0)
-        checks.number("target_delta", target_delta, low=0.0, high=1.0)
-        total = checks.count("steps", steps) if steps is not None else checks.count("epochs", epochs) * sampling.steps
-        if isinstance(sampling, FixedBatches):
-            total = -(-total // sampling.steps)
-        self._target_delta = float(target_delta)
-        kind = "rdp" if isinstance(self.accountant, RDPAccountant) else "pld"
-        sigma: float = calibrate(
-            target_epsilon=target_epsilon,
-            delta=target_delta,
-            sample_rate=sampling.sample_rate,
-            steps=total,
-            accountant=kind,
-        )
-        return sigma
 
     def detach(self) -> None:
         """Give everything back as it was. What was spent stays in the accountant."""
@@ -259,7 +240,7 @@ class PrivacyEngine:
 
     @property
     def sample_rate(self) -> float:
-        """q, the probability with which a record takes part in a step."""
+        """q, the probability with which a unit (record) takes part in a step."""
         self._attached()
         return self._sampling.sample_rate
 
@@ -269,14 +250,23 @@ class PrivacyEngine:
         self._attached()
         return self._sampling.expected_batch_size
 
-    def get_epsilon(self, delta: float | None = None) -> float:
-        """ε at ``delta`` (by default target_delta) of everything released so far; 0.0 before the first step."""
+    def get_epsilon(self, delta: float | None = None, *, group_size: int = 1) -> float:
+        """ε at ``delta`` (by default target_delta) of everything released so far; 0.0 before the first step.
+
+        With ``group_size`` k, for neighbouring data sets that differ by k units (records): group privacy.
+        """
         delta = self._target_delta if delta is None else delta
         if delta is None:
             raise ConfigurationError(
                 "get_epsilon() without delta", why="ε is a function of δ.", cure="pass delta=1e-5, say."
             )
-        return self.accountant.epsilon(checks.number("delta", delta, low=0.0, high=1.0))
+        delta = checks.number("delta", delta, low=0.0, high=1.0)
+        if checks.count("group_size", group_size) == 1:
+            return self.accountant.epsilon(delta)
+        judge = PLDAccountant(adjacency=self.accountant.adjacency)  # the Rényi accountant knows no bound for groups
+        for event, count in self.accountant.ledger:
+            judge.compose(GroupOf(group_size, event), count)
+        return judge.epsilon(delta)
 
     def backward(self, losses: Tensor) -> None:
         """The strict door: one loss a record, [n] or [n, 1]; checks that they are what they say.
@@ -306,23 +296,8 @@ class PrivacyEngine:
                 cure="compute the losses of the batch that the private loader has just yielded.",
             )
         if not self._strictly_examined and batch.n > 1:
-            self._examine(tape, batch, losses)
+            self._strictly_examined = refuse_coupled_losses(tape, batch, losses)
         (losses.mean() if self._loss_reduction == "mean" else losses.sum()).backward()
-
-    def _examine(self, tape: Tape, batch: Batch, losses: Tensor) -> None:
-        """The last record's loss must not reach the others."""
-        anchors = tape.anchors()
-        if not anchors:
-            return  # no forward was private yet: the step will say why
-        batch.examined = batch.n - 1
-        try:
-            torch.autograd.grad(losses[-1], anchors, retain_graph=True, allow_unused=True)
-            self._strictly_examined = bool(torch.isfinite(losses).all())  # else the next batch is examined too
-        except RuntimeError as error:
-            if "checkpoint" not in str(error):  # reentrant checkpointing allows .backward() only
-                raise
-        finally:
-            batch.examined = None
 
     # ---------------------------------------------------------------- the loader's side
 
@@ -335,9 +310,8 @@ class PrivacyEngine:
     def hand_out(self, draw: Draw) -> None:
         """A physical batch goes to the user."""
         tape = self._attached()
-        if not self._sums:
-            self._logical = (self._noise_multiplier, self._max_grad_norm)
-        draw.noise_multiplier, draw.max_grad_norm = self._logical
+        if self._sum is None:
+            self._sum = ClippedSum(self._clipping, self._noise_multiplier, self._max_grad_norm)
         for p in self._parameters():
             p.grad = None
         self._draw = draw
@@ -389,7 +363,7 @@ class PrivacyEngine:
         try:
             self._close(draw)
             if draw.last:
-                self._release(draw)
+                self._release()
         except BaseException:
             self._drop()
             raise
@@ -402,6 +376,7 @@ class PrivacyEngine:
         self._draw = None
         if batch is None:
             return
+        draw.done = True
         trainable = self._trainable()
         prove(tape, batch)
         forms = {p: joined(found) for p, found in batch.forms.items() if p.requires_grad}
@@ -412,47 +387,24 @@ class PrivacyEngine:
                     why="it would take its share of the clipping norm and never be trained or accounted.",
                     cure="add it to the optimizer (optimizer.add_param_group) or freeze it.",
                 )
-        if forms:
-            self._clip(trainable, forms, batch.n, draw.max_grad_norm)
-
-    def _clip(self, trainable: dict[nn.Parameter, int], forms: dict[nn.Parameter, Form], n: int, bound: float) -> None:
-        scale = float(n) if self._loss_reduction == "mean" else 1.0
-        squares = [f.sq_norm() for f in forms.values()]
-        wide = max((s.dtype for s in squares), key=lambda d: torch.finfo(d).bits)
-        norms = torch.zeros(n, len(trainable), dtype=wide, device=squares[0].device)
-        norms[:, [trainable[p] for p in forms]] = torch.stack([s.to(norms) for s in squares], 1).sqrt() * scale
-        finite = torch.isfinite(norms).all(1)
-        if not bool(finite.all()):
-            keep = finite.nonzero().flatten()
-            self.nonfinite_records += n - len(keep)
-            forms, norms = {p: f.take(keep.to(squares[0].device)) for p, f in forms.items()}, norms[keep]
-        weights = self._clipping.weights(norms, bound) * scale
-        for p, form in forms.items():
-            w = weights if weights.ndim == 1 else weights[:, trainable[p]]
-            total = form.weighted_sum(w.to(p.device))
-            held = self._sums.get(p)
-            self._sums[p] = total if held is None else held.add_(total)
+        if forms and self._sum is not None:
+            scale = float(batch.n) if self._loss_reduction == "mean" else 1.0
+            self.nonfinite_records += self._sum.add(forms, trainable, draw.units, scale)
 
     @torch.no_grad()
-    def _release(self, draw: Draw) -> None:
+    def _release(self) -> None:
         """Sums + noise, divided by the expected batch size, become ``p.grad``; the ledger is written first."""
+        clipped, self._sum = self._sum, None
+        assert clipped is not None
         trainable = self._trainable()
-        sums = [self._sums.pop(p, None) for p in trainable]
-        wide = [
-            s
-            if s is not None
-            else torch.zeros(p.numel(), device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
-            for p, s in zip(trainable, sums, strict=True)
-        ]
-        self._sums.clear()
-        std = draw.noise_multiplier * self._clipping.sensitivity(draw.max_grad_norm)
-        self._noise.add_to(wide, std)
-        first = self._charged is None or draw.noise_multiplier < self._charged
-        event = self._sampling.event(Gaussian(draw.noise_multiplier), first=first)
+        sums = clipped.take(trainable)
+        self._noise.add_to(sums, clipped.std)
+        first = self._charged is None or clipped.noise_multiplier < self._charged
+        event = self._sampling.event(Gaussian(clipped.noise_multiplier), first=first)
         if event is not None:
             self.accountant.compose(event)
-            self._charged = draw.noise_multiplier
-        for p, total in zip(trainable, wide, strict=True):
+            self._charged = clipped.noise_multiplier
+        for p, total in zip(trainable, sums, strict=True):
             p.grad = total.div_(self._sampling.expected_batch_size).view(p.shape).to(p.dtype)
 
     # ---------------------------------------------------------------- small things
@@ -469,8 +421,7 @@ class PrivacyEngine:
             if self._draw is not None:
                 for p in self._parameters():
                     p.grad = None
-        self._draw = None
-        self._sums.clear()
+        self._draw, self._sum = None, None
 
     def _parameters(self) -> list[nn.Parameter]:
         """The optimizer's parameters."""

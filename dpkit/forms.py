@@ -36,6 +36,11 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def _times(w: Tensor, x: Tensor) -> Tensor:
+    """``w`` [n] times ``x`` [n, ...]."""
+    return x * w.to(x).view(-1, *[1] * (x.ndim - 1))
+
+
 class Form:
     """The gradients of n records for one parameter."""
 
@@ -61,6 +66,10 @@ class Form:
 
     def folded(self, k: int) -> Form:
         """The same gradients where each k rows in a row belong to one record: n·k records become n."""
+        raise NotImplementedError
+
+    def scaled(self, w: Tensor) -> Form:
+        """Every record's gradient times its ``w[n]``."""
         raise NotImplementedError
 
     @property
@@ -102,6 +111,9 @@ class Dense(Form):
 
     def folded(self, k: int) -> Dense:
         return Dense(wide(self.value).reshape(-1, k, *self.value.shape[1:]).sum(1))
+
+    def scaled(self, w: Tensor) -> Dense:
+        return Dense(_times(w, wide(self.value)))
 
 
 @dataclass(frozen=True)
@@ -152,7 +164,7 @@ class Outer(Form):
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         g, a = self._wide()
-        g = g * w.to(g.dtype).view(-1, *[1] * (g.ndim - 1))
+        g = _times(w, g)
         if g.ndim == 3:
             return (g.flatten(0, 1).T @ a.flatten(0, 1)).flatten()
         return torch.einsum("n...to,n...ti->...oi", g, a).flatten()
@@ -167,6 +179,10 @@ class Outer(Form):
             self.g.reshape(-1, k * self.g.shape[1], self.g.shape[2]),
             self.a.reshape(-1, k * self.a.shape[1], self.a.shape[2]),
         )
+
+    def scaled(self, w: Tensor) -> Outer:
+        g, a = self._wide()
+        return Outer(_times(w, g), a)
 
 
 def _gram(g: Tensor, a: Tensor) -> Tensor:
@@ -223,8 +239,7 @@ class Rows(Form):
         return norms.sum(1)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
-        g = wide(self.g)
-        g = (g * w.to(g.dtype).view(-1, 1, 1)).flatten(0, 1)
+        g = _times(w, wide(self.g)).flatten(0, 1)
         return g.new_zeros(self.v, g.shape[-1]).index_add_(0, self.index.flatten(), g).flatten()
 
     def take(self, records: Tensor) -> Rows:
@@ -236,6 +251,9 @@ class Rows(Form):
             self.g.reshape(-1, k * self.g.shape[1], self.g.shape[2]),
             self.v,
         )
+
+    def scaled(self, w: Tensor) -> Rows:
+        return Rows(self.index, _times(w, wide(self.g)), self.v)
 
 
 @dataclass(frozen=True)
@@ -292,7 +310,7 @@ class Routed(Form):
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         g, a = self._wide()
-        g = (g * w.to(g.dtype).view(-1, 1, 1)).flatten(0, 1)
+        g = _times(w, g).flatten(0, 1)
         a, index = a.flatten(0, 1), self.index.flatten()
         out = g.new_zeros(self.m, g.shape[-1], a.shape[-1])
         for member in index.unique().tolist():
@@ -306,6 +324,10 @@ class Routed(Form):
     def folded(self, k: int) -> Routed:
         index, g, a = (x.reshape(-1, k * x.shape[1], *x.shape[2:]) for x in (self.index, self.g, self.a))
         return Routed(index, g, a, self.m)
+
+    def scaled(self, w: Tensor) -> Routed:
+        g, a = self._wide()
+        return Routed(self.index, _times(w, g), a, self.m)
 
 
 @dataclass(frozen=True)
@@ -341,6 +363,12 @@ class Joined(Form):
 
     def take(self, records: Tensor) -> Joined:
         return Joined(tuple(p.take(records) for p in self.parts))
+
+    def folded(self, k: int) -> Joined:
+        return Joined(tuple(p.folded(k) for p in self.parts))
+
+    def scaled(self, w: Tensor) -> Joined:
+        return Joined(tuple(p.scaled(w) for p in self.parts))
 
 
 def _inner(one: Form, other: Form) -> Tensor:

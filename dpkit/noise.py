@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,29 @@ class NoiseSource:
                 why="the noise would depend on who was drawn, while the guarantee takes the two as independent.",
                 cure="seed two generators differently, or leave noise_generator out.",
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the streams stand. Who knows it can take the noise out of what was and will be released."""
+        return {
+            "seeded": self.seeded,
+            "given": None if self._given is None else self._given.get_state(),
+            "own": {str(device): generator.get_state() for device, generator in self._own.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the streams that `state_dict` gave."""
+        if self._given is not None and state["given"] is not None:
+            self._given.set_state(state["given"])
+        self._own = {}
+        for name, held in state["own"].items():
+            self._own[torch.device(name)] = torch.Generator(name)
+            self._own[torch.device(name)].set_state(held)
+
+    def reseed(self) -> None:
+        """Go on with fresh streams: what was drawn before and may have been released is never drawn again."""
+        if self._given is not None:
+            self._given.manual_seed(secrets.randbits(63))
+        self._own = {}
 
     def add_to(self, sums: Sequence[Tensor], std: float) -> None:
         """Add independent N(0, std²) to every entry of flat float32 or float64 tensors, in place."""

@@ -1,4 +1,4 @@
-"""The first-batch proof: each parameter's forms must add up to the gradient that autograd itself computes."""
+"""The first batch's proofs: forms add up to autograd's own gradient, and losses are one a record."""
 
 from __future__ import annotations
 
@@ -60,3 +60,24 @@ def _refuse_uncovered(tape: Tape, batch: Batch, p: nn.Parameter) -> None:
         cure="freeze it, register a rule for its module (dpkit.register_rule), or use the parameter through its "
         "module inside the model's forward.",
     )
+
+
+def refuse_coupled_losses(tape: Tape, batch: Batch, losses: Tensor) -> bool:
+    """The strict door: the last record's loss must not reach the others. Returns whether that could be told.
+
+    Raises:
+        CoupledRecordsError: it has a gradient at another record's activations.
+    """
+    anchors = tape.anchors()
+    if not anchors:
+        return False  # no forward was private yet: the step will say why
+    batch.examined = batch.n - 1
+    try:
+        torch.autograd.grad(losses[-1], anchors, retain_graph=True, allow_unused=True)
+        return bool(torch.isfinite(losses).all())  # else the next batch is examined too
+    except RuntimeError as error:
+        if "checkpoint" not in str(error):  # reentrant checkpointing allows .backward() only
+            raise
+        return False
+    finally:
+        batch.examined = None

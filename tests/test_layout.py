@@ -98,7 +98,8 @@ def test_leaves_import_themselves_relatively(path: Path) -> None:
 @pytest.mark.parametrize("path", files("dpkit"), ids=name)
 def test_dpkit_needs_torch_only(path: Path) -> None:
     """The leaves by their public names, nothing heavier; transformers only where the user's model brought it."""
-    assert tops(path) - STANDARD <= {"torch", "dpkit", "transformers"}
+    strategies = path == ROOT / "dpkit" / "testing" / "strategies.py"
+    assert tops(path) - STANDARD <= {"torch", "dpkit", "transformers"} | ({"hypothesis"} if strategies else set())
     leaves = {m for m in imports(path) if m.startswith(("dpkit.accountants", "dpkit.layers"))}
     assert leaves <= {"dpkit.accountants", "dpkit.layers"}
     if "transformers" in tops(path):
@@ -114,7 +115,9 @@ def test_imports_run_downwards() -> None:
     assert not graph["dpkit.errors"] | graph["dpkit.trees"] | graph["dpkit.records"]
     assert graph["dpkit.forms"] <= {"dpkit.errors", "dpkit.trees", "dpkit.records"}
     assert {"dpkit.tape", "dpkit.sampling", "dpkit.noise", "dpkit.clipping", "dpkit.forms"} <= graph["dpkit.engine"]
-    assert not [user for user, used in graph.items() if "dpkit.engine" in used]
+    users = {user for user, used in graph.items() if "dpkit.engine" in used}
+    assert users <= {"dpkit.testing.loops", "dpkit.testing.rules", "dpkit.testing.strategies"}
+    assert not [low for low, used in graph.items() if "testing" not in low and any("testing" in m for m in used)]
     below = ("errors", "trees", "records", "forms", "rules", "checks")
     assert not [low for low in below if graph[f"dpkit.{low}"] & {"dpkit.tape", "dpkit.live", "dpkit.sampling"}]
 

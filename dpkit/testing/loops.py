@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..engine import PrivacyEngine
+from dpkit.engine import PrivacyEngine
 
 Loop = Callable[[PrivacyEngine, nn.Module, torch.optim.Optimizer, DataLoader[Any]], object]
 """A training loop over one pass of the loader, on what `PrivacyEngine.make_private` returned."""
@@ -41,7 +41,9 @@ def released(
     """
     model = copy.deepcopy(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    rate = 1.0 if all(p.dtype == torch.float64 for p in trained) else 2.0**14  # so that rounding p - rate · g hides little
+    rate = (
+        1.0 if all(p.dtype == torch.float64 for p in trained) else 2.0**14
+    )  # so that rounding p - rate · g hides little
     optimizer = torch.optim.SGD(trained, lr=rate)
     size = len(dataset)  # type: ignore[arg-type]
     loader: DataLoader[Any] = DataLoader(dataset, batch_size=size, collate_fn=collate_fn)
@@ -110,8 +112,8 @@ def check_loop(
         gap = float((whole - released(model, rest, loop, max_grad_norm=max_grad_norm, **options)).norm())
         if not gap <= max_grad_norm * (1 + slack):
             raise AssertionError(
-                f"record {x} moves the step by {gap:.4g}, more than max_grad_norm = {max_grad_norm:g}: its influence is "
-                "not bounded by clipping its own gradient. Look for what mixes records between the loader and the step."
+                f"record {x} moves the step by {gap:.4g}, more than max_grad_norm = {max_grad_norm:g}: clipping its "
+                "own gradient does not bound its influence. Look for what mixes records between loader and step."
             )
         worst = max(worst, gap / max_grad_norm)
     return worst

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector as vector
 
-from ..errors import PrivacyError
-from ..forms import Form, joined
-from ..optional import register_optional
-from ..rules import Rule, rule_for
-from ..tape import Tape
-from ..trees import leaves, tree_map
+from dpkit.errors import PrivacyError
+from dpkit.forms import Form, joined
+from dpkit.optional import register_optional
+from dpkit.rules import Rule, rule_for
+from dpkit.tape import Tape
+from dpkit.trees import leaves, tree_map
+
 from .loops import released
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
@@ -91,8 +92,7 @@ def check_rule(module: nn.Module, *inputs: Any, **kwargs: Any) -> RuleReport:
     rule = rule_for(module)
     errors: dict[str, float] = {}
     if rule is not None:
-        ours = {k: f for k, f in _by_rule(module, rule, names, arguments, weights).items()}
-        errors = _compare(f"the rule of {what}", ours, truth, tolerance)
+        errors = _compare(f"the rule of {what}", _by_rule(module, rule, names, arguments, weights), truth, tolerance)
     how, ours = _through_the_tape(module, names, arguments, weights, n)
     through = _compare(f"{what} in the engine", ours, truth, tolerance)
     errors = {k: max(e, errors.get(k, 0.0)) for k, e in through.items()}
@@ -118,7 +118,9 @@ def _alone(module: nn.Module, names: dict[str, nn.Parameter], arguments: Any, we
     """One record's gradient: a forward and a backward of that record alone."""
     value = (_call(module, arguments) * weights).sum()
     grads = torch.autograd.grad(value, list(names.values()), allow_unused=True)
-    return {k: torch.zeros_like(p) if g is None else g.to_dense() for (k, p), g in zip(names.items(), grads, strict=True)}
+    return {
+        k: torch.zeros_like(p) if g is None else g.to_dense() for (k, p), g in zip(names.items(), grads, strict=True)
+    }
 
 
 def _by_rule(
@@ -179,7 +181,9 @@ def _compare(what: str, ours: dict[str, Form], truth: list[Grads], tolerance: fl
             norms, exact = form.sq_norm().double().sqrt(), dense.reshape(len(truth), -1).norm(dim=1)
             low = (exact - norms) > tolerance * largest
             if bool(low.any()):
-                wrong.append(f"  {name}: sq_norm() of record {int(low.int().argmax())} is below the gradient's own norm")
+                wrong.append(
+                    f"  {name}: sq_norm() of record {int(low.int().argmax())} is below the gradient's own norm"
+                )
     if wrong:
         raise AssertionError("\n".join([f"{what} gives other gradients than a loop over single records:", *wrong]))
     return errors
@@ -208,7 +212,6 @@ def _sensitivity(module: nn.Module, arguments: Any, weights: Tensor, truth: list
     worst = max(moved) / bound
     slack = 1e-5 if weights.dtype == torch.float64 else 1e-2
     if worst > 1 + slack:
-        raise AssertionError(
-            f"record {moved.index(max(moved))} moves the clipped sum of {type(module).__name__} by {worst:.4f} times the bound"
-        )
+        x, what = moved.index(max(moved)), type(module).__name__
+        raise AssertionError(f"record {x} moves the clipped sum of {what} by {worst:.4f} times its bound")
     return worst
