@@ -276,7 +276,8 @@ class Live:
         functorch: Any = torch._C._functorch
         functorch._set_vmap_fallback_warning_enabled(False)  # slow operations are right all the same
         try:
-            out = torch.vmap(single, randomness="same")(*mapped)
+            # chance as in the model itself: one draw for what all records share, one for each where it is their data
+            out = torch.vmap(single, randomness="different" if site.data else "same")(*mapped)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             raise UncoveredParameterError(
                 f"{self.tape.name(origin)} is used in {name}, which cannot run on one copy a record ({error})",

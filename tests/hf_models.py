@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from tests.cases import ModelCase, cross_entropy, language_loss, squared, text
 from tests.oracle import Losses, PyTree
 
-__all__ = ["FAST", "HF_CASES"]
+__all__ = ["EXTRA", "FAST", "HF_CASES"]
 
 VOCAB, LENGTH, SIDE, LABELS = 32, 7, 16, 3
 
@@ -538,3 +538,6 @@ FAST = (
     "vit", "beit", "swin", "convnext", "clip_vision", "deberta_v2",
 )  # fmt: skip
 """The subset of the default test run."""
+
+EXTRA = frozenset({"t5_T_equals_n", "clip_vision"})
+"""Cases that are tested and are not among the 54."""
