@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -452,6 +452,7 @@ def mixed_losses(full: Any, part: Any, alone: Any, n: int, m: int, arguments: An
     found: dict[int, str] = {}
     names = arguments[1] if isinstance(arguments, tuple) and len(arguments) == 2 else {}
     labels = names.get("labels") if isinstance(names, dict) else None
+    keys = [key for key, v in full.items() for _ in leaves(v)] if isinstance(full, Mapping) else []
     for k, (a, b, c) in enumerate(zip(leaves(full), leaves(part), leaves(alone), strict=False)):
         if not all(
             isinstance(v, Tensor) and v.numel() == 1 and v.ndim == 0 and v.is_floating_point() for v in (a, b, c)
@@ -459,7 +460,9 @@ def mixed_losses(full: Any, part: Any, alone: Any, n: int, m: int, arguments: An
             continue
         x, y, z = float(a), float(b), float(c)
         scale = 1e-3 * max(abs(n * x), abs(m * y), abs(z), 1e-6)
-        if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
+        if k < len(keys) and "aux" in str(keys[k]):
+            found[k] = f"{keys[k]} balances the experts over the tokens of the whole batch"
+        elif isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
             found[k] = "it averages over the labelled tokens of the whole batch"
         elif abs(n * x - (m * y + z)) > scale and abs(x - (y + z)) > scale:
             found[k] = "it is neither the mean nor the sum of one loss a record"
