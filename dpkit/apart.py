@@ -15,15 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from dpkit.layers import embedding_bag, gru, lstm, multi_head_attention, rnn_relu, rnn_tanh
+from dpkit import layers
 
 TAKEN_APART: dict[Any, Callable[..., Any]] = {
-    F.multi_head_attention_forward: multi_head_attention,
-    F.embedding_bag: embedding_bag,
-    torch.lstm: lstm,
-    torch.gru: gru,
-    torch.rnn_tanh: rnn_tanh,
-    torch.rnn_relu: rnn_relu,
+    F.multi_head_attention_forward: layers.multi_head_attention,
+    F.embedding_bag: layers.embedding_bag,
+    torch.lstm: layers.lstm,
+    torch.gru: layers.gru,
+    torch.rnn_tanh: layers.rnn_tanh,
+    torch.rnn_relu: layers.rnn_relu,
+    torch.lstm_cell: layers.lstm_cell,
+    torch.gru_cell: layers.gru_cell,
+    torch.rnn_tanh_cell: layers.rnn_tanh_cell,
+    torch.rnn_relu_cell: layers.rnn_relu_cell,
 }
 
 

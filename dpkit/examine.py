@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import probe
+from .buffers import Buffers, differing, refuse_written
 from .errors import PrivacyError, UncoveredParameterError
 from .forms import joined
 from .live import Live
@@ -107,8 +108,8 @@ def _around(
 class _Run:
     """One call aside of the model, on arguments of the probe's choosing."""
 
-    def __init__(self, tape: Tape, module: nn.Module, dims: list[int | None]) -> None:
-        self.tape, self.module, self.dims = tape, module, dims
+    def __init__(self, tape: Tape, module: nn.Module, dims: list[int | None], buffers: Buffers) -> None:
+        self.tape, self.module, self.dims, self.buffers = tape, module, dims, buffers
 
     def recorded(self, what: Any, rows: int, *, watch: bool = False) -> tuple[Any, probe.Recorder]:
         recorder = probe.Recorder(rows, lambda: self.tape.stack[-1].module, watch=watch)
@@ -118,6 +119,7 @@ class _Run:
 
     def routed(self, router: probe.Recorder | Live, what: Any) -> Any:
         tape = self.tape
+        self.buffers.put_back()
         tape.router = router
         try:
             frame = tape.push(self.module)
@@ -132,6 +134,7 @@ class _Run:
 
     def plain(self, what: Any) -> Any:
         args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, what)
+        self.buffers.put_back()
         self.tape.push(self.module)
         try:
             return self.module.forward(*args, **kwargs)
@@ -143,10 +146,11 @@ def _splittable(
     tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[int | None], n: int
 ) -> set[nn.Module]:
     """The modules through whose calls the records can be followed from outside."""
-    m, run, kept = n - 1 if n > 1 else 2, _Run(tape, module, dims), tape.apiece
+    m, kept = n - 1 if n > 1 else 2, tape.apiece
     tape.apiece = set()
     try:
-        with probe.undisturbed(tape.model), probe.opened(tape.model):
+        with probe.undisturbed(tape.model) as buffers, probe.opened(tape.model):
+            run = _Run(tape, module, dims, buffers)
             probe.without_dropout(tape.model)
             _, full = run.recorded(probe.cut((args, kwargs), dims, n, n), n, watch=True)
             _, part = run.recorded(probe.cut((args, kwargs), dims, n, m), m, watch=True)
@@ -158,12 +162,18 @@ def _splittable(
 def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[int | None], n: int) -> probe.Plan:
     """Run the call aside on all and on all but one of the records; see `dpkit.probe`."""
     m = n - 1 if n > 1 else 2
-    plan, run = probe.Plan(inputs=dims), _Run(tape, module, dims)
-    arguments = (args, kwargs)
-    with probe.undisturbed(tape.model), probe.opened(tape.model):
+    plan, arguments = probe.Plan(inputs=dims), (args, kwargs)
+    with probe.undisturbed(tape.model) as buffers, probe.opened(tape.model):
+        run = _Run(tape, module, dims, buffers)
         probe.without_dropout(tape.model)
         full, seen_full = run.recorded(probe.cut(arguments, dims, n, n), n)
+        written, held = buffers.reached(seen_full.taint), buffers.released()
         part, seen_part = run.recorded(probe.cut(arguments, dims, n, m), m)
+        changed = differing(held, buffers.released()) - written
+        if changed:
+            run.recorded(probe.cut(arguments, dims, n, n), n)
+            written |= changed - differing(held, buffers.released())  # the rest changes by chance
+        refuse_written(written)
         difference = probe.same(full, part, n, m)
         if difference is not None:
             again, _ = run.recorded(probe.cut(arguments, dims, n, n), n)
@@ -268,14 +278,20 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
         largest = max((float(g.to_dense().norm()) for g in expected if g is not None), default=0.0)
         tolerance = trial.tolerance
         for p, grad in zip(trainable, expected, strict=True):
-            if p in trial.forms:
-                form = joined(trial.forms[p])
-                try:
+            try:
+                if p in trial.forms:
+                    form = joined(trial.forms[p])
                     probe.refuse_misattributed(tape.name(p), form, grad, weights, 1e-3 * largest, tolerance)
-                except PrivacyError as refusal:
-                    if any(not rule.built_in for rule in tape.rules_of(p)):  # a wrong rule is not to be hidden
-                        raise
-                    raise _Lost(refusal, p) from refusal
+                elif grad is not None and float(grad.to_dense().norm()) > tolerance * largest:
+                    raise UncoveredParameterError(
+                        f"{tape.name(p)} {list(p.shape)} has a gradient in ordinary training and none in a private one",
+                        why="it is used by an operation that the engine cannot follow, such as an autograd.Function.",
+                        cure="freeze it, or register a rule for the module that uses it (dpkit.register_rule).",
+                    )
+            except PrivacyError as refusal:
+                if any(not rule.built_in for rule in tape.rules_of(p)):  # a wrong rule is not to be hidden
+                    raise
+                raise _Lost(refusal, p) from refusal
 
 
 def _refuse_another_function(tape: Tape, run: _Run, arguments: Any, plain: Any, out: Any) -> None:

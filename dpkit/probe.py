@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .buffers import Buffers
 from .errors import CoupledRecordsError, FoldedBatchError, GradientMismatchError
 from .forms import Form
 from .moves import Move, Places, Taint
@@ -211,8 +212,10 @@ class Recorder:
         self.quiet += 1
         out = func(*plain_args, **plain_kwargs)
         self.quiet -= 1
+        if kwargs.get("out") is not None:
+            out = kwargs["out"]  # the caller's own tensor, which torch would return
         self.ops[origin, name, k] = Call(name, arguments, numbers, tainted, self._seen(out))
-        if tainted:
+        if tainted or kwargs.get("out") is not None:
             return out
         return tree_map(lambda v: StandIn.of(v, origin, self) if isinstance(v, Tensor) else v, out)
 
@@ -339,21 +342,19 @@ def last(tree: Any, dims: list[int | None], n: int) -> Any:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the model aside: random state, buffers and train flags are put back."""
+def undisturbed(model: nn.Module) -> Iterator[Buffers]:
+    """Run the model aside: random state, buffers and train flags are put back. Gives the buffers."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     flags = [(m, m.training) for m in model.modules()]
-    buffers = [(b, b.clone()) for b in model.buffers()]
+    buffers = Buffers(model)
     try:
         with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[d.index for d in devices]):
             warnings.simplefilter("ignore")
-            yield
+            yield buffers
     finally:
         for m, flag in flags:
             m.training = flag
-        with torch.no_grad():
-            for b, kept in buffers:
-                b.copy_(kept)
+        buffers.put_back()
 
 
 @contextlib.contextmanager

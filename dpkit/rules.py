@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .errors import UnsupportedModuleError
+from dpkit.layers import FrozenBatchNorm
+
 from .forms import Dense, Form, Outer, Rows
 
 Yields = Iterator[tuple[Tensor | None, Form]]
@@ -118,8 +119,9 @@ def rule_for(layer: nn.Module) -> Rule | None:
     for base in type(layer).__mro__:
         rule = _RULES.get(base)
         if rule is not None:
-            own = [k for k, v in vars(base).items() if callable(v) and k not in _BOOKKEEPING]
-            same = all(getattr(type(layer), k) is vars(base)[k] for k in own)
+            defined = (vars(cls).items() for cls in base.__mro__ if cls not in (nn.Module, object))
+            own = {k for items in defined for k, v in items if callable(v) and k not in _BOOKKEEPING}
+            same = all(getattr(type(layer), k) is getattr(base, k) for k in own)
             return rule if same and _describes(rule, layer) else None
     return None
 
@@ -130,23 +132,6 @@ def _describes(rule: Rule, layer: nn.Module) -> bool:
         return False  # some of the experts that tokens are routed to are elsewhere
     # With running statistics in use, instance norm is no longer a function of the record alone.
     return not (isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats)
-
-
-def refuse_unsound(layer: nn.Module, path: str) -> None:
-    """Raise where a trainable layer's own arithmetic releases or mixes records."""
-    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
-        if layer.max_norm is not None:
-            raise UnsupportedModuleError(
-                f"{path} ({type(layer).__name__}) has max_norm={layer.max_norm}",
-                why="the forward pass rescales the rows that the batch's records name: an update without noise.",
-                cure="build it with max_norm=None.",
-            )
-        if layer.scale_grad_by_freq:
-            raise UnsupportedModuleError(
-                f"{path} ({type(layer).__name__}) has scale_grad_by_freq=True",
-                why="each record's gradient is divided by a count over the whole batch, so records are coupled.",
-                cure="build it with scale_grad_by_freq=False.",
-            )
 
 
 def trains(p: Tensor | None) -> bool:
@@ -325,3 +310,16 @@ def instance_norm(layer: nn.InstanceNorm2d, x: Tensor, grad: Tensor) -> Yields:
     """Instance normalisation without running statistics: [n, c, ...]."""
     normalised = F.instance_norm(x, eps=layer.eps) if trains(layer.weight) else None
     yield from _affine_channels(layer, normalised, grad)
+
+
+@register_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, input_for=["weight"])
+def batch_norm_in_eval_mode(layer: nn.BatchNorm2d, x: Tensor, grad: Tensor) -> Yields:
+    """Normalisation by constant statistics (in train mode no forward is let through): [n, c, ...]."""
+    mean, var, eps = layer.running_mean, layer.running_var, layer.eps
+    yield from _affine_channels(layer, F.batch_norm(x, mean, var, eps=eps) if trains(layer.weight) else None, grad)
+
+
+@register_rule(FrozenBatchNorm, input_for=["weight"])
+def frozen_batch_norm(layer: FrozenBatchNorm, x: Tensor, grad: Tensor) -> Yields:
+    """Normalisation by constant statistics: [n, c, ...]."""
+    yield from _affine_channels(layer, layer.normalised(x) if trains(layer.weight) else None, grad)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
 
+import dpkit.layers
 from tests import models as m
 from tests.oracle import Losses, PyTree
 
@@ -248,6 +249,7 @@ def _norms() -> list[ModelCase]:
         plain("instance-norm-1d", lambda: affine(nn.InstanceNorm1d(4, affine=True)), normal(4, 7)),
         plain("instance-norm-2d", lambda: affine(nn.InstanceNorm2d(4, affine=True)), normal(4, 5, 3)),
         plain("instance-norm-3d", lambda: affine(nn.InstanceNorm3d(4, affine=True)), normal(4, 3, 3, 2)),
+        plain("frozen-batch-norm", lambda: affine(dpkit.layers.FrozenBatchNorm(4)), normal(4, 5, 3)),
         plain("rms-norm", lambda: after(6, nn.RMSNorm(6)), normal(4, 6)),
         plain("rms-norm-2-dims", lambda: affine(nn.RMSNorm((4, 6))), normal(3, 4, 6)),
         plain("rms-norm-one-plus", lambda: after(6, m.OnePlusRMSNorm(6)), normal(4, 6)),
@@ -275,6 +277,8 @@ def _transformers() -> list[ModelCase]:
         plain("encoder-layer-padding", lambda: m.Encoder(), normal(6, 4), padding),
         plain("encoder-layer-time-first", lambda: m.Encoder(batch_first=False), normal(6, 4), tags="time_first"),
         plain("vision-transformer", m.VisionTransformer, normal(3, 8, 8)),
+        plain("translator", m.Translates, normal(6, 4), normal(3, 4), padding),
+        plain("translator-T-equals-n", m.Translates, normal(6, 4), normal(5, 4), padding),
         plain("relative-bias", lambda: nn.Sequential(m.Block(6, reach=7)), normal(7, 6)),
         plain("relative-bias-T-equals-n", lambda: nn.Sequential(m.Block(6, reach=5)), normal(5, 6)),
     ]
@@ -388,6 +392,10 @@ def _hard() -> list[ModelCase]:
             normal(6, 3),
             tags="recurrent",
         ),
+        *(
+            plain(f"{name}-cell", lambda kind=kind: m.Cells(kind(3, 4)), normal(6, 3), tags="recurrent")
+            for name, kind in {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}.items()
+        ),
         plain("cross-attention", m.CrossAttention, normal(3, 8), normal(4, 6), normal(4, 5), tags="hard"),
         plain("shared-row", m.SharedRow, normal(6, 4), tags="hard"),
         plain("shared-row-T-equals-n", m.SharedRow, normal(5, 4), tags="hard"),
@@ -398,6 +406,7 @@ def _hard() -> list[ModelCase]:
         plain("expert-list", m.ExpertList, normal(6, 3), tags="hard apiece"),
         plain("shuffled", m.Shuffled, normal(6, 3), tags="hard apiece"),
         plain("unpadded", m.Unpadded, normal(6, 3), padding, tags="hard apiece"),
+        plain("by-hand", m.ByHand, normal(4), tags="hard apiece loop_only"),
         plain("looping", m.Looping, normal(6, 3), padding, tags="hard apiece"),
     ]
 

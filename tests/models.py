@@ -386,6 +386,37 @@ class Recurrent(nn.Module):
         return self.head(self.layer(x)[0])
 
 
+class Cells(nn.Module):
+    """A recurrent cell in a loop over time, from zero states, with a head on its last output."""
+
+    def __init__(self, cell: nn.RNNCellBase) -> None:
+        super().__init__()
+        self.cell, self.head = cell, nn.Linear(cell.hidden_size, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+class Translates(nn.Module):
+    """``nn.Transformer``: an encoder with padding, a causal decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = nn.Transformer(4, 2, 1, 1, 8, dropout=0.0, batch_first=True, activation="gelu")
+
+    def forward(self, source: Tensor, target: Tensor, padding: Tensor) -> Tensor:
+        t = target.shape[1]
+        causal = nn.Transformer.generate_square_subsequent_mask(t, dtype=target.dtype)
+        ignored = torch.zeros(padding.shape, dtype=target.dtype).masked_fill(padding, float("-inf"))
+        return self.transformer(
+            source, target, tgt_mask=causal, tgt_is_causal=True,
+            src_key_padding_mask=ignored, memory_key_padding_mask=ignored,
+        )  # fmt: skip
+
+
 class Windows(nn.Module):
     """Folds windows into the leading dimension, the record being the outer factor, as Swin does."""
 
@@ -500,6 +531,32 @@ class Looping(nn.Module):
             kept = self.embed(one[~hidden])
             rows.append(torch.tanh(kept + self.table[: len(kept)]).mean(0))
         return self.head(torch.stack(rows))
+
+
+class Triples(torch.autograd.Function):
+    """3 x weight, with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return 3 * x * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return 3 * grad * weight, (3 * grad * x).sum(0)
+
+
+class ByHand(nn.Module):
+    """A parameter that enters a function with a hand-written backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(4)), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = Triples.apply(x, self.weight)
+        return self.head(y)
 
 
 class Gated(nn.Module):

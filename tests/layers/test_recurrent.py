@@ -123,6 +123,23 @@ def test_gradcheck(kind: str, both_ways: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("t", [16, 17, 39])
+def test_long_sequences(kind: str, t: int) -> None:
+    """The backward runs in blocks of positions: whole ones, and a rest."""
+    theirs, ours = (getattr(home, kind)(3, 4, dtype=torch.float64) for home in (nn, layers))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(t, 2, 3, dtype=torch.float64, requires_grad=True)
+    grads = []
+    for layer in (theirs, ours):
+        y, last = layer(x)
+        last = last if isinstance(last, tuple) else (last,)
+        total = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + last[-1].cos().sum()
+        grads.append(torch.autograd.grad(total, [x, *layer.parameters()]))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_dimension_of_records_is_refused(kind: str) -> None:
     """A 2-D input has no records."""
     with pytest.raises(ValueError, match="without a dimension of records"):
@@ -159,7 +176,12 @@ class Reads(nn.Module):
 
 def compare(layer: nn.RNNBase, how: str, learned: bool, n: int, lengths: Tensor) -> None:
     """Fails unless the engine's step on the model around `layer` is the definition's."""
-    model = Reads(layer, how, learned).double()
+    check(Reads(layer, how, learned), n, lengths)
+
+
+def check(model: nn.Module, n: int, lengths: Tensor) -> None:
+    """Fails unless the engine's step on the model is the definition's."""
+    model = model.double()
     batch = (torch.randn(n, 5, 3, dtype=torch.float64), lengths, torch.randn(n, dtype=torch.float64))
 
     def losses(model: nn.Module, batch: Any) -> Tensor:
@@ -193,9 +215,9 @@ def test_private_step_is_exact(kind: str, home: Any, depth: int, both_ways: bool
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_private_step_is_exact(kind: str, learned: bool, how: str, home: Any) -> None:
-    """Packed sequences; the longest record last, in the middle, or first; records permuted inside."""
+    """Packed sequences; the longest record last, in the middle, or first, or as long as there are records."""
     torch.manual_seed(0)
-    for lengths in ([5, 4, 2, 1], [2, 5, 1, 4], [1, 2, 4, 5]):
+    for lengths in ([5, 4, 2, 1], [2, 5, 1, 4], [1, 2, 4, 5], [2, 1, 3, 4]):
         if how == "sorted":
             lengths = sorted(lengths, reverse=True)
         layer = getattr(home, kind)(3, 4, 2, batch_first=True, bidirectional=True)
@@ -204,6 +226,31 @@ def test_packed_private_step_is_exact(kind: str, learned: bool, how: str, home: 
                 compare(layer, how, learned, 4, torch.tensor(lengths))
         else:
             compare(layer, how, learned, 4, torch.tensor(lengths))
+
+
+class Generates(nn.Module):
+    """A recurrent layer whose inputs are learned, the same for all records; what is theirs comes by the initial state,
+    or by nothing but the output."""
+
+    def __init__(self, layer: nn.RNNBase, from_state: bool) -> None:
+        super().__init__()
+        self.layer, self.from_state = layer, from_state
+        self.inputs, self.read = nn.Parameter(torch.randn(5, 3)), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+        h = self.read(x[:, 0]).tanh()[None]
+        state = (h, h.cos()) if isinstance(self.layer, nn.LSTM) else h
+        y, _ = self.layer(self.inputs.expand(len(x), -1, -1), state if self.from_state else None)
+        return y * x.sum(2, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("from_state", [True, False])
+@pytest.mark.parametrize("n", [4, 5])
+def test_learned_inputs(kind: str, from_state: bool, n: int) -> None:
+    """No gradient of an input that is a parameter is lost in the hand-written backward."""
+    torch.manual_seed(0)
+    check(Generates(getattr(nn, kind)(3, 4, batch_first=True), from_state), n, torch.full((n,), 5))
 
 
 def test_torchs_own_layer_stays_itself() -> None:
