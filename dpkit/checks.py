@@ -77,3 +77,23 @@ def choice(name: str, value: object, known: tuple[str, ...]) -> str:
             f"{name} = {value!r}", why="it is not known.", cure=f"use one of {', '.join(map(repr, known))}."
         )
     return str(value)
+
+
+def physical_batch_size(size: int | str | None, memory_budget: int | None) -> int | None:
+    """The number given as ``max_physical_batch_size``; None without one, and with "auto".
+
+    Raises:
+        ConfigurationError: no such size, or a memory budget where the size does not follow from it.
+    """
+    if memory_budget is not None:
+        count("memory_budget", memory_budget)
+        if size != "auto":
+            raise ConfigurationError(
+                f"memory_budget={memory_budget} with max_physical_batch_size={size!r}",
+                why="the budget is what the size is found from.",
+                cure='give max_physical_batch_size="auto", or leave memory_budget out.',
+            )
+    if isinstance(size, str):
+        choice("max_physical_batch_size", size, ("auto",))
+        return None
+    return None if size is None else count("max_physical_batch_size", size)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,10 +20,10 @@ from . import checkpoint, checks
 from .clipping import Clipping, clipping_of
 from .errors import CheckpointError, ConfigurationError, NotAttachedError
 from .ledger import Ledger
-from .loader import PrivateDataLoader, refuse_private
-from .methods import MODES, Profile
+from .loader import Limit, PrivateDataLoader, refuse_private
+from .methods import MODES, Profile, free_bytes
 from .noise import Source, source_of
-from .rules import register_optional
+from .optional import register_optional
 from .sampling import checked, sampling_of
 from .scaler import LossScale
 from .secure import SecureNoise
@@ -97,7 +98,8 @@ class PrivacyEngine:
         clipping: str | Clipping = "flat",
         loss_reduction: str = "mean",
         poisson_sampling: bool = True,
-        max_physical_batch_size: int | None = None,
+        max_physical_batch_size: int | str | None = None,
+        memory_budget: int | None = None,
         method: str = "auto",
         noise_generator: torch.Generator | None = None,
         batch_first: bool = True,
@@ -119,13 +121,17 @@ class PrivacyEngine:
             max_epsilon: a hard budget at target_delta, for everything in the ledger where there is one: the loader ends
                 before a step would exceed it (see `budget_spent`). It holds for any stopping time, and for schedules of
                 σ that were fixed in advance; not for a σ that is chosen in view of the training.
-            clipping: "flat", "automatic", "per_layer", or an object with ``weights`` and ``sensitivity``.
+            clipping: "flat", "automatic", "per_layer", "adaptive" (`AdaptiveClipping`: max_grad_norm is where C starts,
+                and σ covers what C is learned from), or an object with ``weights`` and ``sensitivity``.
             loss_reduction: whether the loss that is back-propagated is the "mean" or the "sum" over the batch.
             poisson_sampling: draw each record independently (amplification is accounted); if False, the loader's own
                 batches are kept and no amplification is claimed.
             max_physical_batch_size: serve a logical batch in parts of at most this many records. Call
                 ``optimizer.step()`` after each part as usual; only the last one of a logical batch takes the step. A
-                scheduler that is stepped beside it counts parts, not steps.
+                scheduler that is stepped beside it counts parts, not steps. "auto": as many as fit into the memory
+                budget, found from the first batch, which is served in small parts.
+            memory_budget: bytes that a step may take with "auto", by default half of what is free on the model's
+                device. It is met by an estimate, not enforced.
             method: how norms and sums are computed, where several ways give the same: "model" takes the cheapest by a
                 cost model, "measured" times them when a layer is first met, "auto" does so where the model is not sure
                 (with a noise_generator or a ledger it follows the model, so that runs repeat bit for bit).
@@ -169,8 +175,7 @@ class PrivacyEngine:
         checks.refuse_other_processes()
         checks.choice("loss_reduction", loss_reduction, ("mean", "sum"))
         max_grad_norm = checks.number("max_grad_norm", max_grad_norm, low=0.0)
-        if max_physical_batch_size is not None:
-            checks.count("max_physical_batch_size", max_physical_batch_size)
+        size = checks.physical_batch_size(max_physical_batch_size, memory_budget)
         rule = clipping_of(clipping)
         refuse_private(data_loader)
         units = units_of(
@@ -179,7 +184,7 @@ class PrivacyEngine:
             max_rows_per_unit=max_rows_per_unit,
             unit_reduction=unit_reduction,
             augmentations=augmentations,
-            max_physical_batch_size=max_physical_batch_size,
+            max_physical_batch_size=size,
         )
         sampling = sampling_of(data_loader, units, poisson=poisson_sampling)
         if not units.records or units.copies > 1:
@@ -208,7 +213,12 @@ class PrivacyEngine:
             method="model" if repeats else method,
             loss_scale=None if grad_scaler is None else LossScale(grad_scaler),
         )
-        self._loader = PrivateDataLoader(data_loader, sampling, units, self._step, max_physical_batch_size)
+        limit: Limit = size
+        if max_physical_batch_size == "auto":
+            first = next(module.parameters(), torch.zeros(0))
+            room = free_bytes(first.device) // 2 if memory_budget is None else memory_budget
+            limit = partial(self._step.tape.methods.most_records, room)
+        self._loader = PrivateDataLoader(data_loader, sampling, units, self._step, limit)
         self._target_delta, self._spending.budget = target_delta, budget
         self._spending.about = {"sampling": sampling.name, "target_delta": target_delta}
         return module, optimizer, self._loader

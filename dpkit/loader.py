@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import Any, Protocol
 
@@ -21,6 +21,9 @@ from .sampling import Sampling
 from .seeds import scramble, unforeseeable
 from .units import UnitIndex, Units, packed
 
+Limit = int | Callable[[], int] | None
+"""The most rows of a physical batch, or what says so when a logical batch is drawn."""
+
 
 @dataclasses.dataclass(eq=False)
 class Draw:
@@ -30,6 +33,8 @@ class Draw:
         units: whose its rows are.
         last: whether it completes its logical batch, so that ``optimizer.step()`` releases.
         logical, part: its place: the how-manieth logical batch of the pass, and which part of it.
+        number: how many batches with records were served before it in the pass.
+        limit: the most rows that a part of its logical batch may have.
         done: whether it has been worked on, or skipped; then what follows it is next.
     """
 
@@ -37,6 +42,8 @@ class Draw:
     last: bool
     logical: int
     part: int
+    number: int
+    limit: int | None = None
     done: bool = False
 
     @property
@@ -55,10 +62,17 @@ class Draw:
 class _PhysicalBatches:
     """The batch sampler behind `PrivateDataLoader`: splits logical draws, notes each in ``log`` (workers run ahead)."""
 
-    def __init__(self, sampling: Sampling, units: UnitIndex, generator: torch.Generator, max_size: int | None) -> None:
-        self.sampling, self.units, self.generator, self.max_size = sampling, units, generator, max_size
+    def __init__(self, sampling: Sampling, units: UnitIndex, generator: torch.Generator, given: Limit) -> None:
+        self.sampling, self.units, self.generator, self.given = sampling, units, generator, given
         self.log: deque[Draw] = deque()
-        self.start = (0, 0)
+        self.start, self.served = (0, 0), 0
+        self.resumed: int | None = None  # the limit of the logical batch that a resumed pass starts in
+
+    @property
+    def limit(self) -> int | None:
+        """The most rows of a part; no unit is split."""
+        limit = self.given() if callable(self.given) else self.given
+        return None if limit is None else max(limit, self.units.most)
 
     def __len__(self) -> int:
         return self.sampling.steps
@@ -66,19 +80,23 @@ class _PhysicalBatches:
     def __iter__(self) -> Iterator[list[int]]:
         self.log = deque()
         drawn = (self.units.drawn(k, self.generator) for k in self.sampling.draws(self.generator))
-        return self._serve(self.log, drawn, *self.start)
+        return self._serve(self.log, drawn, *self.start, self.served)
 
     def _serve(
-        self, log: deque[Draw], draws: Iterator[list[list[int]]], logical: int, part: int
+        self, log: deque[Draw], draws: Iterator[list[list[int]]], logical: int, part: int, number: int
     ) -> Iterator[list[int]]:
         for k, drawn in enumerate(islice(draws, logical, None), logical):
-            parts = packed(drawn, self.max_size)
+            limit = self.resumed if k == logical and self.resumed is not None else self.limit
+            parts = packed(drawn, limit)
             for j, mine in enumerate(parts):
                 if (k, j) < (logical, part):
                     continue
                 sizes = tuple(len(rows) for rows in mine)
-                log.append(Draw(Units(sizes, self.units.averaged), last=j == len(parts) - 1, logical=k, part=j))
+                log.append(
+                    Draw(Units(sizes, self.units.averaged), j == len(parts) - 1, k, j, number=number, limit=limit)
+                )
                 if mine:
+                    number += 1
                     yield list(chain(*mine))
 
 
@@ -106,7 +124,7 @@ class PrivateDataLoader(DataLoader[Any]):
         sampling: Sampling,
         units: UnitIndex,
         listener: Listener,
-        max_size: int | None,
+        limit: Limit,
     ) -> None:
         generator = loader.generator
         if generator is None:
@@ -114,15 +132,18 @@ class PrivateDataLoader(DataLoader[Any]):
             generator = unforeseeable()
         self.completed, self.inside = 0, False
         self._listener: Listener | None = listener
+        self._given = loader.generator
         self._passes = 0
         self._latest: Draw | None = None
-        self._place = (0, 0)  # where a resumed pass goes on
+        self._place, self._served = (0, 0), 0  # where a resumed pass goes on, after how many batches with records
         self._origin: dict[str, torch.Tensor] = {}  # the generators when this pass began
         self._fetched: Draw | None = None
         self._chance: dict[str, Any] = {}  # outside the engine, before that one was fetched
         self._resumed: dict[str, Any] | None = None  # chance at the moment of the checkpoint, until the pass goes on
         workers: dict[str, Any] = {}
+        self._workers: randomness.BatchChance | None = None
         if loader.num_workers > 0:
+            self._workers = randomness.BatchChance(loader.collate_fn, loader.worker_init_fn)
             workers = {
                 "prefetch_factor": loader.prefetch_factor,
                 "persistent_workers": loader.persistent_workers,
@@ -130,13 +151,13 @@ class PrivateDataLoader(DataLoader[Any]):
             }
         super().__init__(
             loader.dataset,
-            batch_sampler=_PhysicalBatches(sampling, units, generator, max_size),
+            batch_sampler=_PhysicalBatches(sampling, units, generator, limit),
             num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
+            collate_fn=self._workers or loader.collate_fn,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            generator=loader.generator,
+            worker_init_fn=self._workers.begin if self._workers is not None else None,
+            generator=torch.Generator(),  # for the workers' seeds alone
             pin_memory_device=loader.pin_memory_device,
             **workers,
         )
@@ -200,12 +221,18 @@ class PrivateDataLoader(DataLoader[Any]):
         chance, self._resumed = self._resumed, None
         if chance is None:
             listener.begin_pass()
-            self._place = (0, 0)
+            self._batches.resumed = None
+            self._place, self._served = (0, 0), 0
             self._origin = {"draws": self._batches.generator.get_state(), "torch": torch.get_rng_state()}
         else:
             self._batches.generator.set_state(self._origin["draws"])
             torch.set_rng_state(self._origin["torch"])
-        self.inside, self._latest, self._fetched, self._batches.start = True, None, None, self._place
+        self.inside, self._latest, self._fetched = True, None, None
+        self._batches.start, self._batches.served = self._place, self._served
+        if self._workers is not None:
+            self._workers.first = self._served
+        seed = torch.empty((), dtype=torch.int64).random_(generator=self._given)  # in every pass, as torch does itself
+        self.generator.manual_seed(int(seed))
         inner = super().__iter__()
         if chance is not None:
             randomness.restore(chance)
@@ -228,7 +255,7 @@ class PrivateDataLoader(DataLoader[Any]):
             "max_rows_per_unit": units.max_rows,
             "augmentations": units.copies,
             "unit_reduction": "mean" if units.averaged else "sum",
-            "max_physical_batch_size": self._batches.max_size,
+            "max_physical_batch_size": "auto" if callable(self._batches.given) else self._batches.given,
             **{name: value for name, value in fields.items() if isinstance(value, int | float | str)},
         }
 
@@ -246,15 +273,24 @@ class PrivateDataLoader(DataLoader[Any]):
             "completed": self.completed,
             "inside": self.inside,
             "place": list(place),
+            "limit": self._limit_at(place),
+            "served": self._served if self._fetched is None else self._fetched.number + self._fetched.done,
             "origin": self._origin if self.inside else {"draws": draws, "torch": torch.get_rng_state()},
             "chance": chance,
         }
+
+    def _limit_at(self, place: tuple[int, int]) -> int | None:
+        """What the parts of the logical batch there are, or will be, cut by."""
+        drawn = [d for d in (self._latest, *self._batches.log) if d is not None and d.logical == place[0]]
+        return drawn[0].limit if self.inside and drawn else self._batches.limit
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there: where a pass was under way, the next one iterated is its rest."""
         self._passes += 1  # an iterator that is still about belongs to another life
         self.completed, self.inside = state["completed"], state["inside"]
-        self._place, self._latest, self._origin = tuple(state["place"]), None, state["origin"]
+        self._place, self._served = tuple(state["place"]), state["served"]
+        self._latest, self._fetched, self._origin = None, None, state["origin"]
+        self._batches.resumed = state["limit"]
         self._batches.generator.set_state(state["origin"]["draws"])
         self._resumed = state["chance"] if state["inside"] else None
         randomness.restore(state["chance"])

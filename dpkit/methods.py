@@ -9,6 +9,7 @@ keeps for its backward.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ CLEAR = 0.4
 """In "auto", a way whose modelled cost is below this share of every other's is taken without timing."""
 HOPELESS = 6.0
 """A way whose modelled cost exceeds the least by this factor is never timed."""
+_FIRST = 8
+"""Records in the first physical batch, from which the size of the others is found."""
+_SURPLUS = 1.2
+"""What a step takes beyond the estimate: gradients of activations, scratch."""
 _SECONDS = 1e-11
 """What the model takes for the time of a floating-point operation where modelled and measured costs meet."""
 
@@ -97,6 +102,7 @@ class Methods:
     def __init__(self, mode: str = "auto", names: Mapping[Any, str] | None = None) -> None:
         self.mode = choice("method", mode, MODES)
         self.activations = 0.0
+        self._estimate = 0.0  # the peak of a step, bytes a record
         self._names = {} if names is None else names
         self._seconds: dict[str, dict[str, float]] = {}
         self._plan: dict[tuple[str, str], str] = {}
@@ -112,6 +118,17 @@ class Methods:
     def _extend(self) -> None:
         if any(len(a.kept) > 1 and (a.parameter, a.kind) not in self._plan for a in self._arrivals):
             self._plan.update(self._planned(self._arrivals))
+        ways = [self._plan.get((a.parameter, a.kind), a.way) for a in self._arrivals]
+        if ways:
+            self._estimate = max(self._estimate, self._peak(self._arrivals, ways))
+
+    def most_records(self, budget: float) -> int:
+        """How many records a physical batch may have so that the estimated peak of a step stays within so many bytes;
+        few as long as no batch was seen."""
+        if not self._estimate:
+            return _FIRST
+        fixed = 8.0 * sum(p.numel() for p in self._names if p.requires_grad)  # the sum, and the noise or a total
+        return max(1, int((budget - fixed) / (_SURPLUS * self._estimate)))
 
     def settle(self, form: Form, parameter: Tensor) -> Form:
         """The form that goes the chosen way."""
@@ -188,6 +205,7 @@ class Methods:
         return {
             "mode": self.mode,
             "activations": self.activations,
+            "estimate": self._estimate,
             "seconds": {kind: dict(found) for kind, found in self._seconds.items()},
             "plan": [[parameter, kind, way] for (parameter, kind), way in self._plan.items()],
         }
@@ -199,7 +217,8 @@ class Methods:
             ConfigurationError: it is not such a state.
         """
         try:
-            mode, activations = choice("method", state["mode"], MODES), float(state["activations"])
+            mode = choice("method", state["mode"], MODES)
+            activations, estimate = float(state["activations"]), float(state["estimate"])
             seconds = {
                 str(k): {str(way): float(v) for way, v in found.items()} for k, found in state["seconds"].items()
             }
@@ -211,16 +230,16 @@ class Methods:
                 cure="pass what state_dict() gave.",
             ) from error
         self.mode, self.activations, self._seconds, self._plan = mode, activations, seconds, plan
-        self._arrivals, self._last = [], []
+        self._arrivals, self._last, self._estimate = [], [], estimate
 
 
-class Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd keeps for a backward, the parameters' own aside."""
+class Kept:
+    """Counts the bytes that autograd keeps for a backward, the parameters' own aside, within ``with kept.counting``."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._seen = {p.untyped_storage().data_ptr() for p in parameters}
         self.bytes = 0
-        super().__init__(self._pack, lambda x: x)
+        self.counting = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
 
     def _pack(self, x: Tensor) -> Tensor:
         if type(x) is Tensor and x.layout == torch.strided:
@@ -256,3 +275,10 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -56,10 +56,10 @@ class Counter:
         self._seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
         apply = Tap.apply
 
-        def counted(y: Tensor, x: Tensor | None, *rest: Any) -> Any:
+        def counted(y: Tensor, anchor: Tensor, emit: Any, batch: Any, there: Any, held: Any, *inputs: Tensor) -> Any:
             self.taps += 1
-            self.kept_by_taps += x is not None
-            return apply(y, x, *rest)
+            self.kept_by_taps += len(inputs)
+            return apply(y, anchor, emit, batch, there, held, *inputs)
 
         monkeypatch.setattr(Tap, "apply", counted)
 

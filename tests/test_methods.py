@@ -189,3 +189,63 @@ def test_activations_are_counted() -> None:
     run = attach(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)))
     train(run)
     assert run.engine._attached().tape.methods.activations == pytest.approx(4 * (4 + 5), abs=1)  # input, tanh
+
+
+def served(run: Any, passes: int = 1) -> list[list[int]]:
+    """The sizes of the physical batches of each pass; the ordinary loop is run on them."""
+    sizes = []
+    for _ in range(passes):
+        sizes.append([])
+        for batch in run.loader:
+            sizes[-1].append(len(batch[0]))
+            (run.model(batch[0]) - batch[1]).square().mean().backward()
+            run.optimizer.step()
+    return sizes
+
+
+@pytest.mark.parametrize("budget", [20_000, 60_000, 10_000_000])
+def test_automatic_physical_batches_fit_the_budget(budget: int) -> None:
+    """Small parts first; then as many records as the estimate allows, and the same training in any case."""
+    run = attach(network(), sequences(40), max_physical_batch_size="auto", memory_budget=budget, lr=0.1, method="model")
+    first, second = served(run, 2)
+    assert first == [8] * 5
+    chosen = run.engine._attached().tape.methods
+    most = chosen.most_records(budget)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    assert second == [min(most, 40)] * (40 // min(most, 40)) + [40 % most] * (most < 40 and 40 % most > 0)
+    assert most == 1 or 8 * parameters + 1.2 * most * chosen._estimate <= budget
+    assert 8 * parameters + 1.2 * (most + 1) * chosen._estimate > budget
+    assert chosen._estimate >= chosen.activations
+    whole = attach(network(), sequences(40), lr=0.1, method="model")
+    served(whole, 2)
+    torch.testing.assert_close(weights(run.model), weights(whole.model), rtol=0, atol=1e-6)
+
+
+def test_automatic_physical_batches_go_on_where_they_stopped() -> None:
+    """A run resumed in the midst of a logical batch cuts it as it was cut, and the next ones by what was learned."""
+
+    def fresh() -> Any:
+        generator = torch.Generator().manual_seed(5)
+        options = {"max_physical_batch_size": "auto", "memory_budget": 60_000, "lr": 0.1, "method": "model"}
+        return attach(network(), sequences(40), loader={"generator": generator}, **options)
+
+    one = fresh()
+    sizes, state = [], {}
+    for k, batch in enumerate(batch for _ in range(2) for batch in one.loader):
+        sizes.append(len(batch[0]))
+        (one.model(batch[0]) - batch[1]).square().mean().backward()
+        one.optimizer.step()
+        if k == 2:
+            state = copy.deepcopy(one.engine.state_dict())
+    other = fresh()
+    other.engine.load_state_dict(state)
+    rest = [size for found in served(other, 2) for size in found]
+    assert rest == sizes[3:]
+    assert sizes[5] > 8
+    torch.testing.assert_close(weights(other.model), weights(one.model), rtol=0, atol=0)
+
+
+def test_a_budget_needs_automatic_batches() -> None:
+    for options in ({"memory_budget": 100}, {"max_physical_batch_size": "big"}, {"max_physical_batch_size": 0}):
+        with pytest.raises(dpkit.ConfigurationError):
+            attach(network(), sequences(), **options)
