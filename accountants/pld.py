@@ -36,7 +36,7 @@ class Direction:
         self._built: dict[bool, list[_Built]] = {True: [], False: []}
         self._seen: Counts | None = None
         self._intrinsic = [pair.infinite for pair in pairs]
-        self._quick: Chernoff | None = None
+        self._quick: list[Chernoff] = []
         self._last: float | None = None
         """The last epsilon found: in a training loop the next one is near."""
 
@@ -66,7 +66,7 @@ class Direction:
     def _store(self, built: _Built) -> None:
         kept = self._built[built.spectrum.upper]
         kept.append(built)
-        del kept[:-3]
+        del kept[:-16]
 
     def _fresh(self, counts: Counts, plan: Plan, tolerance: float, upper: bool, room: Counts) -> _Built:
         spectrum, cost = build(self.pairs, room, plan, tolerance, upper=upper, fewest=counts)
@@ -158,15 +158,14 @@ class Direction:
             return max(known, self.epsilon(counts, log_delta, tolerance, upper=True))
         if self._floor(counts) == -math.inf and self.pure(counts) <= known:
             return known
-        if self._quick is not None and self._quick.epsilon(counts, log_delta) <= known:
+        if any(quick.epsilon(counts, log_delta) <= known for quick in self._quick):
             return known
         if self._floor(counts) >= log_delta:
             return math.inf
         stored = self._stored(counts, log_delta, 100.0 * tolerance, upper=True)
         if stored is not None and stored <= known:
             return known
-        self._quick = chernoff(self.pairs, counts, self._plan(counts, log_delta))
-        if self._quick.epsilon(counts, log_delta) <= known:
+        if self._quick_at(counts, log_delta).epsilon(counts, log_delta) <= known:
             return known
         if self.epsilon(counts, log_delta, 100.0 * tolerance, upper=True) <= known:
             return known
@@ -176,15 +175,19 @@ class Direction:
         """max(known, the upper bound on log delta), at less cost where a cruder bound stays within ``known``."""
         if sum(counts) == 1:
             return max(known, self.log_delta(counts, epsilon, tolerance, upper=True))
-        if self._quick is not None and self._quick.log_delta(counts, epsilon) <= known:
+        if any(quick.log_delta(counts, epsilon) <= known for quick in self._quick):
             return known
         if self._floor(counts) < -700.0 and known > -700.0 and math.isfinite(epsilon):
-            self._quick = chernoff(self.pairs, counts, self._plan(counts, known))
-            if self._quick.log_delta(counts, epsilon) <= known:
+            if self._quick_at(counts, known).log_delta(counts, epsilon) <= known:
                 return known
             if self.log_delta(counts, epsilon, 100.0 * tolerance, upper=True) <= known:
                 return known
         return max(known, self.log_delta(counts, epsilon, tolerance, upper=True))
+
+    def _quick_at(self, counts: Counts, log_delta: float) -> Chernoff:
+        quick = chernoff(self.pairs, counts, self._plan(counts, log_delta))
+        self._quick = [*self._quick[-15:], quick]
+        return quick
 
     def _plan(self, counts: Counts, log_delta: float) -> Plan:
         plan = make_plan(self.pairs, counts, log_delta=log_delta)
