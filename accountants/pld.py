@@ -37,6 +37,7 @@ class Direction:
         self._seen: Counts | None = None
         self._intrinsic = [pair.infinite for pair in pairs]
         self._quick: list[Chernoff] = []
+        self._distances: list[float] | None = None
         self._last: float | None = None
         """The last epsilon found: in a training loop the next one is near."""
 
@@ -79,6 +80,12 @@ class Direction:
             return counts
         return tuple(2 * b if b > a else b for a, b in zip(seen, counts, strict=True))
 
+    def _apart(self, counts: Counts) -> float:
+        """A bound on the total variation: the sum of the steps'."""
+        if self._distances is None:
+            self._distances = [pair.distance() for pair in self.pairs]
+        return sum(n * d for n, d in zip(counts, self._distances, strict=True))
+
     def pure(self, counts: Counts) -> float:
         """Pure epsilon: the sum of the largest losses; infinite where some loss is unbounded."""
         return sum(n * max(0.0, pair.supremum()) for n, pair in zip(counts, self.pairs, strict=True) if n)
@@ -89,6 +96,8 @@ class Direction:
             return math.inf
         if sum(counts) == 1:
             return single.epsilon(self._only(counts), log_delta, upper=upper)
+        if log_delta > -25.0 and self._apart(counts) <= math.exp(log_delta):
+            return 0.0
         value = self._search(counts, log_delta, tolerance, upper)
         return min(value, self.pure(counts)) if upper and self._floor(counts) == -math.inf else value
 
@@ -112,12 +121,12 @@ class Direction:
         if stored is not None:
             return stored
         room = self._room(counts) if upper else counts
-        plan = self._plan(room, log_delta)
+        plan = self._known_plan(counts, log_delta) or self._plan(room, log_delta)
         best = math.inf if upper else 0.0
         step: float | None = None
-        wider, finest = 0.0, 1.0
+        wider, finest, replans = 0.0, 1.0, 6
         before: tuple[float, float] | None = None
-        for _ in range(5):
+        for _ in range(11):
             spectrum, cost = build(
                 self.pairs, room, plan, tolerance * finest**2, upper=upper, fewest=counts, step=step, wider=wider
             )
@@ -130,6 +139,10 @@ class Direction:
                 step = spectrum.step
                 if 0.0 < answer < math.inf and value > 10.0 * error:
                     plan = refine(self.pairs, plan, spectrum, counts, answer)
+                continue
+            if upper and room == counts and math.isfinite(plan.cap) and 0.0 < answer < 0.97 * plan.epsilon and replans:
+                # the cap lies too far out
+                plan, replans = jump_plan(self.pairs, room, plan, epsilon=answer), replans - 1
                 continue
             if not 0.0 < answer < math.inf:
                 break
@@ -151,6 +164,13 @@ class Direction:
             before, step, plan = (spectrum.step, answer), spectrum.step * finer, better
             finest *= finer
         return best
+
+    def _known_plan(self, counts: Counts, log_delta: float) -> Plan | None:
+        """The plan of an upper spectrum for the same question, for the lower one."""
+        for built in reversed(self._built[True]):
+            if built.spectrum.counts == counts and abs(built.plan.log_delta - log_delta) < 1.0:
+                return built.plan
+        return None
 
     def epsilon_beyond(self, counts: Counts, log_delta: float, tolerance: float, known: float) -> float:
         """max(known, the upper bound on epsilon), at less cost where a cruder bound stays within ``known``."""

@@ -41,6 +41,7 @@ class TradeOff:
         self.delta = lru_cache(maxsize=8192)(accountant.delta)
         self._lower: Curve = lru_cache(maxsize=8192)(self._lower_delta)
         self._mu: float | None = None
+        self._spacing = 0.0
 
     def _lower_delta(self, epsilon: float) -> float:
         if isinstance(self._accountant, PLDAccountant):
@@ -61,14 +62,44 @@ class TradeOff:
         def left(y: float) -> float:  # 1 minus the same at −y
             return math.exp(-y) * (1.0 - fpr - self.delta(y))
 
-        reach = max(1e-6, min(-math.log(fpr), self._accountant.epsilon(max(1e-3 * fpr, 1e-100))))
-        far = max(1e-6, min(700.0, self._accountant.epsilon(max(1e-3 * (1.0 - fpr), 1e-12))))
-        start = ahead(0.0)
-        if 1.0 - left(1e-3 * far) < start - 1e-12:
-            y, value = _lowest(lambda y: -left(y), far)
+        if 1.0 - left(self._node(1)) < ahead(0.0) - 1e-12:
+            y, value = self._lowest(lambda y: -left(y))
             return -y, 1.0 + value, -value
-        x, value = _lowest(ahead, reach)
+        x, value = self._lowest(ahead)
         return x, value, 1.0 - value
+
+    def _node(self, i: int) -> float:
+        """Points shared by all questions, so that delta is asked once at each."""
+        if self._spacing == 0.0:
+            usual = self._accountant.epsilon(1e-5)
+            self._spacing = max(1e-6, (usual if math.isfinite(usual) else 1.0) / 16.0)
+        return self._spacing * (i if i <= 32 else 32.0 * 1.1 ** (i - 32))
+
+    def _lowest(self, f: Curve) -> tuple[float, float]:
+        """(x, f(x)) about the minimum over x ≥ 0 of a function with one valley: a walk, then parabolas."""
+        i, here, before = 0, f(0.0), math.inf
+        while i < 120 and (there := f(self._node(i + 1))) <= here:
+            before, here, i = here, there, i + 1
+        best = here, self._node(i)
+        if i == 0 or not math.isfinite(before):
+            a, b, c = 0.0, 0.5 * self._node(1), self._node(1)
+        else:
+            a, b, c = self._node(i - 1), self._node(i), self._node(i + 1)
+        fa, fb, fc = f(a), f(b), f(c)
+        for _ in range(5):
+            best = min(best, (fa, a), (fb, b), (fc, c))
+            bend = (b - a) * (fb - fc) - (b - c) * (fb - fa)
+            x = b - 0.5 * ((b - a) ** 2 * (fb - fc) - (b - c) ** 2 * (fb - fa)) / bend if bend else b
+            if not a < x < c or abs(x - b) < 1e-3 * (c - a):
+                x = 0.5 * (a + b) if b - a > c - b else 0.5 * (b + c)
+            fx = f(x)
+            best = min(best, (fx, x))
+            left, right = min((fx, x), (fb, b)), max((fx, x), (fb, b))
+            if right[1] > left[1]:
+                c, fc, b, fb = right[1], right[0], left[1], left[0]
+            else:
+                a, fa, b, fb = right[1], right[0], left[1], left[0]
+        return best[1], best[0]
 
     def tpr(self, fpr: float) -> float:
         """Upper bound on the true-positive rate of any membership test with this false-positive rate."""
@@ -188,29 +219,6 @@ class TradeOff:
             return 1.0 - min(self.tpr(i / rates) for i in range(1, rates))
         points = (i / rates for i in range(1, rates))
         return max(0.0, *(_NORMAL.cdf(_NORMAL.inv_cdf(fpr) + mu) - self.tpr(fpr) for fpr in points))
-
-
-def _lowest(f: Curve, reach: float) -> tuple[float, float]:
-    """(x, f(x)) about the minimum over [0, reach] of a function with one valley."""
-    grid = [reach * i / 14 for i in range(15)]
-    values = [f(x) for x in grid]
-    i = min(range(15), key=values.__getitem__)
-    best = values[i], grid[i]
-    a, b = grid[max(i - 1, 0)], grid[min(i + 1, 14)]
-    golden = 0.5 * (math.sqrt(5.0) - 1.0)
-    c, d = b - golden * (b - a), a + golden * (b - a)
-    fc, fd = f(c), f(d)
-    while b - a > 2e-4 * reach:
-        best = min(best, (fc, c), (fd, d))
-        if fc < fd:
-            b, d, fd = d, c, fc
-            c = b - golden * (b - a)
-            fc = f(c)
-        else:
-            a, c, fc = c, d, fd
-            d = a + golden * (b - a)
-            fd = f(d)
-    return best[1], best[0]
 
 
 def _least_of_convex(a: list[float], bounds: list[tuple[float, float]]) -> float | None:
