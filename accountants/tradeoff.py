@@ -86,14 +86,21 @@ class TradeOff:
         else:
             a, b, c = self._node(i - 1), self._node(i), self._node(i + 1)
         fa, fb, fc = f(a), f(b), f(c)
-        for _ in range(5):
+        for _ in range(24):
             best = min(best, (fa, a), (fb, b), (fc, c))
             bend = (b - a) * (fb - fc) - (b - c) * (fb - fa)
             x = b - 0.5 * ((b - a) ** 2 * (fb - fc) - (b - c) ** 2 * (fb - fa)) / bend if bend else b
+            if c - a < 1e-6 * (1.0 + b):
+                break
             if not a < x < c or abs(x - b) < 1e-3 * (c - a):
                 x = 0.5 * (a + b) if b - a > c - b else 0.5 * (b + c)
             fx = f(x)
             best = min(best, (fx, x))
+            if max(fa, fc) - best[0] < 1e-5 * abs(best[0]):
+                break
+            guess = _parabola(x, (a, fa), (b, fb), (c, fc))
+            if abs(fx - guess) < 1e-6 * abs(fx):
+                break  # as smooth as it looks: nothing is left to gain
             left, right = min((fx, x), (fb, b)), max((fx, x), (fb, b))
             if right[1] > left[1]:
                 c, fc, b, fb = right[1], right[0], left[1], left[0]
@@ -219,6 +226,15 @@ class TradeOff:
             return 1.0 - min(self.tpr(i / rates) for i in range(1, rates))
         points = (i / rates for i in range(1, rates))
         return max(0.0, *(_NORMAL.cdf(_NORMAL.inv_cdf(fpr) + mu) - self.tpr(fpr) for fpr in points))
+
+
+def _parabola(x: float, *points: tuple[float, float]) -> float:
+    (a, fa), (b, fb), (c, fc) = points
+    return (
+        fa * (x - b) * (x - c) / ((a - b) * (a - c))
+        + fb * (x - a) * (x - c) / ((b - a) * (b - c))
+        + fc * (x - a) * (x - b) / ((c - a) * (c - b))
+    )
 
 
 def _least_of_convex(a: list[float], bounds: list[tuple[float, float]]) -> float | None:
