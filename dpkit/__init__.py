@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         UnfinishedStepError,
         UnsupportedModuleError,
     )
-    from .forms import Dense, Outer, Rows
+    from .forms import Dense, Outer, Routed, Rows
     from .rules import register_rule, unregister_rule
 
 _HOMES = {
@@ -63,7 +63,7 @@ _HOMES = {
         "UnfinishedStepError",
         "UnsupportedModuleError",
     ],
-    "forms": ["Dense", "Outer", "Rows"],
+    "forms": ["Dense", "Outer", "Routed", "Rows"],
     "rules": ["register_rule", "unregister_rule"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -91,6 +91,7 @@ __all__ = [
     "PrivacyEngine",
     "PrivacyError",
     "ReplayError",
+    "Routed",
     "Rows",
     "SamplingError",
     "UncoveredParameterError",

@@ -22,8 +22,8 @@ from .errors import CheckpointError, ConfigurationError, NotAttachedError
 from .ledger import Ledger
 from .loader import PrivateDataLoader, refuse_private
 from .noise import Source, source_of
+from .optional import register_optional
 from .paced import CyclicPoisson, paced
-from .rules import register_optional
 from .sampling import checked, sampling_of
 from .scaler import LossScale
 from .secure import SecureNoise
