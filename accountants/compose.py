@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .lattice import Lattice, choose_edges, dominated, dominating
+from .lattice import Lattice, beyond, choose_edges, dominated, dominating
+from .numeric import root
 from .pairs import Atoms, DiscretePair, Pair
 from .spectrum import Spectrum
 
@@ -30,10 +31,21 @@ class Plan:
     epsilon: float
     log_delta: float
     deviation: float
+    kurtosis: float
+    """Excess kurtosis of the tilted composed law."""
     pilots: list[Atoms]
     spans: list[tuple[float, float]]
     head: float
     tail: float
+    cap: float = math.inf
+    """Losses beyond are summed apart."""
+    share: float = 1.0
+    """Roughly the part of delta that losses within the cap make up."""
+
+    @property
+    def heavy(self) -> bool:
+        """Whether the tilted law is far from normal: a few large losses, or none."""
+        return self.kurtosis > 0.5
 
 
 def moments(atoms: Atoms, t: float) -> tuple[float, float, float]:
@@ -51,15 +63,13 @@ def moments(atoms: Atoms, t: float) -> tuple[float, float, float]:
 
 def _root(rising: Callable[[float], float], start: float) -> float:
     """log t where ``rising(log t)`` crosses zero, within e^-16 .. e^23; the nearer end if it does not."""
-    from scipy.optimize import brentq  # here, not above: it doubles the import time
-
     low = high = min(max(start, -15.0), 22.0)
     while rising(low) > 0.0 and low > -16.0:
         low -= 1.0
     while rising(high) < 0.0 and high < 23.0:
         high += 1.0
     if low < high and rising(low) < 0.0 < rising(high):
-        return float(brentq(rising, low, high, xtol=1e-3))
+        return root(rising, low, high, xtol=1e-3)
     if rising(high) < 0.0:
         return math.nan
     return low
@@ -115,7 +125,107 @@ def make_plan(pairs: Sequence[Pair], counts: Sequence[int], *, log_delta: float,
             break
     if epsilon is not None:
         log_delta = min(-1e-9, k - theta * epsilon - shrink)
-    return Plan(theta, best, estimate, log_delta, deviation, pilots, spans, head, tail)
+    kurtosis = _kurtosis(pilots, counts, theta, variance)
+    return Plan(theta, best, estimate, log_delta, deviation, kurtosis, pilots, spans, head, tail)
+
+
+def _kurtosis(pilots: Sequence[Atoms], counts: Sequence[int], theta: float, variance: float) -> float:
+    fourth = 0.0
+    for atoms, n in zip(pilots, counts, strict=True):
+        k, m, v = moments(atoms, theta)
+        with np.errstate(divide="ignore"):
+            weight = np.exp(theta * atoms.loss + np.log(atoms.mass) - k)
+        fourth += n * (float(np.dot(weight, (atoms.loss - m) ** 4)) - 3.0 * v * v)
+    return fourth / max(variance, 1e-300) ** 2
+
+
+def _reach_down(pilots: Sequence[Atoms] | Sequence[Lattice], counts: Sequence[int]) -> float:
+    """How far the composed loss falls below 0 with a probability under Q of more than e^-20 or so."""
+    spread = sum(n * float(np.dot(a.mass * np.exp(-a.loss), a.loss**2)) for a, n in zip(pilots, counts, strict=True))
+    best = math.inf
+    for factor in (1.0, 3.0, 6.0, 10.0, 20.0, 60.0, 300.0, 3e3, 3e4):
+        t = factor / math.sqrt(max(spread, 1e-300))
+        exponents = [-t * a.loss for a in pilots]
+        if max(float(x.max()) for x in exponents) > 600.0:
+            break
+        total = sum(
+            n * math.log1p(float(np.dot(a.mass * np.exp(-a.loss), np.expm1(x))))
+            for a, x, n in zip(pilots, exponents, counts, strict=True)
+        )
+        best = min(best, (total + 20.0) / t)
+    return best
+
+
+@dataclass(frozen=True)
+class _Guess:
+    """delta at one epsilon, in two parts: one loss beyond the cap, and Chernoff's bound within it."""
+
+    log_delta: float
+    log_within: float
+    theta: float
+    deviation: float
+
+
+def jump_plan(pairs: Sequence[Pair], counts: Sequence[int], plan: Plan, *, epsilon: float | None = None) -> Plan:
+    """The plan again for a law of large rare losses: those beyond a cap little above epsilon are summed apart.
+
+    No tilt brings such a law's mass near epsilon: it turns from no large loss at all to some far beyond. Below the cap
+    that is different. With ``epsilon`` given the plan is for that, else for the plan's delta.
+    """
+    down = 1.3 * _reach_down(plan.pilots, counts)
+    sides = []
+    for atoms, n in zip(plan.pilots, counts, strict=True):
+        order = np.argsort(atoms.loss)
+        loss, mass = atoms.loss[order], atoms.mass[order]
+        q = np.append(np.cumsum((mass * np.exp(-loss))[::-1])[::-1], 0.0)
+        d = np.append(np.cumsum((mass * -np.expm1(-loss))[::-1])[::-1], 0.0)
+        sides.append((n, loss, mass, q, d))
+
+    def guess(x: float) -> _Guess:
+        cap = x + max(down, 0.03 * x)
+        far = 0.0
+        within = []
+        for n, loss, mass, q, d in sides:
+            i = int(np.searchsorted(loss, cap))
+            far += n * max(0.0, float(d[i]) - math.expm1(x) * float(q[i]))
+            within.append((n, plan.pilots[0]._replace(loss=loss[:i], mass=mass[:i])))
+
+        def sums(t: float) -> tuple[float, float, float]:
+            parts = [(n, moments(atoms, t)) for n, atoms in within]
+            return tuple(sum(n * part[i] for n, part in parts) for i in range(3))  # type: ignore[return-value]
+
+        theta = math.exp(_root(lambda log_t: sums(math.exp(log_t))[1] - x, math.log(max(plan.theta, 1e-6))))
+        k, _, variance = sums(theta)
+        theta = max(theta, 0.5 / math.sqrt(max(variance, 1e-300))) if math.isfinite(theta) else plan.theta
+        k, _, variance = sums(theta)
+        deviation = math.sqrt(max(variance, 0.0))
+        chernoff = k - theta * x - math.log(max(1.0, 2.5 * theta * (1.0 + theta) * deviation))
+        total = float(np.logaddexp(chernoff, math.log(far) if far > 0.0 else -math.inf))
+        return _Guess(total, chernoff, theta, deviation)
+
+    if epsilon is None:
+        high = math.log(plan.epsilon * 1.1)
+        low = high - 1.0
+        while guess(math.exp(low)).log_delta < plan.log_delta and low > high - 30.0:
+            low -= 1.0
+        rising = (lambda x: guess(math.exp(x)).log_delta - plan.log_delta)
+        at = root(rising, low, high, xtol=0.01) if rising(high) < 0.0 < rising(low) else high
+        epsilon = math.exp(at)
+    here, there = guess(epsilon), guess(epsilon * 1.02)
+    slope = max((here.log_delta - there.log_delta) / (0.02 * epsilon), 1e-3 * here.theta)
+    if epsilon + down > 30.0:
+        return plan
+    share = math.exp(max(-12.0, min(0.0, here.log_within - here.log_delta)))
+    return replace(
+        plan,
+        theta=here.theta,
+        slope=slope,
+        epsilon=epsilon,
+        deviation=here.deviation,
+        cap=epsilon + max(down, 0.03 * epsilon),
+        share=share,
+        log_delta=here.log_delta,
+    )
 
 
 def _origin(pair: Pair, pilot: Atoms, step: float) -> float:
@@ -162,7 +272,7 @@ def build(
     spacing = max(spacings)
     if len(pairs) == 1 and spacing > 0.0 and isinstance(pairs[0], DiscretePair):
         step, floor = spacing, 0.0  # the law lies on this grid: there is nothing to approximate
-    for _ in range(3):
+    for _ in range(4):
         step = max(step, floor)
         if spacing > 0.0:  # so that the atoms lie on edges
             step = spacing / max(1, math.floor(spacing / step))
@@ -170,15 +280,30 @@ def build(
         costs = [0.0, 0.0]
         for pair, n, pilot, (lo, hi) in zip(pairs, counts, plan.pilots, plan.spans, strict=True):
             origin = _origin(pair, pilot, step)
-            edges = choose_edges(pilot, lo, hi, origin, step, thetas, widest, pair.breaks())
+            apart = (0.0, 0.0)
+            cap = origin + step * float(math.ceil((plan.cap - origin) / step)) if plan.cap < hi else math.inf
+            if cap < hi:
+                apart = beyond(pair, cap, hi, upper=upper)
+                within = pilot.loss <= cap
+                pilot = Atoms(*(part[within] for part in pilot))
+            edges = choose_edges(pilot, lo, min(cap, hi), origin, step, thetas, widest, pair.breaks())
+            if cap < hi:
+                last = round((cap - origin) / step)
+                edges = np.append(edges[edges < last], last)
             if upper:
-                law = dominating(pair, edges, origin, step, head_mass, tail_mass)
+                law = dominating(pair, edges, origin, step, head_mass, tail_mass, apart)
             else:
-                law = dominated(pair, edges, origin, step)
+                law = dominated(pair, edges, origin, step, apart)
             laws.append(law)
             for i, theta in enumerate(thetas):
                 costs[i] += n * abs(law.log_mgf(theta) - moments(pilot, theta)[0]) / theta
-        cost = costs[0]
+        cost = costs[0] * plan.share
+        if any(law.beyond[0] > 0.0 for law in laws):
+            # the grid widens the law: the cap must lie as far above epsilon as that may fall
+            down = 1.1 * _reach_down(laws, counts)
+            if plan.epsilon + down > plan.cap:
+                plan = replace(plan, cap=plan.epsilon + 1.2 * down)
+                continue
         if fixed or cost <= budget * 1.05 or step <= floor or not upper:
             break
         step *= min(0.9, max(0.3, math.sqrt(0.85 * budget / cost)))
@@ -187,17 +312,27 @@ def build(
     share = 0.02 * budget * (1.0 + plan.theta) / max(1.0, (1.0 + plan.theta) * plan.deviation)
     wrap = min(27.0, max(8.0, -math.log(min(share, 0.1)) + 1.0)) + wider
     spectrum = Spectrum(
-        laws, list(counts), plan.theta, upper=upper, fewest=None if fewest is None else list(fewest), wrap=wrap
+        laws,
+        list(counts),
+        plan.theta,
+        upper=upper,
+        fewest=None if fewest is None else list(fewest),
+        wrap=wrap,
+        cap=plan.cap,
     )
     return spectrum, cost
 
 
-def refine(plan: Plan, spectrum: Spectrum, counts: tuple[int, ...], epsilon: float) -> Plan:
+def refine(
+    pairs: Sequence[Pair], plan: Plan, spectrum: Spectrum, counts: tuple[int, ...], epsilon: float
+) -> Plan:
     """The plan again, with epsilon and the slope of log delta there as first found."""
     dx = max(1e-3 * epsilon, 2.0 * spectrum.step)
     slope = (spectrum.log_delta(epsilon, counts) - spectrum.log_delta(epsilon + dx, counts)) / dx
     if not (math.isfinite(slope) and slope > 0.0):
         slope = plan.slope
+    if math.isfinite(plan.cap):
+        return jump_plan(pairs, counts, plan, epsilon=epsilon)
     return replace(plan, epsilon=epsilon, slope=min(max(slope, 0.5 * plan.theta), 30.0 * plan.theta))
 
 

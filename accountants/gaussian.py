@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from scipy.special import log_ndtr
+from .numeric import log_ndtr, root
 
 # 64 roundings: log_ndtr and the few operations around it
 _ROUNDING = 64.0 * 2.0**-53
@@ -22,8 +22,8 @@ def log_delta(epsilon: float, mu: float) -> float:
         return 0.0
     if math.isinf(epsilon):
         return -math.inf
-    a = float(log_ndtr(0.5 * mu - epsilon / mu))
-    b = float(log_ndtr(-0.5 * mu - epsilon / mu))
+    a = log_ndtr(0.5 * mu - epsilon / mu)
+    b = log_ndtr(-0.5 * mu - epsilon / mu)
     gap = epsilon + b - a
     return a + math.log(-math.expm1(gap)) if gap < 0.0 else -math.inf
 
@@ -34,15 +34,13 @@ def epsilon(log_d: float, mu: float, *, upper: bool = True) -> float:
         return 0.0
     if math.isinf(mu):
         return math.inf
-    from scipy.optimize import brentq  # here, not above: it doubles the import time
-
     high = mu * (0.5 * mu + math.sqrt(-2.0 * log_d) + 1.0)
     while log_delta(high, mu) > log_d:
         high *= 2.0
-    root = float(brentq(lambda x: log_delta(x, mu) - log_d, 0.0, high, xtol=1e-15 * high, rtol=1e-14))
-    la, lb = float(log_ndtr(0.5 * mu - root / mu)), float(log_ndtr(-0.5 * mu - root / mu))
+    at = root(lambda x: log_delta(x, mu) - log_d, 0.0, high, xtol=1e-15 * high, rtol=1e-14)
+    la, lb = log_ndtr(0.5 * mu - at / mu), log_ndtr(-0.5 * mu - at / mu)
     # an absolute error eta of log delta moves epsilon by eta / slope
-    eta = _ROUNDING * (1.0 + root + abs(la) + abs(lb)) / min(1.0, max(la - lb - root, 1e-300))
-    slope = math.exp(root + lb - log_delta(root, mu))
-    margin = eta / slope + _ROUNDING * root
-    return root + margin if upper else max(0.0, root - margin)
+    eta = _ROUNDING * (1.0 + at + abs(la) + abs(lb)) / min(1.0, max(la - lb - at, 1e-300))
+    slope = math.exp(at + lb - log_delta(at, mu))
+    margin = eta / slope + _ROUNDING * at
+    return at + margin if upper else max(0.0, at - margin)

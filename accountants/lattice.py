@@ -35,6 +35,8 @@ class Lattice:
     index: Ints
     mass: Array
     infinite: float
+    beyond: tuple[float, float] = (0.0, 0.0)
+    """(Q-mass, P-mass − Q-mass) of losses that were left out: see `beyond`."""
 
     @property
     def loss(self) -> Array:
@@ -108,11 +110,32 @@ def _slack(cell: Ints) -> float:
     return (4.0 * most + 8.0) * U
 
 
-def dominating(pair: Pair, edges: Ints, origin: float, step: float, head_mass: float, tail_mass: float) -> Lattice:
+def beyond(pair: Pair, low: float, high: float, *, upper: bool) -> tuple[float, float]:
+    """(Q-mass, P-mass − Q-mass) of the losses from ``low`` to ``high``: the first rounded down and the second up, or,
+    for a lower bound, the other way round."""
+    atoms = pair.atoms(np.array([low, high]))
+    sign = 1.0 if upper else -1.0
+    loss = atoms.loss + sign * (atoms.loss_error + 4.0 * U * np.abs(atoms.loss))
+    mass = atoms.mass * (1.0 + sign * atoms.mass_error)
+    # the two sides of ``low`` may overlap by a rounding of it
+    gain = float(np.dot(mass, -np.expm1(-loss))) * (1.0 + sign * 1e-10)
+    return float(np.dot(atoms.mass, np.exp(-atoms.loss))) * (1.0 - sign * 1e-10), gain
+
+
+def dominating(
+    pair: Pair,
+    edges: Ints,
+    origin: float,
+    step: float,
+    head_mass: float,
+    tail_mass: float,
+    apart: tuple[float, float] = (0.0, 0.0),
+) -> Lattice:
     """The upper law on ``edges``.
 
-    Guarantee: dominates ``pair``. Mass below the first edge (at most ``head_mass``) is moved up to it, mass above the
-    last (at most ``tail_mass``) to infinity, and all rounding of masses and losses is rounded up.
+    Guarantee: dominates ``pair``, together with what is ``apart`` (see `beyond`). Mass below the first edge (at most
+    ``head_mass``) is moved up to it, mass above the last (at most ``tail_mass``) to infinity, and all rounding of
+    masses and losses is rounded up.
     """
     points: Array = origin + step * edges.astype(np.float64)
     atoms = pair.atoms(points)
@@ -124,11 +147,11 @@ def dominating(pair: Pair, edges: Ints, origin: float, step: float, head_mass: f
     up = mass * share
     total = _collect(len(edges), (cell, mass - up), (cell + 1, up)) * (1.0 + _slack(cell))
     total[0] += head_mass
-    missing = 1.0 - pair.infinite - tail_mass - float(total.sum())
+    missing = 1.0 - pair.infinite - tail_mass - sum(apart) - float(total.sum())
     if missing > 1e-9:  # never expected: a law that lost mass must not pass for one that has it
         total[-1] += missing
     keep = total > 0.0
-    return Lattice(origin, step, edges[keep], total[keep], pair.infinite + tail_mass)
+    return Lattice(origin, step, edges[keep], total[keep], pair.infinite + tail_mass, apart)
 
 
 def _cell_sums(mass: Array, loss: Array, cell: Ints, points: Array) -> tuple[Array, Array, Array]:
@@ -160,7 +183,8 @@ def _call(i: int, q: Array, low: Array, points: Array) -> float:
 
 def _put(i: int, q: Array, high: Array, points: Array) -> float:
     """E_Q(r − R)+ at edge i, to within 32 roundings."""
-    return math.fsum(high[:i] + q[:i] * np.exp(points[1 : i + 1] - points[:i]) * np.expm1(points[i] - points[1 : i + 1]))
+    right = points[1 : i + 1]
+    return math.fsum(high[:i] + q[:i] * np.exp(right - points[:i]) * np.expm1(points[i] - right))
 
 
 def _skip_corners(out: Array, points: Array) -> None:
@@ -213,11 +237,19 @@ def _below(q: Array, low: Array, high: Array, pinned: Array, points: Array, slac
     share = np.divide(low, q * width, out=np.zeros(n), where=q > 0.0)
     rest = np.divide(high, q * width, out=np.ones(n), where=q > 0.0)
     g = low * rest * (1.0 + slack)
-    halves = g / (rest**2 + share**2)
-    d = np.append(halves * rest, 0.0)
-    d[1:] = np.maximum(d[1:], halves * share)
     q_all, high_all = q + pinned[:-1], high + pinned[:-1] * width
     log_calls, log_puts = _log_tails(q_all, low, high_all, points)
+    halves = g / (rest**2 + share**2)
+    left, right = halves * rest, halves * share
+    # no more than a quarter of the tail beyond is taken from it; the near edge bears the rest
+    upper = log_calls[1:] < log_puts[1:]
+    capped = np.where(upper, np.minimum(right, 0.25 * np.exp(log_calls[1:])), right)
+    left = np.where(capped < right, (g - share * capped) / rest * (1.0 + slack), left)
+    right = capped
+    capped = np.where(upper, left, np.minimum(left, 0.25 * np.exp(log_puts[:-1])))
+    right = np.where(capped < left, (g - rest * capped) / np.maximum(share, 1e-300) * (1.0 + slack), right)
+    d = np.append(capped, 0.0)
+    d[1:] = np.maximum(d[1:], right)
     with np.errstate(divide="ignore"):
         log_d = np.log(d)
     over, short = np.flatnonzero(log_d > log_puts - 1e-8), np.flatnonzero(log_d > log_calls - 1e-8)
@@ -226,10 +258,11 @@ def _below(q: Array, low: Array, high: Array, pinned: Array, points: Array, slac
         return _floored(q_all, low, points)
     # V is on the line E_Q(R) − k up to ``start``, and zero from ``stop`` on; there the next edge must make up for d
     put, call = _put(start, q_all, high_all, points), _call(stop, q_all, low, points)
-    if len(over):
-        if share[start] > 0.0:
-            d[start + 1] = max(d[start + 1], (g[start] - rest[start] * put * (1.0 - 2.0 * slack)) / share[start])
-        d[start] = put * (1.0 + slack)
+    if len(over) and share[start] > 0.0:
+        moved = (g[start] - rest[start] * put * (1.0 - 2.0 * slack)) / share[start]
+        if moved < 0.5 * math.exp(float(log_calls[start + 1])):
+            d[start], d[start + 1] = put, max(d[start + 1], moved)
+        # else E_Q(R) falls by d − put at ``start``: the line is that much lower
     if len(short):
         d[stop - 1] = max(d[stop - 1], (g[stop - 1] - share[stop - 1] * call * (1.0 - 2.0 * slack)) / rest[stop - 1])
         d[stop] = call * (1.0 + slack)
@@ -241,7 +274,8 @@ def _below(q: Array, low: Array, high: Array, pinned: Array, points: Array, slac
     out[1:] += (d[1:] - d[:-1] - doubt) / full
     if len(over):
         next_put = _put(start + 1, q_all, high_all, points) * (1.0 - slack)
-        out[start], out[:start] = (next_put - d[start + 1]) / width[start], 0.0
+        lowered = max(0.0, d[start] - put * (1.0 + slack))
+        out[start], out[:start] = (next_put - d[start + 1] + lowered) / width[start], 0.0
     if len(short):
         next_call = _call(stop - 1, q_all, low, points) * (1.0 - slack)
         out[stop], out[stop + 1 :] = (next_call - d[stop - 1]) / full[stop - 1], 0.0
@@ -249,7 +283,9 @@ def _below(q: Array, low: Array, high: Array, pinned: Array, points: Array, slac
     return np.maximum(out, 0.0)
 
 
-def dominated(pair: Pair, edges: Ints, origin: float, step: float) -> Lattice:
+def dominated(
+    pair: Pair, edges: Ints, origin: float, step: float, apart: tuple[float, float] = (0.0, 0.0)
+) -> Lattice:
     """The lower law on ``edges``.
 
     Guarantee: dominated by ``pair``. Mass outside the edges is dropped, all rounding is rounded down.
@@ -289,4 +325,4 @@ def dominated(pair: Pair, edges: Ints, origin: float, step: float) -> Lattice:
     q, low, high = _cell_sums(mass, loss, cell, points)
     out = _below(q, low, high, pinned, points, slack) * (1.0 - slack)
     keep = out > 0.0
-    return Lattice(origin, step, edges[keep], out[keep], pair.infinite)
+    return Lattice(origin, step, edges[keep], out[keep], pair.infinite, apart)

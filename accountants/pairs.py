@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri_exp
+
+from .numeric import normal_reach
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -40,6 +41,10 @@ class Pair(ABC):
 
     infinite: float = 0.0
     """P(L = ∞)."""
+
+    def conserves(self) -> bool:
+        """Whether all of P and of Q lies on finite losses, without an upper end: then far losses may be summed apart."""
+        return False
 
     def supremum(self) -> float:
         """The largest finite loss, rounded up; infinity where there is none."""
@@ -122,9 +127,9 @@ class SmoothPair(Pair):
     def atoms(self, edges: Array) -> Atoms:
         forward = -edges[::-1] if self.flipped else edges
         y_edges = self.inverse(forward)
-        # near the end of the support many y share one float: the last edge takes them all
-        last = forward[-1] + 8.0 * U * abs(forward[-1])
-        y_edges[-1] = max(y_edges[-1], float(self.inverse(np.array([last]))[0]))
+        # near the ends of the support many y share one float: the outer edges take them all
+        ends = self.inverse(np.array([forward[0] - 8.0 * U * abs(forward[0]), forward[-1] + 8.0 * U * abs(forward[-1])]))
+        y_edges[0], y_edges[-1] = min(y_edges[0], float(ends[0])), max(y_edges[-1], float(ends[1]))
         low, high = self._clip(y_edges)
         y_edges = np.clip(y_edges, low, high)
         cuts = np.union1d(y_edges, self._cached_cuts(low, high))
@@ -169,11 +174,6 @@ class SmoothPair(Pair):
 _CUTS: dict[tuple[SmoothPair, float, float], Array] = {}
 
 
-def _normal_reach(log_tail: float) -> float:
-    """z with Φ(−z) ≤ e^log_tail."""
-    return -float(ndtri_exp(min(log_tail, -0.7))) * (1.0 + 1e-12)
-
-
 @dataclass(frozen=True)
 class GaussianPair(SmoothPair):
     """Poisson-sampled Gaussian at distance 1: P = (1 − q) N(0, σ²) + q N(1, σ²), Q = N(0, σ²); y = x/σ.
@@ -211,13 +211,16 @@ class GaussianPair(SmoothPair):
             far = loss + np.log1p(-(1.0 - self.q) * np.exp(-np.maximum(loss, 0.5))) - math.log(self.q)
             return self.sigma * np.where(loss < 1.0, near, far) + 0.5 / self.sigma
 
+    def conserves(self) -> bool:
+        return math.isinf(self.supremum())
+
     def supremum(self) -> float:
         return -math.log1p(-self.q) * (1.0 + 8.0 * U) if self.flipped and self.q < 1.0 else math.inf
 
     def y_span(self, head: float, tail: float) -> tuple[float, float]:
         if self.flipped:  # P is N(0): the loss falls with y
-            return -_normal_reach(tail), _normal_reach(head)
-        return -_normal_reach(head), 1.0 / self.sigma + _normal_reach(tail)
+            return -normal_reach(tail), normal_reach(head)
+        return -normal_reach(head), 1.0 / self.sigma + normal_reach(tail)
 
     def slope(self, y: Array) -> Array:
         return 3.0 + np.abs(y) + 1.0 / self.sigma

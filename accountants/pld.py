@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from . import gaussian
 from .accountant import Accountant, check_delta, check_epsilon
-from .compose import MAX_SIZE, Chernoff, Plan, build, chernoff, make_plan, refine, solve_epsilon
+from .compose import MAX_SIZE, Chernoff, Plan, build, chernoff, jump_plan, make_plan, refine, solve_epsilon
 from .errors import AccountingError
 from .events import Event
 from .mechanisms import judge
@@ -112,7 +112,7 @@ class Direction:
                 wider = min(16.0, max(2.0, math.log(error / value) + 16.0)) if value > 0.0 else 16.0
                 step = spectrum.step
                 if 0.0 < answer < math.inf and value > 10.0 * error:
-                    plan = refine(plan, spectrum, counts, answer)
+                    plan = refine(self.pairs, plan, spectrum, counts, answer)
                 continue
             if not 0.0 < answer < math.inf:
                 break
@@ -121,7 +121,7 @@ class Direction:
                 ratio = (before[0] / spectrum.step) ** 2
                 cost = abs(before[1] - answer) / max(ratio - 1.0, 0.5)
             self._store(_Built(spectrum, plan, cost, error / value if value > 0.0 else math.inf))
-            better = refine(plan, spectrum, counts, answer)
+            better = refine(self.pairs, plan, spectrum, counts, answer)
             scale = max(answer, 0.1 / better.slope)  # next to epsilon 0 only delta has a scale
             budget = tolerance * scale * (1.0 if upper else 2.0)
             typical = abs(plan.epsilon - answer) < 0.08 * scale and better.slope < 1.5 * plan.slope
@@ -163,7 +163,10 @@ class Direction:
         return max(known, self.log_delta(counts, epsilon, tolerance, upper=True))
 
     def _plan(self, counts: Counts, log_delta: float) -> Plan:
-        return make_plan(self.pairs, counts, log_delta=log_delta)
+        plan = make_plan(self.pairs, counts, log_delta=log_delta)
+        if plan.heavy and all(pair.conserves() for pair in self.pairs):
+            return jump_plan(self.pairs, counts, plan)
+        return plan
 
     def log_delta(self, counts: Counts, epsilon: float, tolerance: float, *, upper: bool) -> float:
         """The bound on log delta at ``epsilon``."""
@@ -226,16 +229,16 @@ class PLDAccountant(Accountant):
     def _check(self, event: Event) -> None:
         judge(event, self.adjacency)
 
-    def _terms(self) -> tuple[float, tuple[Pair, ...], tuple[Pair, ...], Counts]:
+    def _terms(self, *, lower: bool = False) -> tuple[float, tuple[Pair, ...], tuple[Pair, ...], Counts]:
         """The ledger as (squared Gaussian distance, pairs for removing, pairs for adding, counts)."""
         mu_squared = 0.0
         both: dict[tuple[Pair, Pair], int] = {}
         for event, n in self._ledger:
-            term = judge(event, self.adjacency)
-            mu_squared += n * term.mu_squared
-            if term.remove is not None and term.add is not None:
+            judged = judge(event, self.adjacency)
+            mu_squared += n * judged.mu_squared
+            for term in judged.lower() if lower else judged.terms:
                 key = (term.remove, term.add)
-                both[key] = both.get(key, 0) + n
+                both[key] = both.get(key, 0) + n * term.runs
         if both and 0.0 < mu_squared < math.inf:
             # all Gaussians are one Gaussian, exactly
             sigma = 1.0 / math.sqrt(mu_squared)
@@ -253,27 +256,7 @@ class PLDAccountant(Accountant):
         """The directions to compose; one if they are the same."""
         return [self._direction(pairs) for pairs in ((remove,) if remove == add else (remove, add))]
 
-    def _leak(self) -> float:
-        """Total variation between what was run and what is judged, over all runs."""
-        return sum(n * judge(event, self.adjacency).leak for event, n in self._ledger)
-
     def _epsilon(self, delta: float) -> float:
-        leak = self._leak()
-        if leak == 0.0:
-            return self._epsilon_exact(delta)
-        # delta'(ε) ≤ delta(ε) + (1 + e^ε)·leak; both sides grow with ε, so step up until it holds
-        epsilon = 0.0
-        for _ in range(200):
-            spent = (1.0 + math.exp(min(epsilon, 700.0))) * leak
-            if spent >= delta:
-                return math.inf
-            needed = self._epsilon_exact(delta - spent)
-            if needed <= epsilon:
-                return epsilon
-            epsilon = needed * (1.0 + 1e-9)
-        return math.inf
-
-    def _epsilon_exact(self, delta: float) -> float:
         mu_squared, remove, add, counts = self._terms()
         log_delta = math.log(delta)
         if math.isinf(mu_squared):
@@ -287,10 +270,6 @@ class PLDAccountant(Accountant):
         return best
 
     def _delta(self, epsilon: float) -> float:
-        leak = self._leak()
-        return self._delta_exact(epsilon) + (leak * (1.0 + math.exp(min(epsilon, 700.0))) if leak else 0.0)
-
-    def _delta_exact(self, epsilon: float) -> float:
         mu_squared, remove, add, counts = self._terms()
         if math.isinf(mu_squared):
             return 1.0
@@ -309,9 +288,9 @@ class PLDAccountant(Accountant):
         """
         log_delta = math.log(check_delta(delta))
         upper = self.epsilon(delta)
-        if not self._ledger or upper == 0.0 or self._leak() > 0.0:
+        if not self._ledger or upper == 0.0:
             return 0.0, upper
-        mu_squared, remove, add, counts = self._terms()
+        mu_squared, remove, add, counts = self._terms(lower=True)
         if math.isinf(mu_squared):
             return math.inf, math.inf
         if not remove:
@@ -327,9 +306,9 @@ class PLDAccountant(Accountant):
         """(lower, upper) for the true delta at ``epsilon``."""
         epsilon = check_epsilon(epsilon)
         upper = self.delta(epsilon)
-        if not self._ledger or upper == 0.0 or self._leak() > 0.0:
+        if not self._ledger or upper == 0.0:
             return 0.0, upper
-        mu_squared, remove, add, counts = self._terms()
+        mu_squared, remove, add, counts = self._terms(lower=True)
         if math.isinf(mu_squared):
             return 1.0, 1.0
         if not remove:

@@ -54,9 +54,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.fft import next_fast_len, rfft
 
 from .lattice import Lattice
+from .numeric import smooth_length
 from .pairs import Array, Ints, U
 
 Complex = NDArray[np.complex128]
@@ -68,7 +68,7 @@ class _Kept:
     """The frequencies that count for one set of step counts."""
 
     near: Complex
-    """G_k conj(D1_k): rotate by the index of the first loss above epsilon."""
+    """G_k conj(D1_k − D2_k): rotate by the index of the first loss above epsilon."""
     far: Complex
     """G_k conj(D2_k)."""
     edge_near: float
@@ -78,8 +78,13 @@ class _Kept:
     """Loss at index 0."""
     log_scale: float
     """ΣTK."""
-    error: float
+    slip_near: float
+    """Errors of sums over ``near`` and ``far``, and what the mass outside the window may add."""
+    slip_far: float
+    outside: float
     infinite: float
+    apart: tuple[float, float]
+    """Σ T log(1 − Q_i), Σ T log(1 − D_i/(1 − Q_i)): see `Spectrum.apart`."""
 
 
 class Spectrum:
@@ -92,6 +97,7 @@ class Spectrum:
         upper: whether errors are to be rounded up or down.
         fewest: the smallest number of times each will be run; fewer runs need more frequencies.
         wrap: −log of the tilted mass that may lie outside the window, on either side.
+        cap: the loss beyond which what the laws left out begins (`Lattice.beyond`).
     """
 
     def __init__(
@@ -103,8 +109,10 @@ class Spectrum:
         upper: bool,
         fewest: list[int] | None = None,
         wrap: float = 21.0,
+        cap: float = math.inf,
     ) -> None:
-        self.wrap = wrap
+        self.wrap, self.cap = wrap, cap
+        self._low: list[tuple[float, list[float]]] | None = None
         self.laws, self.counts, self.theta, self.upper = laws, tuple(counts), theta, upper
         self.fewest = tuple(counts if fewest is None else fewest)
         self.step = laws[0].step
@@ -123,14 +131,15 @@ class Spectrum:
         self.deviation = math.sqrt(variance)
         self._excess = self._chernoff_table()
         left, right = self._reach(self.counts)
-        self.size = int(next_fast_len(max(64, math.ceil((right + left) / self.step) + 4), real=True))
+        self.size = smooth_length(max(64, math.ceil((right + left) / self.step) + 4))
         self._shifts: list[int] = []
         self._noise: list[float] = []
         spectra: list[Complex] = []
         for law, weight, mean in zip(laws, self._tilted, self._means, strict=True):
             shift = round((mean - law.origin) / self.step)
             self._shifts.append(shift)
-            spectra.append(rfft(np.bincount((law.index - shift) % self.size, weights=weight, minlength=self.size)))
+            wrapped = np.bincount((law.index - shift) % self.size, weights=weight, minlength=self.size)
+            spectra.append(np.fft.rfft(wrapped))
             self._noise.append(8.0 * U * (math.log2(self.size) + 1.0) * float(weight.sum()) * (1.0 + 1e-10))
         self._k, self._rest = self._alive(spectra)
         self._logs: list[Complex] = []
@@ -142,16 +151,17 @@ class Spectrum:
             self._logs.append(log_f)
             self._doubts.append(doubt)
         angle = 2.0 * math.pi * self._k / self.size
-        self._near, self._far = self._geometric(theta, angle), self._geometric(1.0 + theta, angle)
+        near, self._far = self._geometric(theta, angle), self._geometric(1.0 + theta, angle)
+        turned = np.exp(-(theta * self.step + 1j * angle))
+        self._near = -math.expm1(-self.step) * turned * near * self._far  # D1 − D2, without taking the difference
         self._double = np.where((self._k == 0) | (2 * self._k == self.size), 1.0, 2.0) / self.size
         self._kept: dict[tuple[int, ...], _Kept] = {}
 
     def _alive(self, spectra: list[Complex]) -> tuple[Ints, float]:
         """The frequencies whose power at the fewest steps exceeds e^-_FADE, and a bound on all others' share in B.
 
-        With G ≤ e^-_FADE (1 + e_F/|F|)^T for the others and |1 − ρ e^{−iφ}| ≥ sin(φ/2) ≥ φ/π for 0 ≤ ρ ≤ 1, φ ≤ π,
-        their
-        share is at most (2/N) Σ_k |G_k| (|D1| + |D2|) ≤ 2 max|G| (1 + log N).
+        For the others G ≤ e^-_FADE (1 + e_F/|F|)^T, and |1 − ρ e^{−iφ}| ≥ sin(φ/2) ≥ φ/π for 0 ≤ ρ ≤ 1, φ ≤ π, so that
+        their share in a sum against D1, or D2, is at most (2/N) Σ_k |G_k| π/φ_k ≤ max|G| (1 + log N).
         """
         if len(spectra) == 1:
             n = max(self.fewest[0], 1)
@@ -172,7 +182,7 @@ class Spectrum:
         alive[0] = True
         if alive.all():
             return np.flatnonzero(alive), 0.0
-        return np.flatnonzero(alive), 2.0 * math.exp(ceiling) * (1.0 + math.log(self.size)) * (1.0 + 1e-9)
+        return np.flatnonzero(alive), math.exp(ceiling) * (1.0 + math.log(self.size)) * (1.0 + 1e-9)
 
     def _transformed(self, f: Complex, noise: float) -> tuple[Complex, Array]:
         """log F and a bound on its error, from the fast transform."""
@@ -265,11 +275,10 @@ class Spectrum:
         size = np.abs(g)
         doubt += 4.0 * U * (1.0 + np.abs(log_g))
         slip = size * np.expm1(np.minimum(doubt, 100.0))
-        weight_size = self._double * 2.0 * (np.abs(self._near) + np.abs(self._far))
-        error = float(np.sum(weight_size * (slip + (size + slip) * (64.0 + math.log2(len(k) + 1) + 128.0) * U)))
-        error += self._rest
+        slip += (size + slip) * (192.0 + math.log2(len(k) + 1)) * U
+        slip *= self._double * (1.0 + 1e-9)
+        ratio = math.expm1(-h) / math.expm1(-(1.0 + theta) * h)  # |D1 − D2| ≤ ratio·|D1|
         largest = math.exp(theta * math.log(theta) - (1.0 + theta) * math.log1p(theta))
-        error += outside * largest
         turn = np.exp(2j * math.pi / n * ((k * ((start + n) % n)) % n))
         near: Complex = (self._double * g * np.conj(self._near)).astype(np.complex128)
         far: Complex = (self._double * g * np.conj(self._far)).astype(np.complex128)
@@ -289,8 +298,11 @@ class Spectrum:
             start=start,
             base=base,
             log_scale=scale,
-            error=error * (1.0 + 1e-9),
+            slip_near=float(np.dot(slip, np.abs(self._near))) + ratio * self._rest,
+            slip_far=float(np.dot(slip, np.abs(self._far))) + self._rest,
+            outside=outside * largest,
             infinite=-math.expm1(survive),
+            apart=self._apart(counts),
         )
         if len(self._kept) > 8:
             self._kept.clear()
@@ -302,27 +314,100 @@ class Spectrum:
         out: Complex = -1.0 / np.expm1(-(x * self.step + 1j * angle))
         return out
 
+    def _apart(self, counts: tuple[int, ...]) -> tuple[float, float]:
+        stay = gain = 0.0
+        for c, law in zip(counts, self.laws, strict=True):
+            q, d = law.beyond
+            stay += c * math.log1p(-q)
+            gain += c * math.log1p(-min(d / (1.0 - q), 1.0 - 1e-15))
+        return stay, gain
+
+    def apart(self, epsilon: float, counts: tuple[int, ...]) -> tuple[float, float]:
+        """(ΔP − e^ε ΔQ, a bound on what it leaves out) of all runs with a loss beyond the laws' caps.
+
+        Once a loss has exceeded the cap the total exceeds ε too, but for a little: so those runs add P − e^ε Q to
+        delta, in closed form from the mass beyond the cap in one step, Q_i and P_i = Q_i + D_i:
+        ΔP − ΔQ = Π(1 − Q_i)^T − Π(1 − P_i)^T, as P and Q are whole (`Pair.conserves`). Where the rest of the run takes the total below ε again,
+        (P − e^ε Q)+ is larger than that, by e^ε Q(far, L ≤ ε) at most: Chernoff's bound on the lower tail of the rest.
+        A lower bound may leave that out.
+        """
+        stay, gain = self._prepare(counts).apart
+        if gain == 0.0:
+            return 0.0, 0.0
+        lost = -math.expm1(stay)
+        most = (lost + math.exp(stay) * -math.expm1(gain)) * (1.0 + 1e-10)  # ΔP
+        if epsilon > 600.0:
+            return 0.0, most if self.upper else 0.0
+        one, two = math.exp(stay) * -math.expm1(gain), math.expm1(epsilon) * lost
+        slack = 1e-10 * (one + two)
+        short = 0.0
+        if self.upper:
+            reach = min(
+                sum(c * max(0.0, m) for c, m in zip(counts, moments, strict=True)) - t * (self.cap - epsilon)
+                for t, moments in self._lower_tails()
+            )
+            short = (1.0 + math.expm1(epsilon)) * lost * math.exp(min(0.0, reach)) * (1.0 + 1e-9)
+        value = max(0.0, one - two + (slack if self.upper else -slack))
+        return value, min(short, max(0.0, most - value))
+
+    def _lower_tails(self) -> list[tuple[float, list[float]]]:
+        """log E_Q[e^{−tL} | L ≤ cap] of every law at some t, rounded up."""
+        if self._low is None:
+            spread = max(1e-300, math.sqrt(sum(c * v for c, v in zip(self.counts, self._spreads(), strict=True))))
+            self._low = []
+            for factor in (0.3, 1.0, 2.0, 3.5, 5.0, 7.0, 10.0, 16.0, 30.0, 100.0, 1e3, 1e4):
+                t, moments = factor / spread, []
+                for law in self.laws:
+                    exponent = -t * law.loss
+                    kept = math.log1p(-law.beyond[0])
+                    q = law.mass * np.exp(-law.loss)
+                    if float(exponent.max()) < 300.0:
+                        # E e^x = Q + E x + E(e^x − 1 − x): the digits of a small moment are kept
+                        total = float(q.sum())
+                        small = float(np.dot(q, np.expm1(exponent) - exponent)) + float(np.dot(q, exponent))
+                        moments.append(math.log(total + small) - kept + 1e-14 * (1.0 + float(np.dot(q, np.abs(exponent)))))
+                    else:
+                        moments.append(math.inf)
+                self._low.append((t, moments))
+        return self._low
+
+    def _spreads(self) -> list[float]:
+        """E_Q[L²] of every law."""
+        return [float(np.dot(law.mass * np.exp(-law.loss), law.loss**2)) for law in self.laws]
+
     def bracket(self, epsilon: float, counts: tuple[int, ...]) -> tuple[float, float, float, float]:
-        """(B, bound on its error, log scale, P(L = ∞)) at ``epsilon``."""
+        """(B, bound on its error, log scale, P(L = ∞)) at ``epsilon``, with what is `apart` in units of B."""
+        value, error, scale, infinite = self._transform(epsilon, counts)
+        gain, short = self.apart(epsilon, counts)
+        if gain > 0.0:
+            unit = math.exp(min(600.0, self.theta * epsilon - scale))
+            value, error = value + unit * gain, error + unit * short
+        return value, error, scale, infinite
+
+    def _transform(self, epsilon: float, counts: tuple[int, ...]) -> tuple[float, float, float, float]:
         kept = self._prepare(counts)
         n, h, theta = self.size, self.step, self.theta
         last = kept.base + h * (kept.start + n) - epsilon
         if last <= 0.0:
-            return 0.0, kept.error, kept.log_scale, kept.infinite
+            return 0.0, kept.outside, kept.log_scale, kept.infinite
         first = max(kept.start, math.floor((epsilon - kept.base) / h) + 1)
         gap = kept.base + h * first - epsilon
         turn = np.exp(2j * math.pi / n * ((self._k * (first % n)) % n))
         a = float(np.sum((kept.near * turn).real))
         b = float(np.sum((kept.far * turn).real))
-        value = math.exp(-theta * gap) * a - math.exp(-(1.0 + theta) * gap) * b
-        value -= math.exp(-theta * last) * kept.edge_near - math.exp(-(1.0 + theta) * last) * kept.edge_far
-        return value, kept.error, kept.log_scale, kept.infinite
+        value = error = 0.0
+        for sign, x, p, q in ((1.0, gap, a, b), (-1.0, last, kept.edge_near, kept.edge_far)):
+            value += sign * math.exp(-theta * x) * (p - math.expm1(-x) * q)
+            error += math.exp(-theta * x) * (kept.slip_near - math.expm1(-x) * kept.slip_far)
+        return value, error + kept.outside, kept.log_scale, kept.infinite
 
     def log_delta(self, epsilon: float, counts: tuple[int, ...]) -> float:
         """log of the bound on delta at ``epsilon``: above the lattice law's if ``upper``, else below it."""
-        value, error, log_scale, infinite = self.bracket(epsilon, counts)
+        value, error, log_scale, infinite = self._transform(epsilon, counts)
         total = value + error if self.upper else value - error
-        log_finite = log_scale - self.theta * epsilon + math.log(total) if total > 0.0 else -math.inf
-        if infinite <= 0.0:
-            return min(0.0, log_finite)
-        return min(0.0, float(np.logaddexp(log_finite, math.log(infinite))))
+        out = log_scale - self.theta * epsilon + math.log(total) if total > 0.0 else -math.inf
+        gain, short = self.apart(epsilon, counts)
+        for more in (infinite, gain + short):
+            if more > 0.0:
+                out = float(np.logaddexp(out, math.log(more)))
+        return min(0.0, out)

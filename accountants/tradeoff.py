@@ -13,8 +13,6 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 
-from scipy.special import ndtr, ndtri
-
 from . import gaussian
 from .accountant import Accountant
 from .errors import AccountingError
@@ -125,6 +123,8 @@ class TradeOff:
 
     def gdp_regret(self, mu: float, rates: int = 40) -> float:
         """The largest amount by which μ-GDP's TPR exceeds this curve's, over a grid of false-positive rates."""
+        from scipy.special import ndtr, ndtri  # here, not above: it triples the import time
+
         worst = 0.0
         for i in range(1, rates):
             fpr = i / rates

@@ -1,9 +1,11 @@
-"""The engine: ties sampling, tape, clipping, noise and ledger together. C, σ and q have their one home here."""
+"""The engine: what a user sees. It ties sampling, step, noise and ledger together, and keeps what was spent."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -11,26 +13,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpkit.accountants import Accountant, Gaussian, GroupOf, PLDAccountant, make_accountant
+from dpkit.accountants import Accountant, make_accountant
 
-from . import checks
+from . import checkpoint, checks
 from .clipping import Clipping, clipping_of
-from .errors import (
-    ConfigurationError,
-    DoubleUseError,
-    NotAttachedError,
-    UncoveredParameterError,
-    UnfinishedStepError,
-)
-from .forms import joined
-from .loader import Draw, PrivateDataLoader, refuse_private
-from .noise import NoiseSource
-from .proof import prove, refuse_coupled_losses
+from .errors import CheckpointError, ConfigurationError, NotAttachedError
+from .ledger import Ledger
+from .loader import PrivateDataLoader, refuse_private
+from .noise import Source, source_of
 from .rules import register_optional
 from .sampling import checked, sampling_of
-from .sums import ClippedSum
-from .tape import Tape
-from .targets import noise_multiplier_for
+from .secure import SecureNoise
+from .spending import Spending
+from .state import Part, Stateful, collect, give_back, refuse_others
+from .step import PrivateStep
+from .targets import budget_for, noise_multiplier_for
 from .units import PrivacyUnit, refuse_reordering, units_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -49,28 +46,36 @@ class PrivacyEngine:
     Args:
         accountant: the judge of what was spent: "pld" (tight), "rdp" (quick, some 5 to 15% above), or a
             `dpkit.accountants.Accountant`.
-        secure_mode: not available in this version.
+        secure_mode: draw the noise from a cryptographic generator and round it so that floating point tells nothing;
+            see `dpkit.secure` for what is proven. Needs the extra ``dpkit[secure]``, and costs some four times the
+            plain noise, on the processor.
+        ledger: a file that holds every release of every run on this data set (`dpkit budget` reads it). Each is on the
+            disk before the weights that contain it are handed out, so that no crash forgets what was spent.
 
     >>> engine = PrivacyEngine()                                                            # doctest: +SKIP
     >>> model, optimizer, loader = engine.make_private(module=model, optimizer=optimizer,
     ...     data_loader=loader, noise_multiplier=1.1, max_grad_norm=1.0)
     """
 
-    def __init__(self, accountant: str | Accountant = "pld", secure_mode: bool = False) -> None:
-        if secure_mode:
-            raise ConfigurationError(
-                "secure_mode=True",
-                why="noise from a cryptographic generator is not part of this version, and plain noise is not secure.",
-                cure="use secure_mode=False (noise seeded from the operating system, by torch's generator).",
-            )
+    def __init__(
+        self,
+        accountant: str | Accountant = "pld",
+        secure_mode: bool = False,
+        ledger: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._secure = SecureNoise() if secure_mode else None
         self.accountant = accountant if isinstance(accountant, Accountant) else make_accountant(accountant)
-        self.nonfinite_records = 0
-        """Records whose gradient was not finite and was replaced by zero. Not covered by ε: do not publish it."""
-        self._tape: Tape | None = None
-        self._draw: Draw | None = None
-        self._sum: ClippedSum | None = None
+        self._spending = Spending(
+            self.accountant, None if ledger is None else Ledger(ledger, self.accountant.adjacency)
+        )
+        self._step: PrivateStep | None = None
+        self._before = 0
         self._target_delta: float | None = None
-        self._charged: float | None = None  # fixed batches: the least σ charged for in this pass
+
+    @property
+    def nonfinite_records(self) -> int:
+        """Records whose gradient was not finite and was replaced by zero. Not covered by ε: do not publish it."""
+        return self._before + (self._step.nonfinite_records if self._step is not None else 0)
 
     # ---------------------------------------------------------------- attaching
 
@@ -86,6 +91,7 @@ class PrivacyEngine:
         target_delta: float | None = None,
         epochs: int | None = None,
         steps: int | None = None,
+        max_epsilon: float | None = None,
         clipping: str | Clipping = "flat",
         loss_reduction: str = "mean",
         poisson_sampling: bool = True,
@@ -108,6 +114,9 @@ class PrivacyEngine:
             max_grad_norm: C, the bound on each record's gradient norm.
             noise_multiplier: σ, the noise's standard deviation divided by C; or leave it out and give
             target_epsilon, target_delta, and epochs or steps: the least σ that keeps within them is found.
+            max_epsilon: a hard budget at target_delta, for everything in the ledger where there is one: the loader ends
+                before a step would exceed it (see `budget_spent`). It holds for any stopping time, and for schedules of
+                σ that were fixed in advance; not for a σ that is chosen in view of the training.
             clipping: "flat", "automatic", "per_layer", or an object with ``weights`` and ``sensitivity``.
             loss_reduction: whether the loss that is back-propagated is the "mean" or the "sum" over the batch.
             poisson_sampling: draw each record independently (amplification is accounted); if False, the loader's own
@@ -132,7 +141,7 @@ class PrivacyEngine:
             SamplingError: the loader's batches cannot be accounted.
             UnsupportedModuleError: a module mixes records or updates weights in the forward.
         """
-        if self._tape is not None:
+        if self._step is not None:
             raise ConfigurationError(
                 "this engine is attached already",
                 why="one engine keeps one model's step together.",
@@ -167,29 +176,29 @@ class PrivacyEngine:
         sampling = sampling_of(data_loader, units, poisson=poisson_sampling)
         if not units.records or units.copies > 1:
             refuse_reordering(data_loader.dataset, data_loader.collate_fn)
+        noise = source_of(self._secure, noise_generator, data_loader.generator)
         register_optional(module)
         checks.validate_model(module)
         sigma = noise_multiplier_for(
             self.accountant, sampling, noise_multiplier, target_epsilon, target_delta, epochs, steps
         )
+        budget = budget_for(self.accountant, sampling, sigma, max_epsilon, target_delta)
 
-        tape = Tape(module, batch_first=batch_first)
-        self._tape, self._optimizer, self._sampling = tape, optimizer, sampling
-        self._clipping, self._loss_reduction = rule, loss_reduction
-        self._target_delta = target_delta
-        self._noise_multiplier, self._max_grad_norm = sigma, max_grad_norm
-        self._noise = NoiseSource(noise_generator)
-        if noise_generator is not None:
-            self._noise.refuse_shared(data_loader.generator)
-        self._strictly_examined = False
-        try:
-            self._trainable()
-        except Exception:
-            tape.detach()
-            self._tape = None
-            raise
-        self._step_hook = optimizer.register_step_pre_hook(self._before_step)
-        self._loader = PrivateDataLoader(data_loader, sampling, units, self, max_physical_batch_size)
+        self._step = PrivateStep(
+            module,
+            optimizer,
+            sampling,
+            rule,
+            noise,
+            self._spending,
+            noise_multiplier=sigma,
+            max_grad_norm=max_grad_norm,
+            loss_reduction=loss_reduction,
+            batch_first=batch_first,
+        )
+        self._loader = PrivateDataLoader(data_loader, sampling, units, self._step, max_physical_batch_size)
+        self._target_delta, self._spending.budget = target_delta, budget
+        self._spending.about = {"sampling": sampling.name, "target_delta": target_delta}
         return module, optimizer, self._loader
 
     def make_private_with_epsilon(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, DataLoader[Any]]:
@@ -198,18 +207,17 @@ class PrivacyEngine:
 
     def detach(self) -> None:
         """Give everything back as it was. What was spent stays in the accountant."""
-        if self._tape is None:
+        if self._step is None:
             return
-        self._tape.detach()
-        self._step_hook.remove()
+        self._before += self._step.nonfinite_records
+        self._step.detach()
         self._loader.close()
-        self._drop()
-        self._tape = None
+        self._step = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Public passes: forwards, backwards and steps inside are not clipped, noised or accounted."""
-        tape = self._attached()
+        tape = self._attached().tape
         before, tape.paused = tape.paused, True
         try:
             yield
@@ -221,36 +229,35 @@ class PrivacyEngine:
     @property
     def noise_multiplier(self) -> float:
         """σ. May be set between steps (a schedule): clipping, noise and ledger follow from the next batch on."""
-        self._attached()
-        return self._noise_multiplier
+        return self._attached().noise_multiplier
 
     @noise_multiplier.setter
     def noise_multiplier(self, value: float) -> None:
-        self._attached()
-        self._noise_multiplier = checks.number("noise_multiplier", value, low=0.0, strict=False)
+        self._attached().noise_multiplier = checks.number("noise_multiplier", value, low=0.0, strict=False)
 
     @property
     def max_grad_norm(self) -> float:
         """C. May be set between steps: clipping and noise follow from the next batch on."""
-        self._attached()
-        return self._max_grad_norm
+        return self._attached().max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float) -> None:
-        self._attached()
-        self._max_grad_norm = checks.number("max_grad_norm", value, low=0.0)
+        self._attached().max_grad_norm = checks.number("max_grad_norm", value, low=0.0)
+
+    @property
+    def noise(self) -> Source:
+        """Where the noise comes from: whether it is ``secure``, whether it is ``seeded`` by hand."""
+        return self._attached().noise
 
     @property
     def sample_rate(self) -> float:
         """q, the probability with which a unit (record) takes part in a step."""
-        self._attached()
-        return self._sampling.sample_rate
+        return self._attached().sampling.sample_rate
 
     @property
     def expected_batch_size(self) -> float:
         """The divisor of the noisy sum: q · N."""
-        self._attached()
-        return self._sampling.expected_batch_size
+        return self._attached().sampling.expected_batch_size
 
     def get_epsilon(self, delta: float | None = None, *, group_size: int = 1) -> float:
         """ε at ``delta`` (by default target_delta) of everything released so far; 0.0 before the first step.
@@ -263,12 +270,23 @@ class PrivacyEngine:
                 "get_epsilon() without delta", why="ε is a function of δ.", cure="pass delta=1e-5, say."
             )
         delta = checks.number("delta", delta, low=0.0, high=1.0)
-        if checks.count("group_size", group_size) == 1:
-            return self.accountant.epsilon(delta)
-        judge = PLDAccountant(adjacency=self.accountant.adjacency)  # the Rényi accountant knows no bound for groups
-        for event, count in self.accountant.ledger:
-            judge.compose(GroupOf(group_size, event), count)
-        return judge.epsilon(delta)
+        return self._spending.epsilon(delta, checks.count("group_size", group_size))
+
+    @property
+    def budget_spent(self) -> bool:
+        """Whether another step would exceed ``max_epsilon``: the private loader then serves nothing more."""
+        return not self._attached().admits()
+
+    @property
+    def completed_passes(self) -> int:
+        """How many passes over the data came to their end: ``for epoch in range(engine.completed_passes, epochs)``."""
+        self._attached()
+        return self._loader.completed
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """The ledger's file, if the engine was given one."""
+        return self._spending.ledger
 
     def backward(self, losses: Tensor) -> None:
         """The strict door: one loss a record, [n] or [n, 1]; checks that they are what they say.
@@ -278,169 +296,98 @@ class PrivacyEngine:
             CoupledRecordsError: (first batch) a record's loss has a gradient at another record's activations.
             DoubleUseError: not as many losses as records were drawn.
         """
-        tape = self._attached()
-        if tape.paused:
-            losses.mean().backward()
-            return
-        if losses.ndim == 2 and losses.shape[1] == 1:
-            losses = losses.squeeze(1)
-        if losses.ndim != 1:
-            raise ConfigurationError(
-                f"losses has shape {list(losses.shape)}",
-                why="a loss that was reduced over records, or broadcast to a matrix, is not one loss a record.",
-                cure='compute it with reduction="none" and bring it to shape [n].',
-            )
-        batch = tape.batch
-        if batch is None or losses.shape[0] != batch.n:
-            raise DoubleUseError(
-                f"{losses.shape[0]} losses for {batch.n if batch else 0} drawn records",
-                why="each record that was drawn enters the step once.",
-                cure="compute the losses of the batch that the private loader has just yielded.",
-            )
-        if not self._strictly_examined and batch.n > 1:
-            self._strictly_examined = refuse_coupled_losses(tape, batch, losses)
-        (losses.mean() if self._loss_reduction == "mean" else losses.sum()).backward()
+        self._attached().backward(losses)
 
-    # ---------------------------------------------------------------- the loader's side
+    # ---------------------------------------------------------------- state
 
-    def begin_pass(self) -> None:
-        """A new pass over the data: what an abandoned one left unfinished is dropped; it was never released."""
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the run needs to go on bit for bit, as plain values; `save_checkpoint` writes it to a file.
+
+        Model, optimizer, σ and C, the place in the pass and in the logical batch, its sums so far, the generators of
+        draws and noise, the global ones (torch, Python, numpy), what was released, and a learning clipping's state.
+        Model and optimizer tensors are the live ones, as torch's own ``state_dict`` gives them.
+
+        It is as confidential as the data: it holds sums without noise, and the streams that noise comes from.
+        """
+        return {"version": 1, "configuration": self._configuration(), **collect(self._parts())}
+
+    def load_state_dict(self, state: dict[str, Any], *, replay: bool = True) -> None:
+        """Go on from what `state_dict` gave, after `make_private` with the same arguments; see `load_checkpoint`."""
+        self._load(copy.deepcopy(state), {}, replay)
+
+    def save_checkpoint(
+        self, path: str | os.PathLike[str], *, also: Mapping[str, Stateful] | None = None, extra: Any = None
+    ) -> None:
+        """Write `state_dict` to a file that is there whole or not at all, whatever happens meanwhile.
+
+        Call it anywhere between the steps, best right after ``optimizer.step()``. A batch that has not had its step
+        will be served again.
+
+        The file is for resuming, and as confidential as the data. Publish ``model.state_dict()`` instead.
+
+        Args:
+            also: what else belongs to the run and has ``state_dict`` and ``load_state_dict``: schedulers, averages.
+            extra: any plain values of your own; `load_checkpoint` returns them.
+
+        Raises:
+            CheckpointError: it cannot be written, or something holds other than plain values. The file that was there
+                before is untouched.
+        """
+        state = self.state_dict()
+        checkpoint.save(path, {"state": state, "also": collect(also or {}), "extra": extra})
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], *, also: Mapping[str, Stateful] | None = None, replay: bool = True
+    ) -> Any:
+        """Go on from a checkpoint; returns the ``extra`` that was saved with it. Call it after `make_private`.
+
+        The next ``for batch in loader`` is the rest of the pass that was interrupted. Releases that the ledger holds
+        beyond the checkpoint stay counted; they are repeated, bit for bit, and each is compared with what was released.
+        Without a ledger, nobody can tell what was released after the checkpoint: it has to be the run's latest state.
+
+        Args:
+            also: the objects that were saved with it.
+            replay: if False, go on with fresh draws and fresh noise: for machines that do not repeat bit for bit, or
+                after a change of the code. What was released beyond the checkpoint then counts beside what follows.
+
+        Raises:
+            CheckpointError: damaged, or of another model, optimizer, data set or setting; nothing was loaded.
+            LedgerError: the ledger is not the run's, or holds less than the checkpoint.
+        """
         self._attached()
-        self._drop()
-        self._charged = None
+        held = checkpoint.load(path)
+        refuse_others({"also": sorted(also or {})}, {"also": sorted(held["also"])})
+        self._load({**held["state"], "also": held["also"]}, also or {}, replay)
+        return held["extra"]
 
-    def hand_out(self, draw: Draw) -> None:
-        """A physical batch goes to the user."""
-        tape = self._attached()
-        if self._sum is None:
-            self._sum = ClippedSum(self._clipping, self._noise_multiplier, self._max_grad_norm)
-        for p in self._parameters():
-            p.grad = None
-        self._draw = draw
-        tape.open(draw.n)
-
-    def take_back(self, draw: Draw) -> None:
-        """The user asks for the next batch."""
-        if self._draw is not draw:
-            return  # its step has been taken
-        if draw.last and self._attached().batch is not None and self._attached().batch.forms:  # type: ignore[union-attr]
-            self._drop()
-            raise UnfinishedStepError(
-                "the next batch was asked for, and the last one was back-propagated without optimizer.step()",
-                why="a record could enter one step through several draws, each clipped by itself.",
-                cure="call optimizer.step() after every batch. To gather gradients over several physical batches give "
-                "make_private(max_physical_batch_size=...): the step is then taken on the last of them only.",
+    def _load(self, state: dict[str, Any], also: Mapping[str, Stateful], replay: bool) -> None:
+        if not isinstance(state, dict) or not {"version", "configuration"} <= set(state):
+            raise CheckpointError(
+                "what was given is no engine's state",
+                why="there is nothing to go on from.",
+                cure="pass what state_dict() returned.",
             )
-        self._close(draw)
-        if draw.last:
-            self._drop()
+        refuse_others({"version": 1, **self._configuration()}, {"version": state["version"], **state["configuration"]})
+        parts = {"also": Part(lambda: collect(also), lambda held: give_back(also, held)), **self._parts(replay)}
+        saved = {"also": {}, **{k: v for k, v in state.items() if k not in ("version", "configuration")}}
+        give_back(parts, saved)
+        if not replay:
+            self._attached().forget()
+            self._loader.reseed()
 
-    def empty_draw(self, draw: Draw) -> None:
-        """Nobody was drawn: the noisy step is taken, and accounted, all the same."""
-        self.hand_out(draw)
-        self._optimizer.step()
+    def _parts(self, replay: bool = True) -> dict[str, Stateful]:
+        """All that has a state, in the order in which it is loaded; what was spent comes last, it is not undone."""
+        spending = self._spending
+        return {
+            **self._attached().parts(self._loader.inside),
+            "loader": self._loader,
+            "spending": Part(spending.state_dict, lambda held: spending.load_state_dict(held, replay=replay)),
+        }
 
-    # ---------------------------------------------------------------- the step
+    def _configuration(self) -> dict[str, Any]:
+        return {**self._attached().configuration(), **self._loader.configuration()}
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        tape = self._attached()
-        if tape.paused:
-            return
-        if any(a is not None for a in (*args[1:], *kwargs.values())):
-            raise ConfigurationError(
-                "optimizer.step() was given a closure",
-                why="it would back-propagate after the gradient of this step has been clipped and noised.",
-                cure="run forward and backward before optimizer.step().",
-            )
-        draw = self._draw
-        if draw is None:
-            if any(p.grad is not None for p in self._parameters()):
-                raise DoubleUseError(
-                    "optimizer.step() without a batch: the last one's step was taken, or none was drawn",
-                    why="the gradients at hand are not those of a drawn, clipped and accounted batch.",
-                    cure="call optimizer.step() once for each batch of the private loader; for public data use "
-                    "engine.paused().",
-                )
-            return
-        try:
-            self._close(draw)
-            if draw.last:
-                self._release()
-        except BaseException:
-            self._drop()
-            raise
-
-    @torch.no_grad()
-    def _close(self, draw: Draw) -> None:
-        """End a physical batch: prove, clip, and add its weighted sums to those of the logical batch."""
-        tape = self._attached()
-        batch = tape.close()
-        self._draw = None
-        if batch is None:
-            return
-        draw.done = True
-        trainable = self._trainable()
-        prove(tape, batch)
-        forms = {p: joined(found) for p, found in batch.forms.items() if p.requires_grad}
-        for p in forms:
-            if p not in trainable:
-                raise UncoveredParameterError(
-                    f"{tape.name(p)} received a gradient, but the optimizer does not hold it",
-                    why="it would take its share of the clipping norm and never be trained or accounted.",
-                    cure="add it to the optimizer (optimizer.add_param_group) or freeze it.",
-                )
-        if forms and self._sum is not None:
-            scale = float(batch.n) if self._loss_reduction == "mean" else 1.0
-            self.nonfinite_records += self._sum.add(forms, trainable, draw.units, scale)
-
-    @torch.no_grad()
-    def _release(self) -> None:
-        """Sums + noise, divided by the expected batch size, become ``p.grad``; the ledger is written first."""
-        clipped, self._sum = self._sum, None
-        assert clipped is not None
-        trainable = self._trainable()
-        sums = clipped.take(trainable)
-        self._noise.add_to(sums, clipped.std)
-        first = self._charged is None or clipped.noise_multiplier < self._charged
-        event = self._sampling.event(Gaussian(clipped.noise_multiplier), first=first)
-        if event is not None:
-            self.accountant.compose(event)
-            self._charged = clipped.noise_multiplier
-        for p, total in zip(trainable, sums, strict=True):
-            p.grad = total.div_(self._sampling.expected_batch_size).view(p.shape).to(p.dtype)
-
-    # ---------------------------------------------------------------- small things
-
-    def _attached(self) -> Tape:
-        if self._tape is None:
+    def _attached(self) -> PrivateStep:
+        if self._step is None:
             raise NotAttachedError("the engine is not attached to a model", cure="call make_private first.")
-        return self._tape
-
-    def _drop(self) -> None:
-        """Forget an unfinished logical batch; nothing of it was released."""
-        if self._tape is not None:
-            self._tape.close()
-            if self._draw is not None:
-                for p in self._parameters():
-                    p.grad = None
-        self._draw, self._sum = None, None
-
-    def _parameters(self) -> list[nn.Parameter]:
-        """The optimizer's parameters."""
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
-
-    def _trainable(self) -> dict[nn.Parameter, int]:
-        """The trainable parameters that the optimizer holds, in its order, with their position."""
-        tape = self._attached()
-        known = tape.parameters()
-        found: dict[nn.Parameter, int] = {}
-        for p in self._parameters():
-            if p not in known:
-                raise UncoveredParameterError(
-                    f"the optimizer holds a parameter {list(p.shape)} that is not in the model",
-                    why="its gradient would not be clipped per record.",
-                    cure="make it part of the module given to make_private, or train it elsewhere on public data.",
-                )
-            if p.requires_grad:
-                found[p] = len(found)
-        return found
+        return self._step

@@ -7,7 +7,6 @@ pass goes on by repeating its draws from the pass's beginning and serving those 
 from __future__ import annotations
 
 import dataclasses
-import secrets
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader
 from . import randomness
 from .errors import SamplingError
 from .sampling import Sampling
+from .seeds import scramble, unforeseeable
 from .units import UnitIndex, Units, packed
 
 
@@ -86,6 +86,7 @@ class Listener(Protocol):
     """The engine, as the loader sees it."""
 
     def begin_pass(self) -> None: ...
+    def admits(self) -> bool: ...
     def hand_out(self, draw: Draw) -> None: ...
     def take_back(self, draw: Draw) -> None: ...
     def empty_draw(self, draw: Draw) -> None: ...
@@ -110,7 +111,7 @@ class PrivateDataLoader(DataLoader[Any]):
         generator = loader.generator
         if generator is None:
             # not from torch's global one: amplification holds against those only who cannot repeat the draw
-            generator = torch.Generator().manual_seed(secrets.randbits(63))
+            generator = unforeseeable()
         self.completed, self.inside = 0, False
         self._listener: Listener | None = listener
         self._passes = 0
@@ -179,15 +180,17 @@ class PrivateDataLoader(DataLoader[Any]):
                         "on one.",
                     )
                 self._fetched, self._chance = next(d for d in log if d.n), chance
-                while log[0].n == 0:
+                while log[0].n == 0 and listener.admits():
                     self._serve_nobody(listener, log.popleft())
+                if not listener.admits():
+                    return
                 draw = self._latest = log.popleft()
                 listener.hand_out(draw)
                 yield batch
                 listener.take_back(draw)
-            while log:
+            while log and listener.admits():
                 self._serve_nobody(listener, log.popleft())
-            self.completed += 1
+            self.completed += not log
         finally:
             if self._passes == this:
                 self.inside, self._latest = False, None
@@ -259,7 +262,7 @@ class PrivateDataLoader(DataLoader[Any]):
     def reseed(self) -> None:
         """Draw anew, by nobody's seed, from the current logical batch on; its parts that were served are forgotten."""
         self._place = (self._place[0], 0)
-        generator = self._batches.generator.manual_seed(secrets.randbits(63))
+        generator = scramble(self._batches.generator)
         self._origin = {**self._origin, "draws": generator.get_state()}
 
 

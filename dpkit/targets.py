@@ -1,10 +1,11 @@
-"""From the arguments of `make_private` to σ: as given, or the least one that meets a target."""
+"""From the arguments of `make_private` to σ (as given, or the least one that meets a target) and to the hard budget."""
 
 from __future__ import annotations
 
-from dpkit.accountants import Accountant, RDPAccountant, calibrate
+from dpkit.accountants import Accountant, Gaussian, calibrate
 
 from . import checks
+from .budget import Budget, kind_of
 from .errors import ConfigurationError
 from .sampling import FixedBatches, Sampling
 
@@ -55,6 +56,37 @@ def noise_multiplier_for(
         delta=target_delta,
         sample_rate=sampling.sample_rate,
         steps=total,
-        accountant="rdp" if isinstance(accountant, RDPAccountant) else "pld",
+        accountant=kind_of(accountant),
     )
     return sigma
+
+
+def budget_for(
+    accountant: Accountant,
+    sampling: Sampling,
+    noise_multiplier: float,
+    max_epsilon: float | None,
+    target_delta: float | None,
+) -> Budget | None:
+    """The hard budget (max_epsilon, target_delta), or None.
+
+    Raises:
+        ConfigurationError: no delta, or not even a first step would fit.
+    """
+    if max_epsilon is None:
+        return None
+    if target_delta is None:
+        raise ConfigurationError(
+            f"max_epsilon = {max_epsilon!r} without target_delta", why="ε is a function of δ.", cure="give both."
+        )
+    limit = checks.number("max_epsilon", max_epsilon, low=0.0)
+    kind, adjacency = kind_of(accountant), accountant.adjacency
+    budget = Budget(limit, target_delta, kind=kind, adjacency=adjacency, expected=sampling.steps)
+    event = sampling.event(Gaussian(noise_multiplier), first=True)
+    if event is not None and not budget.room({}, event, 1):
+        raise ConfigurationError(
+            f"max_epsilon = {limit:g} at delta {target_delta:g}, and noise_multiplier = {noise_multiplier:g}",
+            why="the first step would exceed the budget.",
+            cure="raise max_epsilon or noise_multiplier.",
+        )
+    return budget

@@ -97,13 +97,15 @@ def test_leaves_import_themselves_relatively(path: Path) -> None:
 
 @pytest.mark.parametrize("path", files("dpkit"), ids=name)
 def test_dpkit_needs_torch_only(path: Path) -> None:
-    """The leaves by their public names, nothing heavier; transformers only where the user's model brought it."""
-    assert tops(path) - STANDARD <= {"torch", "dpkit", "transformers"}
+    """The leaves by their public names, nothing heavier; transformers only where the user's model brought it, and
+    cryptography only for secure noise."""
+    secure = {"cryptography"} if path.name == "secure.py" else set()
+    assert tops(path) - STANDARD <= {"torch", "dpkit", "transformers"} | secure
     leaves = {m for m in imports(path) if m.startswith(("dpkit.accountants", "dpkit.layers"))}
     assert leaves <= {"dpkit.accountants", "dpkit.layers"}
-    if "transformers" in tops(path):
-        top_level = ast.parse(path.read_text(encoding="utf-8")).body
-        assert not [n for n in top_level if isinstance(n, ast.ImportFrom) and n.module and "transformers" in n.module]
+    top_level = ast.parse(path.read_text(encoding="utf-8")).body
+    for lazy in {"transformers", "cryptography"} & tops(path):
+        assert not [n for n in top_level if isinstance(n, ast.ImportFrom) and n.module and lazy in n.module]
 
 
 def test_imports_run_downwards() -> None:
@@ -113,7 +115,8 @@ def test_imports_run_downwards() -> None:
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError, naming the cycle
     assert not graph["dpkit.errors"] | graph["dpkit.trees"] | graph["dpkit.records"]
     assert graph["dpkit.forms"] <= {"dpkit.errors", "dpkit.trees", "dpkit.records"}
-    assert {"dpkit.tape", "dpkit.sampling", "dpkit.noise", "dpkit.clipping", "dpkit.forms"} <= graph["dpkit.engine"]
+    assert {"dpkit.step", "dpkit.sampling", "dpkit.noise", "dpkit.clipping"} <= graph["dpkit.engine"]
+    assert {"dpkit.tape", "dpkit.sums", "dpkit.spending"} <= graph["dpkit.step"]
     assert not [user for user, used in graph.items() if "dpkit.engine" in used]
     below = ("errors", "trees", "records", "forms", "rules", "checks")
     assert not [low for low in below if graph[f"dpkit.{low}"] & {"dpkit.tape", "dpkit.live", "dpkit.sampling"}]

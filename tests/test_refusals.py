@@ -918,8 +918,6 @@ def test_bad_delta(delta: Any) -> None:
 
 
 def test_engine_arguments() -> None:
-    with refused(dpkit.ConfigurationError, "secure_mode"):
-        dpkit.PrivacyEngine(secure_mode=True)
     with pytest.raises(ValueError, match="moments"):
         dpkit.PrivacyEngine(accountant="moments")
     with pytest.raises(TypeError, match="grad_sample_mode"):

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from dpkit.accountants.lattice import Lattice, dominated, dominating
-from dpkit.accountants.mechanisms import Judged, judge
-from dpkit.accountants.morepairs import GroupPair, LaplacePair, SampledPair, WithoutReplacementPair
+from dpkit.accountants.mechanisms import Judged, Term, judge
+from dpkit.accountants.mixtures import MixedPair, TwoSidedPair, exchange_pair, group_pair, zeroed_pair
+from dpkit.accountants.morepairs import LaplacePair, SampledPair
 from dpkit.accountants.pairs import GaussianPair, Pair
 from dpkit.accountants.spectrum import Spectrum
 from scipy.special import ndtr
@@ -151,8 +152,8 @@ def test_both_directions_are_composed(monkeypatch: pytest.MonkeyPatch) -> None:
     want = forward.epsilon(1e-5), forward.delta(1.0)
 
     def swapped(event: Event, adjacency: str) -> Judged:
-        term = judge(event, adjacency)
-        return Judged(term.mu_squared, term.add, term.remove, term.leak)
+        judged = judge(event, adjacency)
+        return Judged(judged.mu_squared, tuple(Term(t.add, t.remove, t.runs) for t in judged.terms))
 
     monkeypatch.setattr(pld, "judge", swapped)
     backward = PLDAccountant().compose(event)
@@ -229,11 +230,17 @@ PAIRS: list[Pair] = [
     LaplacePair(1.3),
     SampledPair(LaplacePair(1.3), 0.1),
     SampledPair(LaplacePair(1.3), 0.1, flipped=True),
-    WithoutReplacementPair(0.05, 0.8),
-    GroupPair(q=0.1, sigma=1.0, size=3),
-    GroupPair(q=0.1, sigma=1.0, size=3, flipped=True),
-    judge(RandomizedResponse(0.4, 4), "replace_one").remove,  # type: ignore[list-item]
-    judge(DiscreteGaussian(1.5), "replace_one").remove,  # type: ignore[list-item]
+    TwoSidedPair(GaussianPair(q=0.05, sigma=0.8), GaussianPair(q=0.05, sigma=0.8, flipped=True)),
+    TwoSidedPair(zeroed_pair(0.05, 0.8), GaussianPair(q=0.05, sigma=0.8, flipped=True)),
+    TwoSidedPair(GaussianPair(q=0.05, sigma=0.8), zeroed_pair(0.05, 0.8, flipped=True)),
+    TwoSidedPair(SampledPair(LaplacePair(1.3), 0.1), SampledPair(LaplacePair(1.3), 0.1, True)),
+    MixedPair(((0.9, GaussianPair(q=0.05, sigma=0.8)), (0.1, GaussianPair(q=0.04, sigma=0.4)))),
+    exchange_pair(1, 0.05, 0.8),
+    exchange_pair(3, 0.1, 1.0),
+    group_pair(3, 0.1, 1.0),
+    group_pair(3, 0.1, 1.0, flipped=True),
+    judge(RandomizedResponse(0.4, 4), "replace_one").terms[0].remove,
+    judge(DiscreteGaussian(1.5), "replace_one").terms[0].remove,
 ]
 
 
