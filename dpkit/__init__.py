@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         UnfinishedStepError,
         UnsupportedModuleError,
     )
-    from .forms import Dense, Outer, Rows
+    from .forms import Dense, Outer, Routed, Rows
     from .rules import register_rule, unregister_rule
 
 _HOMES = {
@@ -61,7 +61,7 @@ _HOMES = {
         "UnfinishedStepError",
         "UnsupportedModuleError",
     ],
-    "forms": ["Dense", "Outer", "Rows"],
+    "forms": ["Dense", "Outer", "Routed", "Rows"],
     "rules": ["register_rule", "unregister_rule"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -86,6 +86,7 @@ __all__ = [
     "PrivacyEngine",
     "PrivacyError",
     "ReplayError",
+    "Routed",
     "Rows",
     "SamplingError",
     "UncoveredParameterError",

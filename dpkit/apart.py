@@ -31,12 +31,13 @@ TAKEN_APART: dict[Any, Callable[..., Any]] = {
 }
 
 
-def order_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Where each record is in a packed sequence that a recurrent module is given; None: in its own place."""
-    if isinstance(module, nn.RNNBase):
-        for v in (*args, *kwargs.values()):
-            if isinstance(v, PackedSequence):
-                return v.unsorted_indices
+RECURRENT_MODULES = (nn.LSTM, nn.GRU, nn.RNN, layers.LSTM, layers.GRU, layers.RNN)
+
+
+def packed_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PackedSequence | None:
+    """The packed sequence that a recurrent module is given, if it is one of torch's or ours, and nobody's subclass."""
+    if type(module) in RECURRENT_MODULES:
+        return next((v for v in (*args, *kwargs.values()) if isinstance(v, PackedSequence)), None)
     return None
 
 

@@ -21,7 +21,7 @@ from .errors import CheckpointError, ConfigurationError, NotAttachedError
 from .ledger import Ledger
 from .loader import PrivateDataLoader, refuse_private
 from .noise import Source, source_of
-from .rules import register_optional
+from .optional import register_optional
 from .sampling import checked, sampling_of
 from .secure import SecureNoise
 from .spending import Spending

@@ -40,9 +40,11 @@ class Router(Protocol):
 
     Attributes:
         order: where each record is in the packed sequence that a recurrent module was called with last.
+        quiet: above 0 where rows are moved by operations that are known to keep them with their records.
     """
 
     order: Tensor | None
+    quiet: int
 
     def operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
@@ -101,5 +103,9 @@ class StandIn(Tensor):
             return func(*plain, **kwargs)
         router = next(v for v in leaves((args, kwargs)) if isinstance(v, StandIn)).router
         if func in TAKEN_APART:
-            return take_apart(func, args, kwargs, router.order)
+            router.quiet += 1
+            try:
+                return take_apart(func, args, kwargs, router.order)
+            finally:
+                router.quiet -= 1
         return router.operate(func, args, kwargs)

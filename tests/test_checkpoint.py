@@ -317,7 +317,9 @@ def test_a_used_engine_forgets_nothing(tmp_path: Path) -> None:
 
 def test_without_replay_everything_is_drawn_anew(tmp_path: Path) -> None:
     """Neither draws nor noise of the life before come again, seeds or not."""
-    whole = begin(max_physical_batch_size=2).train(lambda life: life.steps == 4 and (life.save(tmp_path / "c") or False))
+    whole = begin(max_physical_batch_size=2).train(
+        lambda life: life.steps == 4 and (life.save(tmp_path / "c") or False)
+    )
     ends = []
     for _ in range(2):
         life = begin(max_physical_batch_size=2)

@@ -97,10 +97,10 @@ def test_leaves_import_themselves_relatively(path: Path) -> None:
 
 @pytest.mark.parametrize("path", files("dpkit"), ids=name)
 def test_dpkit_needs_torch_only(path: Path) -> None:
-    """The leaves by their public names, nothing heavier; transformers only where the user's model brought it, and
-    cryptography only for secure noise."""
-    secure = {"cryptography"} if path.name == "secure.py" else set()
-    assert tops(path) - STANDARD <= {"torch", "dpkit", "transformers"} | secure
+    """The leaves by their public names, nothing heavier; transformers only where the user's model brought it,
+    cryptography only for secure noise, hypothesis only for its strategies."""
+    extra = {"secure.py": {"cryptography"}, "strategies.py": {"hypothesis"}}.get(path.name, set())
+    assert tops(path) - STANDARD <= {"torch", "dpkit", "transformers"} | extra
     leaves = {m for m in imports(path) if m.startswith(("dpkit.accountants", "dpkit.layers"))}
     assert leaves <= {"dpkit.accountants", "dpkit.layers"}
     top_level = ast.parse(path.read_text(encoding="utf-8")).body
@@ -117,7 +117,9 @@ def test_imports_run_downwards() -> None:
     assert graph["dpkit.forms"] <= {"dpkit.errors", "dpkit.trees", "dpkit.records"}
     assert {"dpkit.step", "dpkit.sampling", "dpkit.noise", "dpkit.clipping"} <= graph["dpkit.engine"]
     assert {"dpkit.tape", "dpkit.sums", "dpkit.spending"} <= graph["dpkit.step"]
-    assert not [user for user, used in graph.items() if "dpkit.engine" in used]
+    users = {user for user, used in graph.items() if "dpkit.engine" in used}
+    assert users <= {"dpkit.testing.loops", "dpkit.testing.rules", "dpkit.testing.strategies"}
+    assert not [low for low, used in graph.items() if "testing" not in low and any("testing" in m for m in used)]
     below = ("errors", "trees", "records", "forms", "rules", "checks")
     assert not [low for low in below if graph[f"dpkit.{low}"] & {"dpkit.tape", "dpkit.live", "dpkit.sampling"}]
 

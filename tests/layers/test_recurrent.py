@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-import dpkit
 from dpkit import layers
 from tests.cases import squared
 from tests.oracle import clipped_sum, norm
@@ -221,11 +220,41 @@ def test_packed_private_step_is_exact(kind: str, learned: bool, how: str, home: 
         if how == "sorted":
             lengths = sorted(lengths, reverse=True)
         layer = getattr(home, kind)(3, 4, 2, batch_first=True, bidirectional=True)
-        if learned and how == "unsorted" and home is nn:
-            with pytest.raises(dpkit.UncoveredParameterError, match="index_select"):  # torch permutes the parameter
-                compare(layer, how, learned, 4, torch.tensor(lengths))
+        compare(layer, how, learned, 4, torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_sequences_are_not_run_one_by_one(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Torch's packing moves records and brings them back; that is known, and needs no slow way."""
+    for how, lengths in (("sorted", [5, 4, 2, 1]), ("unsorted", [2, 5, 1, 4])):
+        compare(getattr(nn, kind)(3, 4, batch_first=True), how, False, 4, torch.tensor(lengths))
+    assert caplog.records == []
+
+
+class Forgets(nn.Module):
+    """Packs in the order of the lengths, and unpacks without it: the rows are then other records' than their places."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.layer, self.head, self.where = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2), where
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, lengths, True, enforce_sorted=False)
+        if self.where == "before":
+            y, _ = self.layer(PackedSequence(packed.data, packed.batch_sizes))
         else:
-            compare(layer, how, learned, 4, torch.tensor(lengths))
+            y, _ = self.layer(packed)
+            y = PackedSequence(y.data, y.batch_sizes)
+        y = self.head(pad_packed_sequence(y, True, total_length=x.shape[1])[0])
+        return y[torch.arange(len(x)).argsort()] if packed.unsorted_indices is None else y[packed.unsorted_indices]
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("lengths", [[5, 4, 2, 1], [2, 5, 1, 4]])
+def test_forgotten_order(where: str, lengths: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    """The layers between see the rows in another order than the records': noticed whatever this batch's order is."""
+    check(Forgets(where), 4, torch.tensor(lengths))
+    assert "one record at a time" in caplog.text
 
 
 class Generates(nn.Module):
