@@ -30,11 +30,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .pairs import Array, Atoms, Pair, U
+from .pairs import Array, Atoms, Ints, Pair, U
 
 POINTS = 700
 _LEVELS: Array = np.array([0.5 * math.erfc(-0.25 * i / math.sqrt(2.0)) for i in range(-28, 29)])
 _LOWER, _UPPER = 24, 32  # one standard deviation around the middle of _LEVELS
+_TEMPER = 0.3  # power of the tail mass whose fall is followed evenly
 _HIGHEST = 600.0  # losses beyond are taken as infinite
 
 
@@ -73,9 +74,6 @@ class AtomsPair(Pair):
         return AtomsPair(-self.loss[::-1], mass[::-1], error, self.loss_error, self.outside, self.infinite)
 
 
-Tilts = tuple[float, ...]
-
-
 class _Law(NamedTuple):
     """Q-masses ``q`` at increasing values ``x``."""
 
@@ -83,10 +81,11 @@ class _Law(NamedTuple):
     q: Array
 
 
-def _grid(values: Array, mass: Array, rest: float, low: float, high: float, points: int, tilts: Tilts) -> Array:
-    """Points from ``low`` to ``high``, dense where the law of (value + rest), tilted in turn by each power, has mass.
+def _grid(values: Array, mass: Array, rest: float, low: float, high: float, points: int) -> Array:
+    """Points from ``low`` to ``high``, dense where the law of (value + rest) has its mass, and its tail falls.
 
-    Any points are sound. In u = log(value + 0.1 rest) a cell of width w adds about w²/12 of its tilted mass.
+    Any points are sound. In u = log(value + 0.1 rest) a cell of width w adds about w²/12 of its mass, so w grows like
+    the density to the power −1/3; the density is the larger of Q's, of P's, and of a power of P's tail.
     """
     shift = 0.1 * rest
     order = np.argsort(values)
@@ -96,11 +95,14 @@ def _grid(values: Array, mass: Array, rest: float, low: float, high: float, poin
         weight = np.log(mass[order])
     first, last = math.log(max(low + shift, 1e-300)), math.log(high + shift)
     shares, marks, finest = [], [np.linspace(first, last, 60)], 0.02 * (last - first)
-    for theta in tilts:
+    for theta in (0.0, 1.0):
         exponent = weight + theta * size
-        share = np.cumsum(np.exp(exponent - exponent.max()))
+        each = np.exp(exponent - exponent.max())
+        shares.append(np.cumsum(each) / each.sum())
+    tail = np.cumsum(each[::-1])[::-1] / each.sum()
+    shares.append(1.0 - np.append(tail[1:], 0.0) ** _TEMPER)
+    for share in shares:
         share /= share[-1]
-        shares.append(share)
         spots = np.interp(_LEVELS, share, u)
         finest = min(finest, max(0.02 * float(spots[_UPPER] - spots[_LOWER]), 1e-7 * (last - first)))
         marks.append(np.clip(spots, first, last))
@@ -108,22 +110,22 @@ def _grid(values: Array, mass: Array, rest: float, low: float, high: float, poin
     together[-1] = max(together[-1], last)
     width = np.diff(together)
     density = np.zeros(len(width))
-    for theta, share in zip(tilts, shares, strict=True):
-        part = np.diff(np.interp(together, u, share)) / width
-        density = np.maximum(density, part * (1.0 if theta <= 1.0 else 0.3))
+    for share in shares:
+        density = np.maximum(density, np.diff(np.interp(together, u, share)) / width)
     density = np.maximum(density, np.maximum(np.roll(density, 1), np.roll(density, -1)))
     root = np.cbrt(density)
     want = root / float(np.dot(root, width)) + 0.05 / (last - first)
     count = np.concatenate([[0.0], np.cumsum(want * width)])
     inner = np.exp(np.interp(np.linspace(0.0, count[-1], points), count, together)) - shift
-    inner = inner[(inner > low) & (inner < high)]
-    out: Array = np.unique(np.concatenate([[low], inner, [high]]))
-    return out
+    inner = np.unique(inner[(inner > low) & (inner < high)])
+    inner = inner[np.diff(inner, prepend=low, append=high)[1:] > 1e-9 * inner]
+    inner = inner[np.diff(inner, prepend=low) > 1e-9 * inner]
+    return np.concatenate([[low], inner, [high]])
 
 
 def _split(x: Array, q: Array, grid: Array) -> _Law:
     """Every atom on the two points around it: a larger law in convex order, rounding of the shares included."""
-    cell = np.clip(np.searchsorted(grid, x, side="right") - 1, 0, len(grid) - 2)
+    cell = np.minimum(np.searchsorted(grid, x, side="right"), len(grid) - 1) - 1
     width = np.diff(grid)
     share = np.clip((x - grid[cell]) / width[cell], 0.0, 1.0)
     n = len(width)
@@ -139,13 +141,12 @@ def _split(x: Array, q: Array, grid: Array) -> _Law:
 
 def _merge(x: Array, q: Array, grid: Array) -> _Law:
     """The atoms between two points as one atom at their mean: a smaller law in convex order."""
-    cell = np.clip(np.searchsorted(grid, x, side="right") - 1, 0, len(grid) - 2)
+    cell = np.minimum(np.searchsorted(grid, x, side="right"), len(grid) - 1) - 1
     n = len(grid) - 1
     total = np.bincount(cell, weights=q, minlength=n)
     first = np.bincount(cell, weights=q * x, minlength=n)
-    terms = float(np.bincount(cell, minlength=1).max()) + 8.0
     keep = total > 0.0
-    return _Law(first[keep] / total[keep], total[keep] * (1.0 - 2.0 * terms * U))
+    return _Law(first[keep] / total[keep], total[keep] * (1.0 - 2.0 * (len(x) + 8.0) * U))
 
 
 def _coarse(law: _Law, groups: int) -> _Law:
@@ -154,29 +155,27 @@ def _coarse(law: _Law, groups: int) -> _Law:
     return _Law(np.add.reduceat(law.q * law.x, start) / np.maximum(q, 1e-320), q)
 
 
-def _convolve(a: _Law, b: _Law, rest: float, points: int, upper: bool, tilts: Tilts) -> _Law:
+def _convolve(a: _Law, b: _Law, rest: float, points: int, upper: bool) -> _Law:
     """The law of the sum of two independent values, on about ``points`` points; ``rest`` is still to be added."""
     small, other = _coarse(a, 90), _coarse(b, 90)
     pilot = np.add.outer(small.x, other.x).ravel(), np.multiply.outer(small.q, other.q).ravel()
     if a is b:
-        i, j = _triangle(len(a.x))
-        x, q = a.x[i] + a.x[j], a.q[i] * a.q[j] * np.where(i == j, 1.0, 2.0)
+        i, j, times = _triangle(len(a.x))
+        x, q = a.x.take(i) + a.x.take(j), a.q.take(i) * a.q.take(j) * times
     else:
         x, q = np.add.outer(a.x, b.x).ravel(), np.multiply.outer(a.q, b.q).ravel()
-    live = q > 0.0
-    if not live.all():
-        x, q = x[live], q[live]
-    grid = _grid(*pilot, rest, float(x.min()), float(x.max()), points, tilts)
+    grid = _grid(*pilot, rest, float(a.x[0] + b.x[0]), float(a.x[-1] + b.x[-1]), points)
     return _split(x, q, grid) if upper else _merge(x, q, grid)
 
 
 @lru_cache(maxsize=4)
-def _triangle(n: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def _triangle(n: int) -> tuple[Ints, Ints, Array]:
+    """Unordered pairs (i, j), and how many ordered ones each stands for."""
     i, j = np.triu_indices(n)
-    return i, j
+    return i, j, np.where(i == j, 1.0, 2.0)
 
 
-def _single(base: Pair, rest: float, points: int, upper: bool, tilts: Tilts) -> tuple[_Law, float, float]:
+def _single(base: Pair, rest: float, points: int, upper: bool) -> tuple[_Law, float, float]:
     """X of one round on few points; P-mass taken as infinite; the largest relative error of a value."""
     low, high = base.span(-745.0, -745.0)
     cut = min(high, _HIGHEST)
@@ -200,7 +199,7 @@ def _single(base: Pair, rest: float, points: int, upper: bool, tilts: Tilts) -> 
     if len(x) <= points:
         distinct, where = np.unique(x, return_inverse=True)
         return _Law(distinct, np.bincount(where, weights=q)), infinite, error
-    grid = _grid(x, q, rest, float(x[0]), float(x[-1]), points, tilts)
+    grid = _grid(x, q, rest, float(x[0]), float(x[-1]), points)
     return (_split if upper else _merge)(x, q, grid), infinite, error
 
 
@@ -212,39 +211,24 @@ def one_of(base: Pair, rounds: int, *, upper: bool, points: int = POINTS) -> Ato
     return _one_of(base, rounds, upper, points)
 
 
-def _sum(base: Pair, rounds: int, upper: bool, points: int, tilts: Tilts) -> tuple[_Law, float, float]:
+def _sum(base: Pair, rounds: int, upper: bool, points: int) -> tuple[_Law, float, float]:
     """The law of X_1 + … + X_t by doubling; infinite P-mass; relative error of the values of one round."""
-    single, infinite, error = _single(base, rounds - 1.0, points, upper, tilts)
+    single, infinite, error = _single(base, rounds - 1.0, points, upper)
+    small = single if rounds < 16 else _single(base, rounds - 1.0, points // 4, upper)[0]
     done, total = 1, single
     for bit in bin(rounds)[3:]:
-        total = _convolve(total, total, max(0.0, rounds - 2.0 * done), points, upper, tilts)
+        total = _convolve(total, total, max(0.0, rounds - 2.0 * done), points, upper)
         done *= 2
         if bit == "1":
-            total = _convolve(total, single, max(0.0, rounds - done - 1.0), points, upper, tilts)
+            one = single if done < 8 else small  # one of many need not be as fine as they are together
+            total = _convolve(total, one, max(0.0, rounds - done - 1.0), points, upper)
             done += 1
     return total, infinite, error
 
 
-def _tilts(base: Pair, rounds: int) -> Tilts:
-    """Powers of R that matter: those at which single runs are asked at delta 1e-4 and 1e-9, and below."""
-    law, _, _ = _sum(base, rounds, True, 90, (0.0, 1.0, 4.0))
-    live = (law.q > 0.0) & (law.x > 0.0)
-    loss = np.log(law.x[live] / rounds)
-    log_p = np.log(law.q[live]) + loss
-    thetas = np.geomspace(0.5, 500.0, 40)
-    k = np.array([_log_sum(log_p + t * loss) for t in thetas])
-    best = [float(thetas[int(np.argmin((k + 2.3 * d) / thetas))]) for d in (4.0, 9.0)]
-    return (0.0, 1.0, *(1.0 + t for t in sorted({0.3 * best[0], *best})))
-
-
-def _log_sum(x: Array) -> float:
-    top = float(x.max())
-    return top + math.log(float(np.exp(x - top).sum()))
-
-
 @lru_cache(maxsize=64)
 def _one_of(base: Pair, rounds: int, upper: bool, points: int) -> AtomsPair:
-    (x, q), infinite, error = _sum(base, rounds, upper, points, _tilts(base, rounds))
+    (x, q), infinite, error = _sum(base, rounds, upper, points)
     levels = 2.0 * rounds.bit_length() + 2.0
     outside = float(q[x <= 0.0].sum())
     positive = x > 0.0

@@ -110,7 +110,9 @@ def make_plan(pairs: Sequence[Pair], counts: Sequence[int], *, log_delta: float,
         log_best = log_best if math.isfinite(log_best) else start
     best = math.exp(log_best)
     if epsilon is not None:
-        best = max(best, 0.5 / math.sqrt(variance))  # below the mean no tilt is called for
+        # below the mean no tilt is called for: one of half a standard deviation, in relative entropy
+        least = _root(lambda x: by_delta(x) - log_delta - 0.125, start)
+        best = max(best, 0.5 / math.sqrt(variance) if math.isnan(least) else math.exp(least))
     for shade in SHADES:
         theta = shade * best
         k, mean, variance = sums(theta)
@@ -145,7 +147,7 @@ def _reach_down(pilots: Sequence[Atoms] | Sequence[Lattice], counts: Sequence[in
     best = math.inf
     for factor in (1.0, 3.0, 6.0, 10.0, 20.0, 60.0, 300.0, 3e3, 3e4):
         t = factor / math.sqrt(max(spread, 1e-300))
-        exponents = [-t * a.loss for a in pilots]
+        exponents = [np.maximum(-t * a.loss, -40.0) for a in pilots]
         if max(float(x.max()) for x in exponents) > 600.0:
             break
         total = sum(
@@ -284,8 +286,7 @@ def build(
             cap = origin + step * float(math.ceil((plan.cap - origin) / step)) if plan.cap < hi else math.inf
             if cap < hi:
                 apart = beyond(pair, cap, hi, upper=upper)
-                within = pilot.loss <= cap
-                pilot = Atoms(*(part[within] for part in pilot))
+                pilot = pair.atoms(np.array([lo, cap]))
             edges = choose_edges(pilot, lo, min(cap, hi), origin, step, thetas, widest, pair.breaks())
             if cap < hi:
                 last = round((cap - origin) / step)

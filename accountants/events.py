@@ -327,9 +327,9 @@ class TruncatedPoissonSampled(Event):
 class RandomAllocation(Event):
     """``steps`` runs of ``event``, of which every record takes part in ``selected``, drawn uniformly: one epoch.
 
-    With ``selected`` = 1 this is balls-and-bins sampling: each record goes to one of ``steps`` batches, independently of
-    all others, anew in every epoch (``RandomAllocation(steps, event) * epochs``). It is not shuffling into batches of
-    equal size, for which see `DeterministicBatches`.
+    With ``selected`` = 1 this is balls-and-bins sampling: each record goes to one of ``steps`` batches, independently
+    of all others, anew in every epoch (``RandomAllocation(steps, event) * epochs``). It is not shuffling into batches
+    of equal size, for which see `DeterministicBatches`.
     """
 
     steps: int
@@ -361,6 +361,9 @@ class DeterministicBatches(Event):
     def __post_init__(self) -> None:
         _check_event("event", self.event)
 
+    def flat(self) -> list[tuple[Event, int]]:
+        return [(DeterministicBatches(event), n) for event, n in self.event.flat()]
+
 
 @dataclass(frozen=True)
 class GroupOf(Event):
@@ -373,14 +376,16 @@ class GroupOf(Event):
         object.__setattr__(self, "size", _count("size", self.size, 1))
         _check_event("event", self.event)
 
+    def flat(self) -> list[tuple[Event, int]]:
+        return [(GroupOf(self.size, event), n) for event, n in self.event.flat()]
+
 
 def adaptive_clipping(noise_multiplier: float, count_noise: float, groups: int = 1) -> Gaussian:
     """A gradient sum and the clipped-fraction count of adaptive clipping, released from one batch, as one Gaussian.
 
     Args:
         noise_multiplier: noise of the gradient sum, std / C.
-        count_noise: standard deviation of the noise of each count; a record moves its count by 1/2 (Andrew et al.
-        2021).
+        count_noise: standard deviation of the noise of each count; a record moves its count by 1/2 (Andrew et al. 2021).
         groups: how many counts there are, one a parameter group.
 
     >>> round(adaptive_clipping(1.0, 5.0).noise_multiplier, 6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from . import morepairs
@@ -11,6 +11,7 @@ from .allocation import blocks, one_of
 from .errors import UnsupportedEventError
 from .events import (
     ApproximateDP,
+    Composed,
     DeterministicBatches,
     DiscreteGaussian,
     DiscreteLaplace,
@@ -21,6 +22,7 @@ from .events import (
     PoissonSampled,
     RandomAllocation,
     RandomizedResponse,
+    Repeated,
     SampledWithoutReplacement,
     TruncatedPoissonSampled,
 )
@@ -82,6 +84,12 @@ def judge(event: Event, adjacency: str) -> Judged:
     if isinstance(event, Gaussian):
         sigma = event.noise_multiplier
         return Judged(mu_squared=(reach(adjacency) / sigma) ** 2 if sigma > 0.0 else math.inf)
+    inner = getattr(event, "event", None)
+    if isinstance(inner, Composed | Repeated):  # several releases from one batch
+        one = _one_gaussian(inner)
+        if one is None:
+            raise unsupported(event, adjacency, "of several releases from one batch only Gaussians are worked out.")
+        return judge(replace(event, event=one), adjacency)  # type: ignore[call-arg]
     base = _unsampled(event, int(reach(adjacency)))
     if base is not None:
         return both(base, base.flip() if isinstance(base, DiscretePair) else base)
@@ -98,6 +106,16 @@ def judge(event: Event, adjacency: str) -> Judged:
     if isinstance(event, GroupOf):
         return _group(event, adjacency)
     raise unsupported(event, adjacency)
+
+
+def _one_gaussian(event: Event) -> Gaussian | None:
+    """Gaussian releases of the same batch as one, of the joint distance; None if there is anything else."""
+    precision = 0.0
+    for part, n in event.flat():
+        if not isinstance(part, Gaussian):
+            return None
+        precision += n / part.noise_multiplier**2 if part.noise_multiplier > 0.0 else math.inf
+    return Gaussian(1.0 / math.sqrt(precision)) if precision > 0.0 else None
 
 
 def _unsampled(event: Event, shift: int) -> Pair | None:
@@ -219,7 +237,7 @@ def _fixed_size(q: float, inner: Event, adjacency: str) -> Judged:
 
     Adding or removing: P = (1 − q) M(T, j) + q M(T, x) against M(T, j), an exchange of j and x on one side only.
     Exchanging x for x': (1 − q) M(T, j) + q M(T, x) against (1 − q) M(T, j) + q M(T, x'), any two an exchange apart.
-    Nulling x: x' is zero. For a Gaussian and ε ≥ 0 the worst j is opposite to x, and equal to it below (see `mixtures`).
+    Nulling x: x' is zero. For a Gaussian the worst j is opposite to x for ε ≥ 0, and equal to it below (`mixtures`).
     """
     base = _additive(inner, 2)
     if base is None and adjacency == "replace_one" and isinstance(inner, ApproximateDP):

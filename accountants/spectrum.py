@@ -125,6 +125,8 @@ class Spectrum:
             wiggle = 4.0 * U * (np.abs(exponent) + abs(log_k) + 4.0)
             weight = law.mass * np.exp(exponent) * (1.0 + wiggle if upper else 1.0 - wiggle)
             mean = float(np.dot(weight, law.loss))
+            # a denormal number would slow every sum down
+            weight = np.where(weight < 1e-280, 1e-280 if upper else 0.0, weight)
             self._tilted.append(weight)
             self._means.append(mean)
             variance += n * float(np.dot(weight, (law.loss - mean) ** 2))
@@ -358,7 +360,7 @@ class Spectrum:
             for factor in (0.3, 1.0, 2.0, 3.5, 5.0, 7.0, 10.0, 16.0, 30.0, 100.0, 1e3, 1e4):
                 t, moments = factor / spread, []
                 for law in self.laws:
-                    exponent = -t * law.loss
+                    exponent = np.maximum(-t * law.loss, -40.0)
                     kept = math.log1p(-law.beyond[0])
                     q = law.mass * np.exp(-law.loss)
                     if float(exponent.max()) < 300.0:

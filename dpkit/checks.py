@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from numbers import Real
 
+import torch
 from torch import nn
 
 from dpkit.layers import problems, validate
@@ -32,6 +33,18 @@ def validate_model(model: nn.Module) -> None:
         first, others = found[0], [p.path for p in found[1:]]
         more = f" Likewise {', '.join(others)}: dpkit.layers.validate(model) lists them." if others else ""
         raise UnsupportedModuleError(first.seen, why=first.why, cure=first.cure + more)
+
+
+def refuse_other_processes() -> None:
+    """Raise inside a group of several processes: each would count its own releases, and nobody all of them."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = torch.distributed.get_world_size()
+        if world > 1:
+            raise ConfigurationError(
+                f"this is one of {world} processes of a torch.distributed group",
+                why="each process would draw, add noise and count for itself, while all of them release.",
+                cure="train in one process; distributed private training is not part of this version.",
+            )
 
 
 def number(name: str, value: object, *, low: float, strict: bool = True, high: float = math.inf) -> float:

@@ -23,6 +23,7 @@ from .loader import PrivateDataLoader, refuse_private
 from .noise import Source, source_of
 from .optional import register_optional
 from .sampling import checked, sampling_of
+from .scaler import LossScale
 from .secure import SecureNoise
 from .spending import Spending
 from .state import Part, Stateful, collect, give_back, refuse_others
@@ -102,6 +103,7 @@ class PrivacyEngine:
         max_rows_per_unit: int | None = None,
         unit_reduction: str = "mean",
         augmentations: int = 1,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> tuple[M, O, DataLoader[Any]]:
         """Attach to a model, its optimizer and its data; returns the same model and optimizer, and a private loader.
 
@@ -135,6 +137,8 @@ class PrivacyEngine:
             unit_reduction: whether a unit's gradient is the "mean" or the "sum" over its rows.
             augmentations: read each row that is drawn this many times (the data set's own random transform makes other
                 views of it); all of them are one unit's, so they cost nothing more.
+            grad_scaler: the GradScaler that the loop scales its loss with (fp16): its factor is undone before clipping,
+                and held constant (see `dpkit.scaler`).
 
         Raises:
             ConfigurationError: an argument out of range, or a combination that says nothing.
@@ -159,6 +163,7 @@ class PrivacyEngine:
                 "use the data beyond the one noisy gradient that is accounted.",
                 cure="use any first-order optimizer (SGD, Adam, AdamW, ...).",
             )
+        checks.refuse_other_processes()
         checks.choice("loss_reduction", loss_reduction, ("mean", "sum"))
         max_grad_norm = checks.number("max_grad_norm", max_grad_norm, low=0.0)
         if max_physical_batch_size is not None:
@@ -195,6 +200,7 @@ class PrivacyEngine:
             max_grad_norm=max_grad_norm,
             loss_reduction=loss_reduction,
             batch_first=batch_first,
+            loss_scale=None if grad_scaler is None else LossScale(grad_scaler),
         )
         self._loader = PrivateDataLoader(data_loader, sampling, units, self._step, max_physical_batch_size)
         self._target_delta, self._spending.budget = target_delta, budget
@@ -377,11 +383,15 @@ class PrivacyEngine:
 
     def _parts(self, replay: bool = True) -> dict[str, Stateful]:
         """All that has a state, in the order in which it is loaded; what was spent comes last, it is not undone."""
-        spending = self._spending
+        spending, step = self._spending, self._attached()
+
+        def load(state: dict[str, Any]) -> None:
+            spending.load_state_dict(state, replay=replay, repeatable=not step.noise.secure)
+
         return {
-            **self._attached().parts(self._loader.inside),
+            **step.parts(self._loader.inside),
             "loader": self._loader,
-            "spending": Part(spending.state_dict, lambda held: spending.load_state_dict(held, replay=replay)),
+            "spending": Part(spending.state_dict, load),
         }
 
     def _configuration(self) -> dict[str, Any]:

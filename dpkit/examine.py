@@ -292,7 +292,8 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
                     why="it is used by an operation that the engine cannot follow, such as an autograd.Function.",
                     cure="freeze it, or register a rule for the module that uses it (dpkit.register_rule).",
                 )
-                raise _Lost(swallowed, p)
+                if not any(not rule.built_in for rule in tape.rules_of(p)):  # else the proof tells of the rule
+                    raise _Lost(swallowed, p)
 
 
 def _refuse_another_function(tape: Tape, run: _Run, arguments: Any, plain: Any, out: Any) -> None:

@@ -126,7 +126,7 @@ def _misplaced(path: str, what: str) -> CoupledRecordsError:
 
 
 def _packing() -> Any:
-    """The frame of torch's function that packs records in the order of their lengths or unpacks them, if one is running.
+    """The frame of torch's function that packs records in the order of their lengths, or unpacks them, while it runs.
 
     The order goes along in the packed sequence, so that the records are found again (`dpkit.apart`); the packed data
     themselves have no dimension of records, and are refused wherever else they meet a parameter.

@@ -22,6 +22,7 @@ from .loader import Draw
 from .noise import Source
 from .proof import prove, refuse_coupled_losses
 from .sampling import Sampling
+from .scaler import LossScale, placeholders
 from .spending import Spending
 from .state import Part, Stateful
 from .sums import ClippedSum
@@ -52,11 +53,13 @@ class PrivateStep:
         max_grad_norm: float,
         loss_reduction: str,
         batch_first: bool,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self.model, self.optimizer, self.sampling = model, optimizer, sampling
         self.clipping, self.noise, self.spending = clipping, noise, spending
         self.noise_multiplier, self.max_grad_norm = noise_multiplier, max_grad_norm
         self.loss_reduction = loss_reduction
+        self._loss_scale, self._factor = loss_scale, 1.0
         self.nonfinite_records = 0
         self._given = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm}
         self._draw: Draw | None = None
@@ -76,6 +79,8 @@ class PrivateStep:
         self.drop()
         self.tape.detach()
         self._hook.remove()
+        if self._loss_scale is not None:
+            self._loss_scale.release()
 
     def event(self, noise_multiplier: float | None = None) -> Event | None:
         """What a release (with this σ) costs now; None where the pass has paid for it."""
@@ -100,7 +105,11 @@ class PrivateStep:
         for p in self._parameters():
             p.grad = None
         self._draw = draw
-        self.tape.open(draw.n)
+        if self._loss_scale is None:
+            self.tape.open(draw.n)
+        else:
+            self._factor = self._loss_scale.current()
+            self.tape.open(draw.n, placeholders(list(self._trainable())))
 
     def take_back(self, draw: Draw) -> None:
         """The user asks for the next batch."""
@@ -192,6 +201,7 @@ class PrivateStep:
         if batch is None:
             return
         draw.done = True
+        batch.unmark()
         trainable = self._trainable()
         prove(self.tape, batch)
         forms = {p: joined(found) for p, found in batch.forms.items() if p.requires_grad}
@@ -203,7 +213,7 @@ class PrivateStep:
                     cure="add it to the optimizer (optimizer.add_param_group) or freeze it.",
                 )
         if forms and self._sum is not None:
-            scale = float(batch.n) if self.loss_reduction == "mean" else 1.0
+            scale = (float(batch.n) if self.loss_reduction == "mean" else 1.0) / self._factor
             self.nonfinite_records += self._sum.add(forms, trainable, draw.units, scale)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ Between forwards everything is the user's own: nothing is wrapped, renamed, or s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,12 +142,16 @@ class Tape:
 
     # ---- batches
 
-    def open(self, n: int) -> None:
-        """From now on, forwards are private: n records are in the user's hands."""
+    def open(self, n: int, marked: Sequence[nn.Parameter] = ()) -> None:
+        """From now on, forwards are private: n records are in the user's hands; ``marked``: see `Batch`."""
         self.restore()
         unproven = frozenset(p for p in self.names if p.requires_grad and p not in self.proven)
-        self.batch = batch = Batch(n, unproven=unproven)
-        self._watches = [p.register_post_accumulate_grad_hook(_Hook(batch.keep)) for p in unproven]
+        self.batch = Batch(n, unproven=unproven, anchors=self._anchors, marked=marked)
+        self._watches = [p.register_post_accumulate_grad_hook(_Hook(self._keep)) for p in unproven]
+
+    def _keep(self, parameter: Tensor) -> None:
+        if self.batch is not None and not self.paused:  # what a public pass leaves is the user's
+            self.batch.keep(parameter)
 
     def close(self) -> Batch | None:
         """End the batch and return what its backward passes brought."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from .autograd import accumulates, once_differentiable
 from .errors import CoupledRecordsError, DoubleUseError
 from .forms import Dense, Form, Outer
 from .records import Records
@@ -151,6 +151,8 @@ class Batch:
         unproven: parameters whose forms have not been compared with autograd's own gradient yet.
         autograd: the ordinary gradients of those.
         passive: why forwards in this batch were left alone, if any was.
+        anchors: the leaves that tell whether a backward pass accumulates gradients, or only asks for an input's.
+        marked: parameters that get zeros as their ``grad`` after a backward pass, for a GradScaler to inspect.
     """
 
     n: int
@@ -159,6 +161,8 @@ class Batch:
     unproven: frozenset[nn.Parameter] = frozenset()
     autograd: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     passive: str = ""
+    anchors: Mapping[torch.device, Tensor] = field(default_factory=dict)
+    marked: Sequence[nn.Parameter] = ()
     closed: bool = False
     examined: int | None = None  # strict door: the only record that the running backward may touch
 
@@ -166,6 +170,8 @@ class Batch:
         """Take a form in; ``tapped``: by a rule, so that autograd's own gradient of that use can be compared."""
         if not isinstance(parameter, nn.Parameter) or not parameter.requires_grad:
             return
+        if not accumulates(self.anchors.values()):
+            return  # torch.autograd.grad for something else: no parameter's gradient is asked for
         if self.closed:
             raise DoubleUseError(
                 "a backward pass reached a batch whose step has been taken",
@@ -184,6 +190,18 @@ class Batch:
         self.forms[parameter].append(form)
         if tapped and parameter in self.unproven:
             self.tapped[parameter].append(form)
+        self._mark()
+
+    def _mark(self) -> None:
+        for p in self.marked:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+
+    def unmark(self) -> None:
+        """Take the zeros away; what autograd has added to them stays, to be refused."""
+        for p in self.marked:
+            if p.grad is not None and not bool(p.grad.any()):
+                p.grad = None
 
     @property
     def tolerance(self) -> float:
@@ -198,6 +216,7 @@ class Batch:
         if grad is not None:
             held = self.autograd.get(parameter)
             self.autograd[parameter] = grad if held is None else held + grad
+            self._mark()
 
     def examine(self, grad: Tensor, factor: int = 1) -> None:
         """Strict door, first batch: the loss of one record must not reach another record's rows."""
