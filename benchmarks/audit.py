@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -33,13 +34,15 @@ from tests.oracle import Losses, PyTree, batched_vjp_grads, clip, norm, size, ta
 from tests.stepping import private_step
 from tests.variants import VARIANTS, Variant, variants
 
+VERDICTS = ("exact", "wrong", "refused", "crashed", "undefined")
 EXACT = 1e-4
 """The largest relative error that counts as exact."""
 
 
 @dataclass
 class Outcome:
-    """What a library did with a model: "exact", "wrong", "refused" (an error of its own) or "crashed" (another)."""
+    """What a library did with a model: "exact", "wrong", "refused" (an error of its own) or "crashed" (another);
+    "undefined" where there is nothing to compare with."""
 
     verdict: str
     error: float | None = None
@@ -118,6 +121,9 @@ def audit(case: ModelCase) -> Row:
     found: dict[str, Outcome] = {}
     for variant in variants(case):
         total, max_grad_norm = clipped(variant)
+        if not math.isfinite(max_grad_norm):
+            found[variant.name] = Outcome("undefined", reason="the model's own gradients are not finite")
+            continue
         steps = [dpkit_step, opacus_step] if variant.name == "plain" else [dpkit_step]
         given = (variant.losses, variant.batch, max_grad_norm)
         outcomes = [judge(partial(step, copy.deepcopy(variant.model), *given), total) for step in steps]
@@ -141,7 +147,9 @@ def markdown(about: dict[str, Any], rows: list[Row]) -> str:
 
     def totals(outcomes: list[Outcome]) -> str:
         counts = Counter(outcome.verdict for outcome in outcomes)
-        return ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("exact", "wrong", "refused", "crashed"))
+        return ", ".join(
+            f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict] or verdict != "undefined"
+        )
 
     def of(name: str) -> list[Outcome]:
         return [row.variants[name] for row in rows if name in row.variants]
@@ -151,7 +159,8 @@ def markdown(about: dict[str, Any], rows: list[Row]) -> str:
             "# Exactness on Hugging Face architectures",
             "",
             sentence(about),
-            f"In brackets the relative error of the clipped sum; exact: below {EXACT:.0e}. –: does not apply.",
+            f"In brackets the relative error of the clipped sum; exact: below {EXACT:.0e}. –: does not apply, or no "
+            "same draw of dropout can be made (ViLT); undefined: the model's own gradients are not finite.",
             "",
             f"- dpkit: {totals([row.dpkit for row in rows])}",
             *(f"- dpkit, {name}: {totals(of(name))}" for name in others),

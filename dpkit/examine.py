@@ -150,8 +150,8 @@ def _splittable(
     tape.apiece = set()
     try:
         with probe.undisturbed(tape.model) as buffers, probe.opened(tape.model):
-            probe.without_dropout(tape.model)
             run = _Run(tape, module, dims, buffers)
+            probe.without_dropout(tape.model)
             _, full = run.recorded(probe.cut((args, kwargs), dims, n, n), n, watch=True)
             _, part = run.recorded(probe.cut((args, kwargs), dims, n, m), m, watch=True)
     finally:
@@ -164,8 +164,8 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
     m = n - 1 if n > 1 else 2
     plan, arguments = probe.Plan(inputs=dims), (args, kwargs)
     with probe.undisturbed(tape.model) as buffers, probe.opened(tape.model):
-        probe.without_dropout(tape.model)
         run = _Run(tape, module, dims, buffers)
+        probe.without_dropout(tape.model)
         full, seen_full = run.recorded(probe.cut(arguments, dims, n, n), n)
         written, held = buffers.reached(seen_full.taint), buffers.released()
         part, seen_part = run.recorded(probe.cut(arguments, dims, n, m), m)
@@ -278,22 +278,20 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
         largest = max((float(g.to_dense().norm()) for g in expected if g is not None), default=0.0)
         tolerance = trial.tolerance
         for p, grad in zip(trainable, expected, strict=True):
-            if p in trial.forms:
-                form = joined(trial.forms[p])
-                try:
+            try:
+                if p in trial.forms:
+                    form = joined(trial.forms[p])
                     probe.refuse_misattributed(tape.name(p), form, grad, weights, 1e-3 * largest, tolerance)
-                except PrivacyError as refusal:
-                    if any(not rule.built_in for rule in tape.rules_of(p)):  # a wrong rule is not to be hidden
-                        raise
-                    raise _Lost(refusal, p) from refusal
-            elif grad is not None and float(grad.to_dense().norm()) > tolerance * largest:
-                swallowed = UncoveredParameterError(
-                    f"{tape.name(p)} {list(p.shape)} has a gradient in ordinary training and none in a private one",
-                    why="it is used by an operation that the engine cannot follow, such as an autograd.Function.",
-                    cure="freeze it, or register a rule for the module that uses it (dpkit.register_rule).",
-                )
-                if not any(not rule.built_in for rule in tape.rules_of(p)):  # else the proof tells of the rule
-                    raise _Lost(swallowed, p)
+                elif grad is not None and float(grad.to_dense().norm()) > tolerance * largest:
+                    raise UncoveredParameterError(
+                        f"{tape.name(p)} {list(p.shape)} has a gradient in ordinary training and none in a private one",
+                        why="it is used by an operation that the engine cannot follow, such as an autograd.Function.",
+                        cure="freeze it, or register a rule for the module that uses it (dpkit.register_rule).",
+                    )
+            except PrivacyError as refusal:
+                if any(not rule.built_in for rule in tape.rules_of(p)):  # a wrong rule is not to be hidden
+                    raise
+                raise _Lost(refusal, p) from refusal
 
 
 def _refuse_another_function(tape: Tape, run: _Run, arguments: Any, plain: Any, out: Any) -> None:

@@ -71,6 +71,9 @@ class Live:
         finally:
             self.quiet -= 1
 
+    def without_order(self) -> None:
+        """The probe has seen to it."""
+
     def count(self, layer: nn.Module) -> int:
         """The number of this call of a layer with a rule within the forward."""
         self._called[layer] += 1
@@ -110,10 +113,10 @@ class Live:
             site = self._guess(values, name)
         if site.folded is not None:
             probe.refuse_folded(self.tape.name(origin), name, site.folded)
-        if not torch.is_grad_enabled() and not any(isinstance(v, StandIn) and v.records for v in values):
-            return self._constant(func, args, kwargs, site, origin)
         self.quiet += 1
         try:
+            if not torch.is_grad_enabled() and not any(isinstance(v, StandIn) and v.records for v in values):
+                return self._constant(func, args, kwargs, site, origin)
             fast = self._by_rule(func, args, kwargs, site)
             return self._by_copies(func, args, kwargs, values, site, name, origin) if fast is None else fast
         finally:

@@ -145,16 +145,16 @@ class Taint(TorchDispatchMode):
     Memory is marked, not the tensors that show it: what is written into a view has reached the whole.
     """
 
-    def __init__(self, moved: Callable[[Move], None], lost: Callable[[], None] | None = None) -> None:
+    def __init__(self, moved: Callable[[Move], None], without_order: Callable[[], None] | None = None) -> None:
         super().__init__()
         self.marked: dict[int, StorageWeakRef] = {}  # the weak references keep an address from being given again
-        self.moved, self.lost = moved, lost
+        self.moved, self.without_order = moved, without_order
         self.reordered = False  # records were packed in the order of their lengths
 
     def used(self, packed: PackedSequence) -> None:
         """A packed sequence is unpacked or goes through a recurrent layer: with its order, if there is one."""
-        if self.reordered and packed.unsorted_indices is None and self.lost is not None:
-            self.lost()
+        if packed.unsorted_indices is None and self.without_order is not None:
+            self.without_order()
 
     def mark(self, tree: Any) -> None:
         for v in leaves(tree):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -149,7 +149,7 @@ class Recorder:
 
     def __init__(self, n: int, inside: Callable[[], nn.Module], *, watch: bool = False) -> None:
         self.n, self.inside = n, inside
-        self.taint = Taint(self._moved, self._lost)
+        self.taint = Taint(self._moved, self.without_order)
         self.moves: list[Moved] = []
         self.lost: nn.Module | None = None  # where the order of packed records was forgotten
         self.quiet = 0  # inside a rule, an operation on stand-ins or a module that runs on one record at a time
@@ -170,8 +170,9 @@ class Recorder:
             seen = [Seen.of(v, self.n) for v in (move.base, move.values, move.out)]
             self.moves.append(Moved(move.name, self.inside(), *seen))
 
-    def _lost(self) -> None:
-        if not self.quiet:
+    def without_order(self) -> None:
+        """Packed data are used whose order is not known: were they packed in another one than the records'?"""
+        if self.taint.reordered and not self.quiet:
             self.lost = self.lost or self.inside()
 
     def call(self, layer: nn.Module, args: Any, kwargs: Any) -> bool:
@@ -461,6 +462,7 @@ def mixed_losses(full: Any, part: Any, alone: Any, n: int, m: int, arguments: An
     found: dict[int, str] = {}
     names = arguments[1] if isinstance(arguments, tuple) and len(arguments) == 2 else {}
     labels = names.get("labels") if isinstance(names, dict) else None
+    keys = [key for key, v in full.items() for _ in leaves(v)] if isinstance(full, Mapping) else []
     for k, (a, b, c) in enumerate(zip(leaves(full), leaves(part), leaves(alone), strict=False)):
         if not all(
             isinstance(v, Tensor) and v.numel() == 1 and v.ndim == 0 and v.is_floating_point() for v in (a, b, c)
@@ -468,7 +470,9 @@ def mixed_losses(full: Any, part: Any, alone: Any, n: int, m: int, arguments: An
             continue
         x, y, z = float(a), float(b), float(c)
         scale = 1e-3 * max(abs(n * x), abs(m * y), abs(z), 1e-6)
-        if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
+        if k < len(keys) and "aux" in str(keys[k]):
+            found[k] = f"{keys[k]} balances the experts over the tokens of the whole batch"
+        elif isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
             found[k] = "it averages over the labelled tokens of the whole batch"
         elif abs(n * x - (m * y + z)) > scale and abs(x - (y + z)) > scale:
             found[k] = "it is neither the mean nor the sum of one loss a record"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, probe
-from .apart import packed_in
+from .apart import brings_back, packed_in
 from .apiece import Apiece
 from .errors import ConfigurationError, CoupledRecordsError, UncoveredParameterError
 from .examine import examine, examine_any
@@ -218,7 +218,7 @@ class Tape:
             router.visit(module, args, kwargs)
         if module in self.apiece:
             return self._part(frame, args, kwargs, router)
-        if packed is not None:  # permutes states and data, and permutes them back
+        if packed is not None and brings_back(module):
             if isinstance(router, probe.Recorder):
                 router.taint.used(packed)
             frame.quiet = True

@@ -361,7 +361,6 @@ def _interfaces() -> list[ModelCase]:
             lambda n, g: (torch.randn(n, 4, generator=g), torch.randn(n, generator=g)),
             lambda model, batch: squared(torch.cat(model(batch[0]), 1), batch[1]),
         ),
-        plain("hand-written-backward", m.ByHand, normal(4), tags="loop_only"),
         plain("in-place", m.InPlace, normal(3, 6, 6)),
         plain("fused-projection", m.FusedProjection, normal(5, 4)),
         plain("nested", m.Nested, normal(5)),
@@ -407,6 +406,7 @@ def _hard() -> list[ModelCase]:
         plain("expert-list", m.ExpertList, normal(6, 3), tags="hard apiece"),
         plain("shuffled", m.Shuffled, normal(6, 3), tags="hard apiece"),
         plain("unpadded", m.Unpadded, normal(6, 3), padding, tags="hard apiece"),
+        plain("by-hand", m.ByHand, normal(4), tags="hard apiece loop_only"),
         plain("looping", m.Looping, normal(6, 3), padding, tags="hard apiece"),
     ]
 

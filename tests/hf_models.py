@@ -411,7 +411,7 @@ def _other_models() -> list[ModelCase]:
             {**TEXT, **IMAGE, "max_image_length": -1},
             questions,
             classified,
-            tags="hard",
+            tags="hard apiece",
         ),
         case(
             "visual_bert",

@@ -533,6 +533,32 @@ class Looping(nn.Module):
         return self.head(torch.stack(rows))
 
 
+class Triples(torch.autograd.Function):
+    """3 x weight, with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return 3 * x * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return 3 * grad * weight, (3 * grad * x).sum(0)
+
+
+class ByHand(nn.Module):
+    """A parameter that enters a function with a hand-written backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(4)), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = Triples.apply(x, self.weight)
+        return self.head(y)
+
+
 class Gated(nn.Module):
     """A branch behind a gate that starts at zero: on the first batch it has no gradient to be proven with."""
 
@@ -561,31 +587,6 @@ class Bag(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.bag(tokens))
-
-
-class _Times(torch.autograd.Function):
-    """x times a weight, with a backward of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x * weight
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        return grad * weight, (grad * x).sum(0)
-
-
-class ByHand(nn.Module):
-    """A parameter that enters a function with a hand-written backward, which adds up the records."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.head = nn.Parameter(torch.randn(4)), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(_Times.apply(x, self.weight))
 
 
 class InPlace(nn.Module):

@@ -249,6 +249,32 @@ class Forgets(nn.Module):
         return y[torch.arange(len(x)).argsort()] if packed.unsorted_indices is None else y[packed.unsorted_indices]
 
 
+class Packs(nn.GRU):
+    """A subclass that packs inside: the order does not come in from outside."""
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+        y, _ = super().forward(pack_padded_sequence(x, lengths, True, enforce_sorted=False))
+        return pad_packed_sequence(y, True, total_length=x.shape[1])[0]
+
+
+class PacksInside(nn.Module):
+    """Around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = Packs(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.head(self.layer(x, lengths))
+
+
+@pytest.mark.parametrize("lengths", [[5, 4, 2, 1], [2, 5, 1, 4]])
+def test_packed_inside_a_subclass(lengths: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    """Its order is not known, so it runs on one record at a time, also where this batch's order is the records' own."""
+    check(PacksInside(), 4, torch.tensor(lengths))
+    assert "layer: run on one record at a time" in caplog.text
+
+
 @pytest.mark.parametrize("where", ["before", "after"])
 @pytest.mark.parametrize("lengths", [[5, 4, 2, 1], [2, 5, 1, 4]])
 def test_forgotten_order(where: str, lengths: list[int], caplog: pytest.LogCaptureFixture) -> None:
