@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 from .workloads import Workload
 
+AUTOCAST = False
+"""Whether forwards run in bfloat16 (set by ``--bf16``)."""
 NOISE_MULTIPLIER, MAX_GRAD_NORM, LEARNING_RATE = 1.0, 1.0, 0.01
 
 Batch = tuple[Tensor, Tensor]
@@ -47,7 +50,9 @@ def train_step(model: nn.Module, optimizer: Any, criterion: Callable[..., Any]) 
 
     def step(batch: Batch) -> None:
         inputs, labels = batch
-        criterion(model(inputs), labels).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=AUTOCAST):
+            loss = criterion(model(inputs), labels)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -97,6 +102,15 @@ def replaced(model: nn.Module) -> nn.Module:
     return model if ModuleValidator.is_valid(model) else ModuleValidator.fix(model).train()
 
 
+def _by_position(criterion: Any) -> Callable[[Tensor, Tensor], Any]:
+    """Opacus's ghost loss of a language model wants logits [n·t, v], labels [n·t], and the shape [n, t]."""
+
+    def loss(logits: Tensor, labels: Tensor) -> Any:
+        return criterion(logits.transpose(1, 2).flatten(0, 1), labels.flatten(), shape=labels.shape)
+
+    return loss
+
+
 def opacus(mode: str) -> Callable[[Workload, int], Runner]:
     """Opacus in `mode`, "hooks" or "ghost"; fed the batch directly, since it does not check where batches come from."""
 
@@ -115,6 +129,8 @@ def opacus(mode: str) -> Callable[[Workload, int], Runner]:
             grad_sample_mode=mode,
         )
         criterion = parts[2] if mode == "ghost" else nn.CrossEntropyLoss()
+        if mode == "ghost" and workload.labels:
+            criterion = _by_position(criterion)
         return Runner(forever(batch), train_step(parts[0], parts[1], criterion))
 
     return prepare

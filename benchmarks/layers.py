@@ -2,13 +2,15 @@
 
     python -m benchmarks.layers [--workloads linear conv lstm ...] [--full] [--rounds 9] [--quick]
 
-dpkit trains torch's own layer as it is; Opacus needs its own replacement of some. Measured as `benchmarks.steps` does.
+dpkit trains torch's own layer as it is; Opacus needs its own replacement of attention, LSTM, GRU and RNN, and has none
+for a cell in a loop or for an EmbeddingBag of more than one word. Measured as `benchmarks.steps` does.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,15 @@ def _image(layer: nn.Module, x: Tensor) -> Tensor:
 def _attention(layer: nn.Module, x: Tensor) -> Tensor:
     y: Tensor = layer(x, x, x, need_weights=False)[0]
     return y.mean(1)
+
+
+def _loop(layer: nn.Module, x: Tensor) -> Tensor:
+    """The last state of a recurrent cell in a loop over time."""
+    state: Any = None
+    for step in x.unbind(1):
+        state = layer(step, state)
+    last: Tensor = state[0] if isinstance(state, tuple) else state
+    return last
 
 
 def _last(layer: nn.Module, x: Tensor) -> Tensor:
@@ -92,8 +103,24 @@ WORKLOADS: dict[str, Workload] = {
                    lambda kind=kind: kind(100, 100, batch_first=True), 100, _random(128, 100), 64, _last)
             for name, kind in (("rnn", nn.RNN), ("gru", nn.GRU), ("lstm", nn.LSTM))
         ),
+        *(
+            _layer(name, f"nn.{kind.__name__} in a loop, 100 to 100, T 32",
+                   lambda kind=kind: kind(100, 100), 100, _random(32, 100), 64, _loop)
+            for name, kind in (("gru-cell", nn.GRUCell), ("lstm-cell", nn.LSTMCell))
+        ),
+        _layer("bag", "nn.EmbeddingBag, vocabulary 20000, width 100, 128 words",
+               lambda: nn.EmbeddingBag(20000, 100), 100, tokens(20000, 128), 64),
     )
 }  # fmt: skip
+
+
+WITHOUT_OPACUS = ("gru-cell", "lstm-cell", "bag")
+"""What it has no layer for; its general way through them gives other gradients, so its time would say nothing."""
+
+
+def contestants(name: str) -> dict[str, Any]:
+    """Those that train the layer."""
+    return {k: v for k, v in CONTESTANTS.items() if name not in WITHOUT_OPACUS or not k.startswith("Opacus")}
 
 
 def main() -> None:
@@ -112,7 +139,7 @@ def main() -> None:
     rows: list[Row] = []
     for key in args.workloads:
         for n in WORKLOADS[key].all_sizes if args.full else WORKLOADS[key].batch_sizes:
-            rows += compare(WORKLOADS[key], n, rounds, CONTESTANTS)
+            rows += compare(WORKLOADS[key], n, rounds, contestants(key))
         if not args.quick:
             write(name, about, rows, markdown(about, rows, "Training steps of single layers", WORKLOADS))
             plots.bars(rows, RESULTS / f"{name}.png")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import plots
+from . import contestants, plots
 from .measure import Row, compare, summary, table
 from .report import RESULTS, conditions, sentence, write
 from .workloads import WORKLOADS
@@ -52,13 +52,15 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="all batch sizes of the Opacus paper: hours, not minutes")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1, help="1 by default: a busy machine shows least")
+    parser.add_argument("--bf16", action="store_true", help="forwards under bfloat16 autocast; writes steps-bf16")
     parser.add_argument("--quick", action="store_true", help="3 rounds, the smallest batch size; nothing is written")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     quiet()
     rounds = 3 if args.quick else args.rounds
     about = {**conditions("benchmarks.steps"), "rounds": rounds}
-    name = "steps-full" if args.full else "steps"
+    contestants.AUTOCAST = args.bf16
+    name = "steps" + "-full" * args.full + "-bf16" * args.bf16
     rows: list[Row] = []
     for key in args.workloads:
         workload = WORKLOADS[key]
