@@ -30,6 +30,7 @@ class ClippedSum:
         self.clipping, self.noise_multiplier, self.max_grad_norm = clipping, noise_multiplier, max_grad_norm
         self.expected_batch_size = expected_batch_size
         self._observed = 0.0
+        self._learning = clipping if isinstance(clipping, Learning) else None
         self._totals: dict[nn.Parameter, Tensor] = {}
 
     @property
@@ -69,8 +70,8 @@ class ClippedSum:
             left_out, keep = int((~finite).sum()), finite.nonzero().flatten()
             units, rows = units.take(keep)
             forms, norms = {p: f.take(rows) for p, f in forms.items()}, norms[keep]
-        if isinstance(self.clipping, Learning):
-            self._observed += float(self.clipping.observed(norms, self.max_grad_norm).sum())
+        if self._learning is not None:
+            self._observed += float(self._learning.observed(norms, self.max_grad_norm).sum())
         weights = self.clipping.weights(norms, self.max_grad_norm) * scale
         shared = units.spread(weights) if weights.ndim == 1 else None
         for p in list(forms):
@@ -84,12 +85,12 @@ class ClippedSum:
 
     def take_observed(self) -> list[Tensor]:
         """What a clipping that learns C has observed [1] (float64); nothing for the others."""
-        return [torch.tensor([self._observed], dtype=torch.float64)] if isinstance(self.clipping, Learning) else []
+        return [torch.tensor([self._observed], dtype=torch.float64)] if self._learning is not None else []
 
     def learned(self, observed: float) -> float:
         """C of the next logical batch, from what was observed, with its noise."""
-        assert isinstance(self.clipping, Learning)
-        return self.clipping.learned(self.max_grad_norm, observed, self.expected_batch_size)
+        assert self._learning is not None
+        return self._learning.learned(self.max_grad_norm, observed, self.expected_batch_size)
 
     def take(self, parameters: dict[nn.Parameter, int]) -> list[Tensor]:
         """The totals [numel], float32 or wider, zero where a parameter had no gradient; they are the caller's now."""
