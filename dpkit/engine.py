@@ -115,6 +115,8 @@ class PrivacyEngine:
 
         Args:
             module: the model. It stays as it is; hooks observe it while the loader's batches are in the user's hands.
+                Attention, recurrent layers and bags need no conversion: they are taken apart inside the forward. What
+                has to be another function (BatchNorm) is refused; `dpkit.layers.convert` replaces it.
             optimizer: any torch optimizer whose ``step`` needs no closure.
             data_loader: a DataLoader over a map-style dataset; its batch size B gives the sampling rate q = B / N.
             max_grad_norm: C, the bound on each record's gradient norm.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, probe
-from .apart import order_of
+from .apart import brings_back, packed_in
 from .apiece import Apiece
 from .errors import ConfigurationError, CoupledRecordsError, UncoveredParameterError
 from .examine import examine, examine_any
@@ -210,13 +210,19 @@ class Tape:
         module, router = frame.module, self.router
         if router is None:
             return None
-        router.order = order_of(module, args, kwargs)
+        packed = packed_in(module, args, kwargs)
+        router.order = None if packed is None else packed.unsorted_indices
         if frame.outermost:
             self.stand_in(frame, router)
         if isinstance(router, probe.Recorder):
             router.visit(module, args, kwargs)
         if module in self.apiece:
             return self._part(frame, args, kwargs, router)
+        if packed is not None and brings_back(module):
+            if isinstance(router, probe.Recorder):
+                router.taint.used(packed)
+            frame.quiet = True
+            router.quiet += 1
         if self.rules[module] is not None and self.uses_rule(module, args, kwargs, frame, router):
             frame.quiet = True
             router.quiet += 1
