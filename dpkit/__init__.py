@@ -17,7 +17,8 @@ if not (_here / "accountants").is_dir():
     __path__.append(str(_here.parent))
 
 if TYPE_CHECKING:
-    from .clipping import AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
+    from .clipping import AdaptiveClipping, AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
+    from .correlated import BandedNoise, BufferedNoise
     from .engine import PrivacyEngine
     from .errors import (
         BudgetExhaustedError,
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
     from .rules import register_rule, unregister_rule
 
 _HOMES = {
-    "clipping": ["AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"],
+    "clipping": ["AdaptiveClipping", "AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"],
+    "correlated": ["BandedNoise", "BufferedNoise"],
     "engine": ["PrivacyEngine"],
     "errors": [
         "BudgetExhaustedError",
@@ -67,8 +69,11 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AdaptiveClipping",
     "AutomaticClipping",
+    "BandedNoise",
     "BudgetExhaustedError",
+    "BufferedNoise",
     "CheckpointError",
     "Clipping",
     "ConfigurationError",

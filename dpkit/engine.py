@@ -17,14 +17,17 @@ from dpkit.accountants import Accountant, make_accountant
 
 from . import checkpoint, checks
 from .clipping import Clipping, clipping_of
+from .correlated import Correlated, Correlation
 from .errors import CheckpointError, ConfigurationError, NotAttachedError
 from .ledger import Ledger
 from .loader import PrivateDataLoader, refuse_private
 from .noise import Source, source_of
 from .optional import register_optional
+from .paced import CyclicPoisson, paced
 from .sampling import checked, sampling_of
 from .scaler import LossScale
 from .secure import SecureNoise
+from .seeds import unforeseeable
 from .spending import Spending
 from .state import Part, Stateful, collect, give_back, refuse_others
 from .step import PrivateStep
@@ -72,6 +75,7 @@ class PrivacyEngine:
         self._step: PrivateStep | None = None
         self._before = 0
         self._target_delta: float | None = None
+        self._cyclic = False  # whether records took turns: then group privacy is not known
 
     @property
     def nonfinite_records(self) -> int:
@@ -104,6 +108,7 @@ class PrivacyEngine:
         unit_reduction: str = "mean",
         augmentations: int = 1,
         grad_scaler: torch.amp.GradScaler | None = None,
+        noise: Correlation | None = None,
     ) -> tuple[M, O, DataLoader[Any]]:
         """Attach to a model, its optimizer and its data; returns the same model and optimizer, and a private loader.
 
@@ -119,7 +124,8 @@ class PrivacyEngine:
             max_epsilon: a hard budget at target_delta, for everything in the ledger where there is one: the loader ends
                 before a step would exceed it (see `budget_spent`). It holds for any stopping time, and for schedules of
                 σ that were fixed in advance; not for a σ that is chosen in view of the training.
-            clipping: "flat", "automatic", "per_layer", or an object with ``weights`` and ``sensitivity``.
+            clipping: "flat", "automatic", "per_layer", "adaptive" (`AdaptiveClipping`: max_grad_norm is where C starts,
+                and σ covers what C is learned from), or an object with ``weights`` and ``sensitivity``.
             loss_reduction: whether the loss that is back-propagated is the "mean" or the "sum" over the batch.
             poisson_sampling: draw each record independently (amplification is accounted); if False, the loader's own
                 batches are kept and no amplification is claimed.
@@ -139,6 +145,8 @@ class PrivacyEngine:
                 views of it); all of them are one unit's, so they cost nothing more.
             grad_scaler: the GradScaler that the loop scales its loss with (fp16): its factor is undone before clipping,
                 and held constant (see `dpkit.scaler`).
+            noise: noise that is correlated from step to step: `BandedNoise` (with Poisson sampling by groups that take
+                turns, or with fixed batches) or `BufferedNoise` (with fixed batches). None: independent noise.
 
         Raises:
             ConfigurationError: an argument out of range, or a combination that says nothing.
@@ -181,7 +189,11 @@ class PrivacyEngine:
         sampling = sampling_of(data_loader, units, poisson=poisson_sampling)
         if not units.records or units.copies > 1:
             refuse_reordering(data_loader.dataset, data_loader.collate_fn)
-        noise = source_of(self._secure, noise_generator, data_loader.generator)
+        source = source_of(self._secure, noise_generator, data_loader.generator)
+        if noise is not None:
+            sampling = paced(sampling, noise, data_loader.generator or unforeseeable())
+            source = Correlated(noise, source)
+            self._cyclic = self._cyclic or isinstance(sampling, CyclicPoisson)
         register_optional(module)
         checks.validate_model(module)
         sigma = noise_multiplier_for(
@@ -194,7 +206,7 @@ class PrivacyEngine:
             optimizer,
             sampling,
             rule,
-            noise,
+            source,
             self._spending,
             noise_multiplier=sigma,
             max_grad_norm=max_grad_norm,
@@ -276,6 +288,13 @@ class PrivacyEngine:
                 "get_epsilon() without delta", why="ε is a function of δ.", cure="pass delta=1e-5, say."
             )
         delta = checks.number("delta", delta, low=0.0, high=1.0)
+        if group_size != 1 and self._cyclic:
+            raise ConfigurationError(
+                f"group_size = {group_size!r} after steps whose records took turns",
+                why="the records of a group take part in different steps, in which correlated noise makes their "
+                "contributions overlap; what they cost together is not known.",
+                cure="use independent noise, or make the group the unit of privacy (privacy_unit=...).",
+            )
         return self._spending.epsilon(delta, checks.count("group_size", group_size))
 
     @property
