@@ -7,7 +7,7 @@ PY     := $(BIN)/python
 # Idle OpenMP threads sleep instead of spinning: on a shared machine two torch processes slow each other down fivefold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow lint typecheck bench audit clean
+.PHONY: demo test test-slow stress lint typecheck bench audit clean
 
 demo: $(VENV)/.ready $(VENV)/.weights ## the two-line example, then the guard on real prompts
 	$(PY) examples/two_lines.py
@@ -19,6 +19,9 @@ test: $(VENV)/.ready ## the whole suite
 test-slow: $(VENV)/.ready $(VENV)/.weights ## the long sweeps
 	$(PY) -m pytest -q -m slow
 
+stress: $(VENV)/.ready ## what runs have to survive: kills, damaged files, long random lives; prints its tables
+	$(PY) -m pytest -q -s -m slow tests/test_kill.py tests/test_damage.py
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,6 +32,7 @@ typecheck: $(VENV)/.ready
 bench: $(VENV)/.ready ## training steps beside ordinary training and Opacus; writes benchmarks/results/
 	$(PY) -m benchmarks.steps
 	$(PY) -m benchmarks.accounting
+	$(PY) -m benchmarks.noise
 
 audit: $(VENV)/.ready ## 54 Hugging Face architectures, dpkit and Opacus, against the definition
 	$(PY) -m benchmarks.audit

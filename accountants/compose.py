@@ -110,7 +110,9 @@ def make_plan(pairs: Sequence[Pair], counts: Sequence[int], *, log_delta: float,
         log_best = log_best if math.isfinite(log_best) else start
     best = math.exp(log_best)
     if epsilon is not None:
-        best = max(best, 0.5 / math.sqrt(variance))  # below the mean no tilt is called for
+        # below the mean no tilt is called for: one of half a standard deviation, in relative entropy
+        least = _root(lambda x: by_delta(x) - log_delta - 0.125, start)
+        best = max(best, 0.5 / math.sqrt(variance) if math.isnan(least) else math.exp(least))
     for shade in SHADES:
         theta = shade * best
         k, mean, variance = sums(theta)
@@ -136,7 +138,7 @@ def _kurtosis(pilots: Sequence[Atoms], counts: Sequence[int], theta: float, vari
         with np.errstate(divide="ignore"):
             weight = np.exp(np.maximum(theta * atoms.loss + np.log(atoms.mass) - k, -600.0))
         fourth += n * (float(np.dot(weight, (atoms.loss - m) ** 4)) - 3.0 * v * v)
-    return fourth / max(variance, 1e-300) ** 2
+    return fourth / max(variance, 1e-150) ** 2
 
 
 def _reach_down(laws: Sequence[Atoms | Lattice], counts: Sequence[int]) -> float:

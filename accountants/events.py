@@ -280,7 +280,12 @@ class ApproximateDP(Event):
 
 @dataclass(frozen=True)
 class SampledWithoutReplacement(Event):
-    """``event`` on a uniform batch of exactly ``batch_size`` of ``dataset_size`` records."""
+    """``event`` on a uniform batch of exactly ``batch_size`` of ``dataset_size`` records.
+
+    ``dataset_size`` is public: under add-or-remove-one it counts the larger of the two data sets. A record's place in
+    the batch goes to another one where it is not drawn, so that it is an exchange of records, at distance 2C, that is
+    sampled (not under zero-out, where it may be nulled in its place).
+    """
 
     batch_size: int
     dataset_size: int
@@ -300,7 +305,11 @@ class SampledWithoutReplacement(Event):
 
 @dataclass(frozen=True)
 class TruncatedPoissonSampled(Event):
-    """`PoissonSampled`, but a batch of more than ``max_batch_size`` of ``dataset_size`` records is cut to that size."""
+    """`PoissonSampled`, but a batch of more than ``max_batch_size`` of ``dataset_size`` records is cut to that size.
+
+    What is kept is a uniform choice, independent of the data. ``dataset_size`` is public: under add-or-remove-one it
+    counts the larger of the two data sets.
+    """
 
     sample_rate: float
     dataset_size: int
@@ -312,6 +321,31 @@ class TruncatedPoissonSampled(Event):
         object.__setattr__(self, "dataset_size", _count("dataset_size", self.dataset_size, 1))
         object.__setattr__(self, "max_batch_size", _count("max_batch_size", self.max_batch_size))
         _check_event("event", self.event)
+
+
+@dataclass(frozen=True)
+class RandomAllocation(Event):
+    """``steps`` runs of ``event``, of which every record takes part in ``selected``, drawn uniformly: one epoch.
+
+    With ``selected`` = 1 this is balls-and-bins sampling: each record goes to one of ``steps`` batches, independently
+    of all others, anew in every epoch (``RandomAllocation(steps, event) * epochs``). It is not shuffling into batches
+    of equal size, for which see `DeterministicBatches`.
+    """
+
+    steps: int
+    event: Event
+    selected: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", _count("steps", self.steps, 1))
+        object.__setattr__(self, "selected", _count("selected", self.selected))
+        _check_event("event", self.event)
+        if self.selected > self.steps:
+            raise AccountingError(
+                f"selected {self.selected} of {self.steps} steps.",
+                why="a record takes part in each step at most once.",
+                cure="lower selected, or use DeterministicBatches.",
+            )
 
 
 @dataclass(frozen=True)
@@ -327,6 +361,9 @@ class DeterministicBatches(Event):
     def __post_init__(self) -> None:
         _check_event("event", self.event)
 
+    def flat(self) -> list[tuple[Event, int]]:
+        return [(DeterministicBatches(event), n) for event, n in self.event.flat()]
+
 
 @dataclass(frozen=True)
 class GroupOf(Event):
@@ -339,14 +376,16 @@ class GroupOf(Event):
         object.__setattr__(self, "size", _count("size", self.size, 1))
         _check_event("event", self.event)
 
+    def flat(self) -> list[tuple[Event, int]]:
+        return [(GroupOf(self.size, event), n) for event, n in self.event.flat()]
+
 
 def adaptive_clipping(noise_multiplier: float, count_noise: float, groups: int = 1) -> Gaussian:
     """A gradient sum and the clipped-fraction count of adaptive clipping, released from one batch, as one Gaussian.
 
     Args:
         noise_multiplier: noise of the gradient sum, std / C.
-        count_noise: standard deviation of the noise of each count; a record moves its count by 1/2 (Andrew et al.
-        2021).
+        count_noise: standard deviation of each count's noise; a record moves its count by 1/2 (Andrew et al. 2021).
         groups: how many counts there are, one a parameter group.
 
     >>> round(adaptive_clipping(1.0, 5.0).noise_multiplier, 6)

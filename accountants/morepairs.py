@@ -1,15 +1,13 @@
-"""Pairs beyond the Poisson Gaussian: Laplace, sampled versions of any pair, sampling without replacement, groups."""
+"""Pairs beyond the Poisson Gaussian: Laplace, discrete mechanisms, Poisson-sampled versions of any pair."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
-from .numeric import normal_reach
-from .pairs import _GAUSS, Array, Atoms, DiscretePair, GaussianPair, Ints, Pair, SmoothPair, U
+from .pairs import _GAUSS, Array, Atoms, DiscretePair, Ints, Pair, U
 
 
 def _cells(edges: Array, loss: Array) -> Ints:
@@ -120,105 +118,6 @@ class SampledPair(Pair):
         if self.flipped:
             loss = -loss
         return Atoms(mass, loss, _cells(edges, loss), mass_error, loss_error)
-
-
-@dataclass(frozen=True)
-class WithoutReplacementPair(Pair):
-    """Fixed-size sampling at rate q of a Gaussian at distance 1, when one record is exchanged or nulled; symmetric.
-
-    For e^ε ≥ 1 its delta is that of (1 − q)N(0) + qN(1) against N(0), below by symmetry (Zhu, Dong, Wang 2022, after
-    Balle, Barthe, Gaboardi 2018): the positive losses of removing, the negative ones of adding, the rest at 0.
-    Composing
-    the one direction alone would be wrong: its negative losses pay for positive ones that the other direction keeps.
-    """
-
-    q: float
-    sigma: float
-
-    def _halves(self) -> tuple[GaussianPair, GaussianPair]:
-        return GaussianPair(q=self.q, sigma=self.sigma), GaussianPair(q=self.q, sigma=self.sigma, flipped=True)
-
-    def span(self, head: float, tail: float) -> tuple[float, float]:
-        remove, add = self._halves()
-        return min(0.0, add.span(head, tail)[0]), max(0.0, remove.span(head, tail)[1])
-
-    def breaks(self) -> list[float]:
-        return [0.0]
-
-    def atoms(self, edges: Array) -> Atoms:
-        remove, add = self._halves()
-        parts: list[Atoms] = []
-        if edges[-1] > 0.0:
-            parts.append(remove.atoms(np.concatenate([[0.0], edges[edges > 0.0]])))
-        if edges[0] < 0.0:
-            parts.append(add.atoms(np.concatenate([edges[edges < 0.0], [0.0]])))
-        a = 0.5 / self.sigma
-        rest = (1.0 - self.q) * math.erf(a / math.sqrt(2.0))
-        loss = np.concatenate([*(p.loss for p in parts), [0.0]])
-        mass = np.concatenate([*(p.mass for p in parts), [rest]])
-        return Atoms(
-            mass,
-            loss,
-            _cells(edges, loss),
-            np.concatenate(
-                [*(p.mass_error for p in parts), [64.0 * U * (1.0 + 1.0 / max(a, 1e-12)) if a < 1 else 64.0 * U]]
-            ),
-            np.concatenate([*(p.loss_error for p in parts), [0.0]]),
-        )
-
-
-@dataclass(frozen=True)
-class GroupPair(SmoothPair):
-    """A group of k records, each Poisson-sampled at rate q: Σ Bin(k, q)(i) N(i, σ²) against N(0, σ²); y = x/σ."""
-
-    q: float = 1.0
-    sigma: float = 1.0
-    size: int = 1
-
-    def _log_weights(self) -> tuple[Array, Array]:
-        return _binomial(self.size, self.q)
-
-    def log_ratio(self, y: Array) -> Array:
-        from scipy.special import logsumexp  # here, not above: it triples the import time
-
-        i, w = self._log_weights()
-        out: Array = logsumexp(w + i * (y[..., None] / self.sigma) - 0.5 * (i / self.sigma) ** 2, axis=-1)
-        return out
-
-    def ratio_error(self, y: Array, loss: Array) -> Array:
-        size = np.abs(y) * self.size / self.sigma + 0.5 * (self.size / self.sigma) ** 2
-        return 16.0 * U * (1.0 + self.size + size)
-
-    def inverse(self, loss: Array) -> Array:
-        low, high = self.y_span(-745.0, -745.0)
-        a, b = np.full(len(loss), low - 1.0), np.full(len(loss), high + 1.0)
-        for _ in range(64):
-            middle = 0.5 * (a + b)
-            below = self.log_ratio(middle) < loss
-            a, b = np.where(below, middle, a), np.where(below, b, middle)
-        out: Array = 0.5 * (a + b)
-        return out
-
-    def y_span(self, head: float, tail: float) -> tuple[float, float]:
-        if self.flipped:
-            return -normal_reach(tail), normal_reach(head)
-        return -normal_reach(head), self.size / self.sigma + normal_reach(tail)
-
-    def slope(self, y: Array) -> Array:
-        return 3.0 + np.abs(y) + self.size / self.sigma
-
-    def supremum(self) -> float:
-        return -self.size * math.log1p(-self.q) * (1.0 + 8.0 * U) if self.flipped and self.q < 1.0 else math.inf
-
-
-@lru_cache(maxsize=64)
-def _binomial(size: int, q: float) -> tuple[Array, Array]:
-    from scipy.special import gammaln  # here, not above: it triples the import time
-
-    i = np.arange(size + 1.0)
-    choose = gammaln(size + 1.0) - gammaln(i + 1.0) - gammaln(size - i + 1.0)
-    log_weights: Array = choose + i * math.log(q) + (size - i) * math.log1p(-q)
-    return i, log_weights
 
 
 def discrete_gaussian(sigma: float, shift: int) -> DiscretePair:

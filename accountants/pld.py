@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from . import gaussian
+from . import gaussian, single
 from .accountant import Accountant, check_delta, check_epsilon
 from .compose import MAX_SIZE, Chernoff, Plan, build, chernoff, jump_plan, make_plan, refine, solve_epsilon
 from .errors import AccountingError
@@ -36,7 +36,7 @@ class Direction:
         self._built: dict[bool, list[_Built]] = {True: [], False: []}
         self._seen: Counts | None = None
         self._intrinsic = [pair.infinite for pair in pairs]
-        self._quick: Chernoff | None = None
+        self._quick: list[Chernoff] = []
         self._distances: list[float] | None = None
         self._last: float | None = None
         """The last epsilon found: in a training loop the next one is near."""
@@ -67,7 +67,7 @@ class Direction:
     def _store(self, built: _Built) -> None:
         kept = self._built[built.spectrum.upper]
         kept.append(built)
-        del kept[:-3]
+        del kept[:-16]
 
     def _fresh(self, counts: Counts, plan: Plan, tolerance: float, upper: bool, room: Counts) -> _Built:
         spectrum, cost = build(self.pairs, room, plan, tolerance, upper=upper, fewest=counts)
@@ -94,10 +94,16 @@ class Direction:
         """The bound on epsilon at exp(log_delta)."""
         if self._floor(counts) >= log_delta:
             return math.inf
+        if sum(counts) == 1:
+            return single.epsilon(self._only(counts), log_delta, upper=upper)
         if log_delta > -25.0 and self._apart(counts) <= math.exp(log_delta):
             return 0.0
         value = self._search(counts, log_delta, tolerance, upper)
         return min(value, self.pure(counts)) if upper and self._floor(counts) == -math.inf else value
+
+    def _only(self, counts: Counts) -> Pair:
+        """The pair that runs, where one does, once."""
+        return self.pairs[counts.index(1)]
 
     def _stored(self, counts: Counts, log_delta: float, tolerance: float, upper: bool) -> float | None:
         """The answer of a spectrum that is there already, if it is good enough."""
@@ -168,17 +174,18 @@ class Direction:
 
     def epsilon_beyond(self, counts: Counts, log_delta: float, tolerance: float, known: float) -> float:
         """max(known, the upper bound on epsilon), at less cost where a cruder bound stays within ``known``."""
+        if sum(counts) == 1:
+            return max(known, self.epsilon(counts, log_delta, tolerance, upper=True))
         if self._floor(counts) == -math.inf and self.pure(counts) <= known:
             return known
-        if self._quick is not None and self._quick.epsilon(counts, log_delta) <= known:
+        if any(quick.epsilon(counts, log_delta) <= known for quick in self._quick):
             return known
         if self._floor(counts) >= log_delta:
             return math.inf
         stored = self._stored(counts, log_delta, 100.0 * tolerance, upper=True)
         if stored is not None and stored <= known:
             return known
-        self._quick = chernoff(self.pairs, counts, self._plan(counts, log_delta))
-        if self._quick.epsilon(counts, log_delta) <= known:
+        if self._quick_at(counts, log_delta).epsilon(counts, log_delta) <= known:
             return known
         if self.epsilon(counts, log_delta, 100.0 * tolerance, upper=True) <= known:
             return known
@@ -186,15 +193,21 @@ class Direction:
 
     def log_delta_beyond(self, counts: Counts, epsilon: float, tolerance: float, known: float) -> float:
         """max(known, the upper bound on log delta), at less cost where a cruder bound stays within ``known``."""
-        if self._quick is not None and self._quick.log_delta(counts, epsilon) <= known:
+        if sum(counts) == 1:
+            return max(known, self.log_delta(counts, epsilon, tolerance, upper=True))
+        if any(quick.log_delta(counts, epsilon) <= known for quick in self._quick):
             return known
         if self._floor(counts) < -700.0 and known > -700.0 and math.isfinite(epsilon):
-            self._quick = chernoff(self.pairs, counts, self._plan(counts, known))
-            if self._quick.log_delta(counts, epsilon) <= known:
+            if self._quick_at(counts, known).log_delta(counts, epsilon) <= known:
                 return known
             if self.log_delta(counts, epsilon, 100.0 * tolerance, upper=True) <= known:
                 return known
         return max(known, self.log_delta(counts, epsilon, tolerance, upper=True))
+
+    def _quick_at(self, counts: Counts, log_delta: float) -> Chernoff:
+        quick = chernoff(self.pairs, counts, self._plan(counts, log_delta))
+        self._quick = [*self._quick[-15:], quick]
+        return quick
 
     def _plan(self, counts: Counts, log_delta: float) -> Plan:
         plan = make_plan(self.pairs, counts, log_delta=log_delta)
@@ -206,6 +219,8 @@ class Direction:
         """The bound on log delta at ``epsilon``."""
         if self._floor(counts) >= 0.0 or epsilon >= self.pure(counts):
             return self._floor(counts)  # no finite loss lies beyond
+        if sum(counts) == 1:
+            return single.log_delta(self._only(counts), epsilon, upper=upper)
         for built in reversed(self._built[upper]):
             if built.spectrum.fits(counts):
                 answer = built.spectrum.log_delta(epsilon, counts)
@@ -263,16 +278,16 @@ class PLDAccountant(Accountant):
     def _check(self, event: Event) -> None:
         judge(event, self.adjacency)
 
-    def _terms(self) -> tuple[float, tuple[Pair, ...], tuple[Pair, ...], Counts]:
+    def _terms(self, *, lower: bool = False) -> tuple[float, tuple[Pair, ...], tuple[Pair, ...], Counts]:
         """The ledger as (squared Gaussian distance, pairs for removing, pairs for adding, counts)."""
         mu_squared = 0.0
         both: dict[tuple[Pair, Pair], int] = {}
         for event, n in self._ledger:
-            term = judge(event, self.adjacency)
-            mu_squared += n * term.mu_squared
-            if term.remove is not None and term.add is not None:
+            judged = judge(event, self.adjacency)
+            mu_squared += n * judged.mu_squared
+            for term in judged.lower() if lower else judged.terms:
                 key = (term.remove, term.add)
-                both[key] = both.get(key, 0) + n
+                both[key] = both.get(key, 0) + n * term.runs
         if both and 0.0 < mu_squared < math.inf:
             # all Gaussians are one Gaussian, exactly
             sigma = 1.0 / math.sqrt(mu_squared)
@@ -290,27 +305,7 @@ class PLDAccountant(Accountant):
         """The directions to compose; one if they are the same."""
         return [self._direction(pairs) for pairs in ((remove,) if remove == add else (remove, add))]
 
-    def _leak(self) -> float:
-        """Total variation between what was run and what is judged, over all runs."""
-        return sum(n * judge(event, self.adjacency).leak for event, n in self._ledger)
-
     def _epsilon(self, delta: float) -> float:
-        leak = self._leak()
-        if leak == 0.0:
-            return self._epsilon_exact(delta)
-        # delta'(ε) ≤ delta(ε) + (1 + e^ε)·leak; both sides grow with ε, so step up until it holds
-        epsilon = 0.0
-        for _ in range(200):
-            spent = (1.0 + math.exp(min(epsilon, 700.0))) * leak
-            if spent >= delta:
-                return math.inf
-            needed = self._epsilon_exact(delta - spent)
-            if needed <= epsilon:
-                return epsilon
-            epsilon = needed * (1.0 + 1e-9)
-        return math.inf
-
-    def _epsilon_exact(self, delta: float) -> float:
         mu_squared, remove, add, counts = self._terms()
         log_delta = math.log(delta)
         if math.isinf(mu_squared):
@@ -324,10 +319,6 @@ class PLDAccountant(Accountant):
         return best
 
     def _delta(self, epsilon: float) -> float:
-        leak = self._leak()
-        return self._delta_exact(epsilon) + (leak * (1.0 + math.exp(min(epsilon, 700.0))) if leak else 0.0)
-
-    def _delta_exact(self, epsilon: float) -> float:
         mu_squared, remove, add, counts = self._terms()
         if math.isinf(mu_squared):
             return 1.0
@@ -346,9 +337,9 @@ class PLDAccountant(Accountant):
         """
         log_delta = math.log(check_delta(delta))
         upper = self.epsilon(delta)
-        if not self._ledger or upper == 0.0 or self._leak() > 0.0:
+        if not self._ledger or upper == 0.0:
             return 0.0, upper
-        mu_squared, remove, add, counts = self._terms()
+        mu_squared, remove, add, counts = self._terms(lower=True)
         if math.isinf(mu_squared):
             return math.inf, math.inf
         if not remove:
@@ -364,9 +355,9 @@ class PLDAccountant(Accountant):
         """(lower, upper) for the true delta at ``epsilon``."""
         epsilon = check_epsilon(epsilon)
         upper = self.delta(epsilon)
-        if not self._ledger or upper == 0.0 or self._leak() > 0.0:
+        if not self._ledger or upper == 0.0:
             return 0.0, upper
-        mu_squared, remove, add, counts = self._terms()
+        mu_squared, remove, add, counts = self._terms(lower=True)
         if math.isinf(mu_squared):
             return 1.0, 1.0
         if not remove:

@@ -17,49 +17,64 @@ if not (_here / "accountants").is_dir():
     __path__.append(str(_here.parent))
 
 if TYPE_CHECKING:
-    from .clipping import AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
+    from .clipping import AdaptiveClipping, AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
+    from .correlated import BandedNoise, BufferedNoise
     from .engine import PrivacyEngine
     from .errors import (
+        BudgetExhaustedError,
+        CheckpointError,
         ConfigurationError,
         CoupledRecordsError,
         DoubleUseError,
         FoldedBatchError,
         GradientMismatchError,
+        LedgerError,
         NonPrivateGradientError,
         NotAttachedError,
         PrivacyError,
+        ReplayError,
         SamplingError,
         UncoveredParameterError,
         UnfinishedStepError,
         UnsupportedModuleError,
     )
-    from .forms import Dense, Outer, Rows
+    from .forms import Dense, Outer, Routed, Rows
     from .rules import register_rule, unregister_rule
 
 _HOMES = {
-    "clipping": ["AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"],
+    "clipping": ["AdaptiveClipping", "AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"],
+    "correlated": ["BandedNoise", "BufferedNoise"],
     "engine": ["PrivacyEngine"],
     "errors": [
+        "BudgetExhaustedError",
+        "CheckpointError",
         "ConfigurationError",
         "CoupledRecordsError",
         "DoubleUseError",
         "FoldedBatchError",
         "GradientMismatchError",
+        "LedgerError",
         "NonPrivateGradientError",
         "NotAttachedError",
         "PrivacyError",
+        "ReplayError",
         "SamplingError",
         "UncoveredParameterError",
         "UnfinishedStepError",
         "UnsupportedModuleError",
     ],
-    "forms": ["Dense", "Outer", "Rows"],
+    "forms": ["Dense", "Outer", "Routed", "Rows"],
     "rules": ["register_rule", "unregister_rule"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AdaptiveClipping",
     "AutomaticClipping",
+    "BandedNoise",
+    "BudgetExhaustedError",
+    "BufferedNoise",
+    "CheckpointError",
     "Clipping",
     "ConfigurationError",
     "CoupledRecordsError",
@@ -68,12 +83,15 @@ __all__ = [
     "FlatClipping",
     "FoldedBatchError",
     "GradientMismatchError",
+    "LedgerError",
     "NonPrivateGradientError",
     "NotAttachedError",
     "Outer",
     "PerLayerClipping",
     "PrivacyEngine",
     "PrivacyError",
+    "ReplayError",
+    "Routed",
     "Rows",
     "SamplingError",
     "UncoveredParameterError",

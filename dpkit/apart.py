@@ -15,25 +15,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from dpkit.layers import embedding_bag, gru, lstm, multi_head_attention, rnn_relu, rnn_tanh
+from dpkit import layers
 
 TAKEN_APART: dict[Any, Callable[..., Any]] = {
-    F.multi_head_attention_forward: multi_head_attention,
-    F.embedding_bag: embedding_bag,
-    torch.lstm: lstm,
-    torch.gru: gru,
-    torch.rnn_tanh: rnn_tanh,
-    torch.rnn_relu: rnn_relu,
+    F.multi_head_attention_forward: layers.multi_head_attention,
+    F.embedding_bag: layers.embedding_bag,
+    torch.lstm: layers.lstm,
+    torch.gru: layers.gru,
+    torch.rnn_tanh: layers.rnn_tanh,
+    torch.rnn_relu: layers.rnn_relu,
+    torch.lstm_cell: layers.lstm_cell,
+    torch.gru_cell: layers.gru_cell,
+    torch.rnn_tanh_cell: layers.rnn_tanh_cell,
+    torch.rnn_relu_cell: layers.rnn_relu_cell,
 }
 
 
-def order_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Where each record is in a packed sequence that a recurrent module is given; None: in its own place."""
+def packed_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PackedSequence | None:
+    """The packed sequence that a recurrent module is given, if it is given one."""
     if isinstance(module, nn.RNNBase):
-        for v in (*args, *kwargs.values()):
-            if isinstance(v, PackedSequence):
-                return v.unsorted_indices
+        return next((v for v in (*args, *kwargs.values()) if isinstance(v, PackedSequence)), None)
     return None
+
+
+def brings_back(module: nn.Module) -> bool:
+    """Whether a recurrent module is known to permute records only as it permutes them back: not somebody's subclass."""
+    return type(module) in (nn.LSTM, nn.GRU, nn.RNN, layers.LSTM, layers.GRU, layers.RNN)
+
+
+def is_packed(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a function of torch is a recurrent one that is given packed data, which do not tell in which order."""
+    return func in _RECURRENT and not isinstance(args[3], bool)
 
 
 def take_apart(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], order: Tensor | None) -> Any:

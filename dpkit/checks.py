@@ -3,44 +3,76 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from numbers import Real
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from .errors import ConfigurationError, UnsupportedModuleError
-from .rules import refuse_unsound
+from dpkit.layers import problems, validate
 
-
-def batch_statistics(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules that may normalise by statistics of the batch."""
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-    return [
-        (path or type(m).__name__, m)
-        for path, m in model.named_modules()
-        if isinstance(m, kinds) and (isinstance(m, nn.modules.batchnorm._BatchNorm) or m.track_running_stats)
-    ]
+from .errors import ConfigurationError, FoldedBatchError, UnsupportedModuleError
 
 
-def refuse_batch_statistics(found: list[tuple[str, nn.Module]]) -> None:
-    """Raise if one of them would use or update batch statistics now, trainable or not, affine or not."""
-    for path, m in found:
-        if m.training or (isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.track_running_stats):
-            raise UnsupportedModuleError(
-                f"{path} ({type(m).__name__}) normalises by statistics of the batch"
-                + (" and keeps running ones" if m.track_running_stats else ""),
-                why="every record's output then depends on the other records, and the running statistics are released "
-                "without noise; freezing its weights or affine=False does not change that.",
-                cure="replace it by nn.GroupNorm, or put it in eval mode (after every model.train()) so that it uses "
-                "statistics from elsewhere.",
-            )
+def with_problems_in_training(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that would have a problem in train mode, which a ``model.train()`` may bring at any time."""
+    named = [(path or type(m).__name__, m) for path, m in model.named_modules()]
+    return [(path, m) for path, m in named if any(problems(m, path, training=True))]
+
+
+def refuse_problems(modules: list[tuple[str, nn.Module]]) -> None:
+    """Raise for the first of the modules that has a problem now; `dpkit.layers.validate` lists them all."""
+    for path, m in modules:
+        for problem in problems(m, path):
+            raise UnsupportedModuleError(problem.seen, why=problem.why, cure=problem.cure)
+
+
+def refuse_packed(path: str, arguments: Iterable[object]) -> None:
+    """Raise if the model itself is called on a packed sequence, in which no dimension is the records'."""
+    if any(isinstance(v, PackedSequence) for v in arguments):
+        raise FoldedBatchError(
+            f"{path} is given a PackedSequence",
+            why="it holds as many rows for each record as the record is long; whose they are cannot be measured by "
+            "leaving records out.",
+            cure="give the model the padded batch and the lengths, and call pack_padded_sequence in its forward.",
+        )
+
+
+def refuse_loose_bags(path: str, entries: Tensor, others: list[Any], reached: Callable[[Any], bool]) -> None:
+    """Raise where bags laid end to end come into the model as they are: the batch ``reached`` the offsets, of which a
+    record can be left out, and not the entries."""
+    if reached(entries) or not reached(others):
+        return
+    raise FoldedBatchError(
+        f"{path} is given offsets, and entries [Σ lengths] that come into the model laid end to end",
+        why="there are as many entries for each record as its bag is long; whose they are cannot be measured by "
+        "leaving records out.",
+        cure="give the model one row for each record, padded [n, t] (padding_idx leaves the padding out), or such rows "
+        "and the lengths, and lay them end to end in its forward.",
+    )
 
 
 def validate_model(model: nn.Module) -> None:
-    """Raise for the first module that cannot be made private as it is."""
-    refuse_batch_statistics(batch_statistics(model))
-    for path, m in model.named_modules():
-        if any(p.requires_grad for p in m.parameters(recurse=False)):
-            refuse_unsound(m, path or type(m).__name__)
+    """Raise for the first module that cannot be made private as it is; the error says how many more there are."""
+    found = validate(model)
+    if found:
+        first, others = found[0], [p.path for p in found[1:]]
+        more = f" Likewise {', '.join(others)}: dpkit.layers.validate(model) lists them." if others else ""
+        raise UnsupportedModuleError(first.seen, why=first.why, cure=first.cure + more)
+
+
+def refuse_other_processes() -> None:
+    """Raise inside a group of several processes: each would count its own releases, and nobody all of them."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = torch.distributed.get_world_size()
+        if world > 1:
+            raise ConfigurationError(
+                f"this is one of {world} processes of a torch.distributed group",
+                why="each process would draw, add noise and count for itself, while all of them release.",
+                cure="train in one process; distributed private training is not part of this version.",
+            )
 
 
 def number(name: str, value: object, *, low: float, strict: bool = True, high: float = math.inf) -> float:

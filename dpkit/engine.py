@@ -1,9 +1,11 @@
-"""The engine: ties sampling, tape, clipping, noise and ledger together. C, σ and q have their one home here."""
+"""The engine: what a user sees. It ties sampling, step, noise and ledger together, and keeps what was spent."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -11,24 +13,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpkit.accountants import Accountant, Gaussian, RDPAccountant, calibrate, make_accountant
+from dpkit.accountants import Accountant, make_accountant
 
-from . import checks
+from . import checkpoint, checks
 from .clipping import Clipping, clipping_of
-from .errors import (
-    ConfigurationError,
-    DoubleUseError,
-    NotAttachedError,
-    UncoveredParameterError,
-    UnfinishedStepError,
-)
-from .forms import Form, joined
-from .noise import NoiseSource
-from .proof import prove
-from .rules import register_optional
-from .sampling import Draw, FixedBatches, PrivateDataLoader, Sampling, sampling_of
-from .tape import Tape
-from .taps import Batch
+from .correlated import Correlated, Correlation
+from .errors import CheckpointError, ConfigurationError, NotAttachedError
+from .ledger import Ledger
+from .loader import PrivateDataLoader, refuse_private
+from .noise import Source, source_of
+from .optional import register_optional
+from .paced import CyclicPoisson, paced
+from .sampling import checked, sampling_of
+from .scaler import LossScale
+from .secure import SecureNoise
+from .seeds import unforeseeable
+from .spending import Spending
+from .state import Part, Stateful, collect, give_back, refuse_others
+from .statement import Statement, describe
+from .step import PrivateStep
+from .targets import budget_for, noise_multiplier_for
+from .units import PrivacyUnit, refuse_reordering, units_of
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
@@ -39,34 +44,44 @@ class PrivacyEngine:
 
     Guarantee: after any number of optimizer steps, the weights are (ε, δ)-differentially private with
     ε = ``get_epsilon(delta)``, for neighbouring data sets that differ by adding or removing one record (by zeroing one
-    out, with ``poisson_sampling=False``), as long as each record's loss depends on that record alone. The strict door,
-    ``engine.backward(losses)``, checks that assumption; everything else is checked in any case or refused.
+    out, with ``poisson_sampling=False``; one unit, with ``privacy_unit``), as long as each record's loss depends on
+    that record alone. The strict door, ``engine.backward(losses)``, checks that assumption; everything else is checked
+    in any case or refused.
 
     Args:
         accountant: the judge of what was spent: "pld" (tight), "rdp" (quick, some 5 to 15% above), or a
             `dpkit.accountants.Accountant`.
-        secure_mode: not available in this version.
+        secure_mode: draw the noise from a cryptographic generator and round it so that floating point tells nothing;
+            see `dpkit.secure` for what is proven. Needs the extra ``dpkit[secure]``, and costs some four times the
+            plain noise, on the processor.
+        ledger: a file that holds every release of every run on this data set (`dpkit budget` reads it). Each is on the
+            disk before the weights that contain it are handed out, so that no crash forgets what was spent.
 
     >>> engine = PrivacyEngine()                                                            # doctest: +SKIP
     >>> model, optimizer, loader = engine.make_private(module=model, optimizer=optimizer,
     ...     data_loader=loader, noise_multiplier=1.1, max_grad_norm=1.0)
     """
 
-    def __init__(self, accountant: str | Accountant = "pld", secure_mode: bool = False) -> None:
-        if secure_mode:
-            raise ConfigurationError(
-                "secure_mode=True",
-                why="noise from a cryptographic generator is not part of this version, and plain noise is not secure.",
-                cure="use secure_mode=False (noise seeded from the operating system, by torch's generator).",
-            )
+    def __init__(
+        self,
+        accountant: str | Accountant = "pld",
+        secure_mode: bool = False,
+        ledger: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._secure = SecureNoise() if secure_mode else None
         self.accountant = accountant if isinstance(accountant, Accountant) else make_accountant(accountant)
-        self.nonfinite_records = 0
-        """Records whose gradient was not finite and was replaced by zero. Not covered by ε: do not publish it."""
-        self._tape: Tape | None = None
-        self._draw: Draw | None = None
-        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._spending = Spending(
+            self.accountant, None if ledger is None else Ledger(ledger, self.accountant.adjacency)
+        )
+        self._step: PrivateStep | None = None
+        self._before = 0
         self._target_delta: float | None = None
-        self._charged: float | None = None  # fixed batches: the least σ charged for in this pass
+        self._cyclic = False  # whether records took turns: then group privacy is not known
+
+    @property
+    def nonfinite_records(self) -> int:
+        """Records whose gradient was not finite and was replaced by zero. Not covered by ε: do not publish it."""
+        return self._before + (self._step.nonfinite_records if self._step is not None else 0)
 
     # ---------------------------------------------------------------- attaching
 
@@ -82,23 +97,36 @@ class PrivacyEngine:
         target_delta: float | None = None,
         epochs: int | None = None,
         steps: int | None = None,
+        max_epsilon: float | None = None,
         clipping: str | Clipping = "flat",
         loss_reduction: str = "mean",
         poisson_sampling: bool = True,
         max_physical_batch_size: int | None = None,
         noise_generator: torch.Generator | None = None,
         batch_first: bool = True,
+        privacy_unit: PrivacyUnit | None = None,
+        max_rows_per_unit: int | None = None,
+        unit_reduction: str = "mean",
+        augmentations: int = 1,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        noise: Correlation | None = None,
     ) -> tuple[M, O, DataLoader[Any]]:
         """Attach to a model, its optimizer and its data; returns the same model and optimizer, and a private loader.
 
         Args:
             module: the model. It stays as it is; hooks observe it while the loader's batches are in the user's hands.
+                Attention, recurrent layers and bags need no conversion: they are taken apart inside the forward. What
+                has to be another function (BatchNorm) is refused; `dpkit.layers.convert` replaces it.
             optimizer: any torch optimizer whose ``step`` needs no closure.
             data_loader: a DataLoader over a map-style dataset; its batch size B gives the sampling rate q = B / N.
             max_grad_norm: C, the bound on each record's gradient norm.
             noise_multiplier: σ, the noise's standard deviation divided by C; or leave it out and give
             target_epsilon, target_delta, and epochs or steps: the least σ that keeps within them is found.
-            clipping: "flat", "automatic", "per_layer", or an object with ``weights`` and ``sensitivity``.
+            max_epsilon: a hard budget at target_delta, for everything in the ledger where there is one: the loader ends
+                before a step would exceed it (see `budget_spent`). It holds for any stopping time, and for schedules of
+                σ that were fixed in advance; not for a σ that is chosen in view of the training.
+            clipping: "flat", "automatic", "per_layer", "adaptive" (`AdaptiveClipping`: max_grad_norm is where C starts,
+                and σ covers what C is learned from), or an object with ``weights`` and ``sensitivity``.
             loss_reduction: whether the loss that is back-propagated is the "mean" or the "sum" over the batch.
             poisson_sampling: draw each record independently (amplification is accounted); if False, the loader's own
                 batches are kept and no amplification is claimed.
@@ -108,13 +136,25 @@ class PrivacyEngine:
             noise_generator: for runs that repeat exactly; by default the noise is seeded from the operating system. So
                 is the draw of records, unless the data loader has a generator of its own.
             batch_first: False if the model's inputs are [t, n, ...].
+            privacy_unit: whose presence ε is about, if one user, patient or conversation has several rows: a column
+                (its name, or its position in each row), one id for each row in the data set's order, or a function
+                from a row to its id. Units are then drawn, with all of their rows; a unit's gradients become one before
+                it is clipped. The loader's batch size, N and q count units; each physical batch holds whole units.
+            max_rows_per_unit: where a unit has more rows, that many of them, drawn anew each time, take part.
+            unit_reduction: whether a unit's gradient is the "mean" or the "sum" over its rows.
+            augmentations: read each row that is drawn this many times (the data set's own random transform makes other
+                views of it); all of them are one unit's, so they cost nothing more.
+            grad_scaler: the GradScaler that the loop scales its loss with (fp16): its factor is undone before clipping,
+                and held constant (see `dpkit.scaler`).
+            noise: noise that is correlated from step to step: `BandedNoise` (with Poisson sampling by groups that take
+                turns, or with fixed batches) or `BufferedNoise` (with fixed batches). None: independent noise.
 
         Raises:
             ConfigurationError: an argument out of range, or a combination that says nothing.
             SamplingError: the loader's batches cannot be accounted.
             UnsupportedModuleError: a module mixes records or updates weights in the forward.
         """
-        if self._tape is not None:
+        if self._step is not None:
             raise ConfigurationError(
                 "this engine is attached already",
                 why="one engine keeps one model's step together.",
@@ -132,101 +172,71 @@ class PrivacyEngine:
                 "use the data beyond the one noisy gradient that is accounted.",
                 cure="use any first-order optimizer (SGD, Adam, AdamW, ...).",
             )
+        checks.refuse_other_processes()
         checks.choice("loss_reduction", loss_reduction, ("mean", "sum"))
         max_grad_norm = checks.number("max_grad_norm", max_grad_norm, low=0.0)
         if max_physical_batch_size is not None:
             checks.count("max_physical_batch_size", max_physical_batch_size)
         rule = clipping_of(clipping)
-        sampling = sampling_of(data_loader, poisson=poisson_sampling)
+        refuse_private(data_loader)
+        units = units_of(
+            checked(data_loader).dataset,
+            privacy_unit,
+            max_rows_per_unit=max_rows_per_unit,
+            unit_reduction=unit_reduction,
+            augmentations=augmentations,
+            max_physical_batch_size=max_physical_batch_size,
+        )
+        sampling = sampling_of(data_loader, units, poisson=poisson_sampling)
+        if not units.records or units.copies > 1:
+            refuse_reordering(data_loader.dataset, data_loader.collate_fn)
+        source = source_of(self._secure, noise_generator, data_loader.generator)
+        if noise is not None:
+            sampling = paced(sampling, noise, data_loader.generator or unforeseeable())
+            source = Correlated(noise, source)
+            self._cyclic = self._cyclic or isinstance(sampling, CyclicPoisson)
         register_optional(module)
         checks.validate_model(module)
-        sigma = self._noise_multiplier_for(sampling, noise_multiplier, target_epsilon, target_delta, epochs, steps)
+        sigma = noise_multiplier_for(
+            self.accountant, sampling, noise_multiplier, target_epsilon, target_delta, epochs, steps
+        )
+        budget = budget_for(self.accountant, sampling, sigma, max_epsilon, target_delta)
 
-        tape = Tape(module, batch_first=batch_first)
-        self._tape, self._optimizer, self._sampling = tape, optimizer, sampling
-        self._clipping, self._loss_reduction = rule, loss_reduction
-        self._noise_multiplier, self._max_grad_norm = sigma, max_grad_norm
-        self._noise = NoiseSource(noise_generator)
-        if noise_generator is not None:
-            self._noise.refuse_shared(data_loader.generator)
-        self._strictly_examined = False
-        try:
-            self._trainable()
-        except Exception:
-            tape.detach()
-            self._tape = None
-            raise
-        self._step_hook = optimizer.register_step_pre_hook(self._before_step)
-        self._loader = PrivateDataLoader(data_loader, sampling, self, max_physical_batch_size)
+        self._step = PrivateStep(
+            module,
+            optimizer,
+            sampling,
+            rule,
+            source,
+            self._spending,
+            noise_multiplier=sigma,
+            max_grad_norm=max_grad_norm,
+            loss_reduction=loss_reduction,
+            batch_first=batch_first,
+            loss_scale=None if grad_scaler is None else LossScale(grad_scaler),
+        )
+        self._loader = PrivateDataLoader(data_loader, sampling, units, self._step, max_physical_batch_size)
+        self._target_delta, self._spending.budget = target_delta, budget
+        self._spending.about = {"sampling": sampling.name, "target_delta": target_delta}
         return module, optimizer, self._loader
 
     def make_private_with_epsilon(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, DataLoader[Any]]:
         """`make_private` under the name that Opacus gives the call with ``target_epsilon``."""
         return self.make_private(*args, **kwargs)
 
-    def _noise_multiplier_for(
-        self,
-        sampling: Sampling,
-        noise_multiplier: float | None,
-        target_epsilon: float | None,
-        target_delta: float | None,
-        epochs: int | None,
-        steps: int | None,
-    ) -> float:
-        """σ as given, or the least one that meets the target."""
-        if noise_multiplier is not None:
-            if target_epsilon is not None or epochs is not None or steps is not None:
-                raise ConfigurationError(
-                    "noise_multiplier was given together with target_epsilon, epochs or steps",
-                    why="one determines the other.",
-                    cure="give noise_multiplier alone, or target_epsilon, target_delta and epochs (or steps).",
-                )
-            if target_delta is not None:
-                target_delta = checks.number("target_delta", target_delta, low=0.0, high=1.0)
-            self._target_delta = target_delta
-            return checks.number("noise_multiplier", noise_multiplier, low=0.0, strict=False)
-        if target_epsilon is None or target_delta is None or (epochs is None) == (steps is None):
-            raise ConfigurationError(
-                "neither noise_multiplier nor a complete target was given",
-                why="the noise follows from one of them.",
-                cure="give noise_multiplier, or target_epsilon, target_delta and one of epochs and steps.",
-            )
-        if self.accountant.ledger:
-            raise ConfigurationError(
-                "target_epsilon was given to an engine that has spent budget already",
-                why="the target would not count what was spent before.",
-                cure="give noise_multiplier, or use a new engine and add up the two budgets.",
-            )
-        checks.number("target_epsilon", target_epsilon, low=0.0)
-        checks.number("target_delta", target_delta, low=0.0, high=1.0)
-        total = checks.count("steps", steps) if steps is not None else checks.count("epochs", epochs) * sampling.steps
-        if isinstance(sampling, FixedBatches):
-            total = -(-total // sampling.steps)
-        self._target_delta = float(target_delta)
-        kind = "rdp" if isinstance(self.accountant, RDPAccountant) else "pld"
-        sigma: float = calibrate(
-            target_epsilon=target_epsilon,
-            delta=target_delta,
-            sample_rate=sampling.sample_rate,
-            steps=total,
-            accountant=kind,
-        )
-        return sigma
-
     def detach(self) -> None:
         """Give everything back as it was. What was spent stays in the accountant."""
-        if self._tape is None:
+        if self._step is None:
             return
-        self._tape.detach()
-        self._step_hook.remove()
+        self._before += self._step.nonfinite_records
+        self._step.detach()
         self._loader.close()
-        self._drop()
-        self._tape = None
+        self._step = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Public passes: forwards, backwards and steps inside are not clipped, noised or accounted."""
-        tape = self._attached()
+        tape = self._attached().tape
         before, tape.paused = tape.paused, True
         try:
             yield
@@ -238,45 +248,78 @@ class PrivacyEngine:
     @property
     def noise_multiplier(self) -> float:
         """σ. May be set between steps (a schedule): clipping, noise and ledger follow from the next batch on."""
-        self._attached()
-        return self._noise_multiplier
+        return self._attached().noise_multiplier
 
     @noise_multiplier.setter
     def noise_multiplier(self, value: float) -> None:
-        self._attached()
-        self._noise_multiplier = checks.number("noise_multiplier", value, low=0.0, strict=False)
+        self._attached().noise_multiplier = checks.number("noise_multiplier", value, low=0.0, strict=False)
 
     @property
     def max_grad_norm(self) -> float:
         """C. May be set between steps: clipping and noise follow from the next batch on."""
-        self._attached()
-        return self._max_grad_norm
+        return self._attached().max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float) -> None:
-        self._attached()
-        self._max_grad_norm = checks.number("max_grad_norm", value, low=0.0)
+        self._attached().max_grad_norm = checks.number("max_grad_norm", value, low=0.0)
+
+    @property
+    def noise(self) -> Source:
+        """Where the noise comes from: whether it is ``secure``, whether it is ``seeded`` by hand."""
+        return self._attached().noise
 
     @property
     def sample_rate(self) -> float:
-        """q, the probability with which a record takes part in a step."""
-        self._attached()
-        return self._sampling.sample_rate
+        """q, the probability with which a unit (record) takes part in a step."""
+        return self._attached().sampling.sample_rate
 
     @property
     def expected_batch_size(self) -> float:
         """The divisor of the noisy sum: q · N."""
-        self._attached()
-        return self._sampling.expected_batch_size
+        return self._attached().sampling.expected_batch_size
 
-    def get_epsilon(self, delta: float | None = None) -> float:
-        """ε at ``delta`` (by default target_delta) of everything released so far; 0.0 before the first step."""
+    def get_epsilon(self, delta: float | None = None, *, group_size: int = 1) -> float:
+        """ε at ``delta`` (by default target_delta) of everything released so far; 0.0 before the first step.
+
+        With ``group_size`` k, for neighbouring data sets that differ by k units (records): group privacy.
+        """
         delta = self._target_delta if delta is None else delta
         if delta is None:
             raise ConfigurationError(
                 "get_epsilon() without delta", why="ε is a function of δ.", cure="pass delta=1e-5, say."
             )
-        return self.accountant.epsilon(checks.number("delta", delta, low=0.0, high=1.0))
+        delta = checks.number("delta", delta, low=0.0, high=1.0)
+        if group_size != 1 and self._cyclic:
+            raise ConfigurationError(
+                f"group_size = {group_size!r} after steps whose records took turns",
+                why="the records of a group take part in different steps, in which correlated noise makes their "
+                "contributions overlap; what they cost together is not known.",
+                cure="use independent noise, or make the group the unit of privacy (privacy_unit=...).",
+            )
+        return self._spending.epsilon(delta, checks.count("group_size", group_size))
+
+    def statement(self, delta: float | None = None) -> Statement:
+        """What the run promises at ``delta``, how it came about, what it takes for granted and leaves out, in words."""
+        step, epsilon = self._attached(), self.get_epsilon(delta)
+        at = self._target_delta if delta is None else delta
+        assert at is not None
+        return describe(step, self._spending, self._loader, epsilon, float(at))
+
+    @property
+    def budget_spent(self) -> bool:
+        """Whether another step would exceed ``max_epsilon``: the private loader then serves nothing more."""
+        return not self._attached().admits()
+
+    @property
+    def completed_passes(self) -> int:
+        """How many passes over the data came to their end: ``for epoch in range(engine.completed_passes, epochs)``."""
+        self._attached()
+        return self._loader.completed
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """The ledger's file, if the engine was given one."""
+        return self._spending.ledger
 
     def backward(self, losses: Tensor) -> None:
         """The strict door: one loss a record, [n] or [n, 1]; checks that they are what they say.
@@ -286,208 +329,102 @@ class PrivacyEngine:
             CoupledRecordsError: (first batch) a record's loss has a gradient at another record's activations.
             DoubleUseError: not as many losses as records were drawn.
         """
-        tape = self._attached()
-        if tape.paused:
-            losses.mean().backward()
-            return
-        if losses.ndim == 2 and losses.shape[1] == 1:
-            losses = losses.squeeze(1)
-        if losses.ndim != 1:
-            raise ConfigurationError(
-                f"losses has shape {list(losses.shape)}",
-                why="a loss that was reduced over records, or broadcast to a matrix, is not one loss a record.",
-                cure='compute it with reduction="none" and bring it to shape [n].',
-            )
-        batch = tape.batch
-        if batch is None or losses.shape[0] != batch.n:
-            raise DoubleUseError(
-                f"{losses.shape[0]} losses for {batch.n if batch else 0} drawn records",
-                why="each record that was drawn enters the step once.",
-                cure="compute the losses of the batch that the private loader has just yielded.",
-            )
-        if not self._strictly_examined and batch.n > 1:
-            self._examine(tape, batch, losses)
-        (losses.mean() if self._loss_reduction == "mean" else losses.sum()).backward()
+        self._attached().backward(losses)
 
-    def _examine(self, tape: Tape, batch: Batch, losses: Tensor) -> None:
-        """The last record's loss must not reach the others."""
-        anchors = tape.anchors()
-        if not anchors:
-            return  # no forward was private yet: the step will say why
-        batch.examined = batch.n - 1
-        try:
-            torch.autograd.grad(losses[-1], anchors, retain_graph=True, allow_unused=True)
-            self._strictly_examined = bool(torch.isfinite(losses).all())  # else the next batch is examined too
-        except RuntimeError as error:
-            if "checkpoint" not in str(error):  # reentrant checkpointing allows .backward() only
-                raise
-        finally:
-            batch.examined = None
+    # ---------------------------------------------------------------- state
 
-    # ---------------------------------------------------------------- the loader's side
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the run needs to go on bit for bit, as plain values; `save_checkpoint` writes it to a file.
 
-    def begin_pass(self) -> None:
-        """A new pass over the data: what an abandoned one left unfinished is dropped; it was never released."""
+        Model, optimizer, σ and C, the place in the pass and in the logical batch, its sums so far, the generators of
+        draws and noise, the global ones (torch, Python, numpy), what was released, and a learning clipping's state.
+        Model and optimizer tensors are the live ones, as torch's own ``state_dict`` gives them.
+
+        It is as confidential as the data: it holds sums without noise, and the streams that noise comes from.
+        """
+        return {"version": 1, "configuration": self._configuration(), **collect(self._parts())}
+
+    def load_state_dict(self, state: dict[str, Any], *, replay: bool = True) -> None:
+        """Go on from what `state_dict` gave, after `make_private` with the same arguments; see `load_checkpoint`."""
+        self._load(copy.deepcopy(state), {}, replay)
+
+    def save_checkpoint(
+        self, path: str | os.PathLike[str], *, also: Mapping[str, Stateful] | None = None, extra: Any = None
+    ) -> None:
+        """Write `state_dict` to a file that is there whole or not at all, whatever happens meanwhile.
+
+        Call it anywhere between the steps, best right after ``optimizer.step()``. A batch that has not had its step
+        will be served again.
+
+        The file is for resuming, and as confidential as the data. Publish ``model.state_dict()`` instead.
+
+        Args:
+            also: what else belongs to the run and has ``state_dict`` and ``load_state_dict``: schedulers, averages.
+            extra: any plain values of your own; `load_checkpoint` returns them.
+
+        Raises:
+            CheckpointError: it cannot be written, or something holds other than plain values. The file that was there
+                before is untouched.
+        """
+        state = self.state_dict()
+        checkpoint.save(path, {"state": state, "also": collect(also or {}), "extra": extra})
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], *, also: Mapping[str, Stateful] | None = None, replay: bool = True
+    ) -> Any:
+        """Go on from a checkpoint; returns the ``extra`` that was saved with it. Call it after `make_private`.
+
+        The next ``for batch in loader`` is the rest of the pass that was interrupted. Releases that the ledger holds
+        beyond the checkpoint stay counted; they are repeated, bit for bit, and each is compared with what was released.
+        Without a ledger, nobody can tell what was released after the checkpoint: it has to be the run's latest state.
+
+        Args:
+            also: the objects that were saved with it.
+            replay: if False, go on with fresh draws and fresh noise: for machines that do not repeat bit for bit, or
+                after a change of the code. What was released beyond the checkpoint then counts beside what follows.
+
+        Raises:
+            CheckpointError: damaged, or of another model, optimizer, data set or setting; nothing was loaded.
+            LedgerError: the ledger is not the run's, or holds less than the checkpoint.
+        """
         self._attached()
-        self._drop()
-        self._charged = None
+        held = checkpoint.load(path)
+        refuse_others({"also": sorted(also or {})}, {"also": sorted(held["also"])})
+        self._load({**held["state"], "also": held["also"]}, also or {}, replay)
+        return held["extra"]
 
-    def hand_out(self, draw: Draw) -> None:
-        """A physical batch goes to the user."""
-        tape = self._attached()
-        if not self._sums:
-            self._logical = (self._noise_multiplier, self._max_grad_norm)
-        draw.noise_multiplier, draw.max_grad_norm = self._logical
-        for p in self._parameters():
-            p.grad = None
-        self._draw = draw
-        tape.open(draw.n)
-
-    def take_back(self, draw: Draw) -> None:
-        """The user asks for the next batch."""
-        if self._draw is not draw:
-            return  # its step has been taken
-        if draw.last and self._attached().batch is not None and self._attached().batch.forms:  # type: ignore[union-attr]
-            self._drop()
-            raise UnfinishedStepError(
-                "the next batch was asked for, and the last one was back-propagated without optimizer.step()",
-                why="a record could enter one step through several draws, each clipped by itself.",
-                cure="call optimizer.step() after every batch. To gather gradients over several physical batches give "
-                "make_private(max_physical_batch_size=...): the step is then taken on the last of them only.",
+    def _load(self, state: dict[str, Any], also: Mapping[str, Stateful], replay: bool) -> None:
+        if not isinstance(state, dict) or not {"version", "configuration"} <= set(state):
+            raise CheckpointError(
+                "what was given is no engine's state",
+                why="there is nothing to go on from.",
+                cure="pass what state_dict() returned.",
             )
-        self._close(draw)
-        if draw.last:
-            self._drop()
+        refuse_others({"version": 1, **self._configuration()}, {"version": state["version"], **state["configuration"]})
+        parts = {"also": Part(lambda: collect(also), lambda held: give_back(also, held)), **self._parts(replay)}
+        saved = {"also": {}, **{k: v for k, v in state.items() if k not in ("version", "configuration")}}
+        give_back(parts, saved)
+        if not replay:
+            self._attached().forget()
+            self._loader.reseed()
 
-    def empty_draw(self, draw: Draw) -> None:
-        """Nobody was drawn: the noisy step is taken, and accounted, all the same."""
-        self.hand_out(draw)
-        self._optimizer.step()
+    def _parts(self, replay: bool = True) -> dict[str, Stateful]:
+        """All that has a state, in the order in which it is loaded; what was spent comes last, it is not undone."""
+        spending, step = self._spending, self._attached()
 
-    # ---------------------------------------------------------------- the step
+        def load(state: dict[str, Any]) -> None:
+            spending.load_state_dict(state, replay=replay, repeatable=not step.noise.secure)
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        tape = self._attached()
-        if tape.paused:
-            return
-        if any(a is not None for a in (*args[1:], *kwargs.values())):
-            raise ConfigurationError(
-                "optimizer.step() was given a closure",
-                why="it would back-propagate after the gradient of this step has been clipped and noised.",
-                cure="run forward and backward before optimizer.step().",
-            )
-        draw = self._draw
-        if draw is None:
-            if any(p.grad is not None for p in self._parameters()):
-                raise DoubleUseError(
-                    "optimizer.step() without a batch: the last one's step was taken, or none was drawn",
-                    why="the gradients at hand are not those of a drawn, clipped and accounted batch.",
-                    cure="call optimizer.step() once for each batch of the private loader; for public data use "
-                    "engine.paused().",
-                )
-            return
-        try:
-            self._close(draw)
-            if draw.last:
-                self._release(draw)
-        except BaseException:
-            self._drop()
-            raise
+        return {
+            **step.parts(self._loader.inside),
+            "loader": self._loader,
+            "spending": Part(spending.state_dict, load),
+        }
 
-    @torch.no_grad()
-    def _close(self, draw: Draw) -> None:
-        """End a physical batch: prove, clip, and add its weighted sums to those of the logical batch."""
-        tape = self._attached()
-        batch = tape.close()
-        self._draw = None
-        if batch is None:
-            return
-        trainable = self._trainable()
-        prove(tape, batch)
-        forms = {p: joined(found) for p, found in batch.forms.items() if p.requires_grad}
-        for p in forms:
-            if p not in trainable:
-                raise UncoveredParameterError(
-                    f"{tape.name(p)} received a gradient, but the optimizer does not hold it",
-                    why="it would take its share of the clipping norm and never be trained or accounted.",
-                    cure="add it to the optimizer (optimizer.add_param_group) or freeze it.",
-                )
-        if forms:
-            self._clip(trainable, forms, batch.n, draw.max_grad_norm)
+    def _configuration(self) -> dict[str, Any]:
+        return {**self._attached().configuration(), **self._loader.configuration()}
 
-    def _clip(self, trainable: dict[nn.Parameter, int], forms: dict[nn.Parameter, Form], n: int, bound: float) -> None:
-        scale = float(n) if self._loss_reduction == "mean" else 1.0
-        squares = [f.sq_norm() for f in forms.values()]
-        wide = max((s.dtype for s in squares), key=lambda d: torch.finfo(d).bits)
-        norms = torch.zeros(n, len(trainable), dtype=wide, device=squares[0].device)
-        norms[:, [trainable[p] for p in forms]] = torch.stack([s.to(norms) for s in squares], 1).sqrt() * scale
-        finite = torch.isfinite(norms).all(1)
-        if not bool(finite.all()):
-            keep = finite.nonzero().flatten()
-            self.nonfinite_records += n - len(keep)
-            forms, norms = {p: f.take(keep.to(squares[0].device)) for p, f in forms.items()}, norms[keep]
-        weights = self._clipping.weights(norms, bound) * scale
-        for p, form in forms.items():
-            w = weights if weights.ndim == 1 else weights[:, trainable[p]]
-            total = form.weighted_sum(w.to(p.device))
-            held = self._sums.get(p)
-            self._sums[p] = total if held is None else held.add_(total)
-
-    @torch.no_grad()
-    def _release(self, draw: Draw) -> None:
-        """Sums + noise, divided by the expected batch size, become ``p.grad``; the ledger is written first."""
-        trainable = self._trainable()
-        sums = [self._sums.pop(p, None) for p in trainable]
-        wide = [
-            s
-            if s is not None
-            else torch.zeros(p.numel(), device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
-            for p, s in zip(trainable, sums, strict=True)
-        ]
-        self._sums.clear()
-        std = draw.noise_multiplier * self._clipping.sensitivity(draw.max_grad_norm)
-        self._noise.add_to(wide, std)
-        first = self._charged is None or draw.noise_multiplier < self._charged
-        event = self._sampling.event(Gaussian(draw.noise_multiplier), first=first)
-        if event is not None:
-            self.accountant.compose(event)
-            self._charged = draw.noise_multiplier
-        for p, total in zip(trainable, wide, strict=True):
-            p.grad = total.div_(self._sampling.expected_batch_size).view(p.shape).to(p.dtype)
-
-    # ---------------------------------------------------------------- small things
-
-    def _attached(self) -> Tape:
-        if self._tape is None:
+    def _attached(self) -> PrivateStep:
+        if self._step is None:
             raise NotAttachedError("the engine is not attached to a model", cure="call make_private first.")
-        return self._tape
-
-    def _drop(self) -> None:
-        """Forget an unfinished logical batch; nothing of it was released."""
-        if self._tape is not None:
-            self._tape.close()
-            if self._draw is not None:
-                for p in self._parameters():
-                    p.grad = None
-        self._draw = None
-        self._sums.clear()
-
-    def _parameters(self) -> list[nn.Parameter]:
-        """The optimizer's parameters."""
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
-
-    def _trainable(self) -> dict[nn.Parameter, int]:
-        """The trainable parameters that the optimizer holds, in its order, with their position."""
-        tape = self._attached()
-        known = tape.parameters()
-        found: dict[nn.Parameter, int] = {}
-        for p in self._parameters():
-            if p not in known:
-                raise UncoveredParameterError(
-                    f"the optimizer holds a parameter {list(p.shape)} that is not in the model",
-                    why="its gradient would not be clipped per record.",
-                    cure="make it part of the module given to make_private, or train it elsewhere on public data.",
-                )
-            if p.requires_grad:
-                found[p] = len(found)
-        return found
+        return self._step

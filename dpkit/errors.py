@@ -71,3 +71,19 @@ class UnfinishedStepError(PrivacyError):
 
 class NotAttachedError(PrivacyError):
     """The engine is not attached to a model (yet, or any more)."""
+
+
+class CheckpointError(PrivacyError):
+    """A checkpoint that is damaged, or of another run, model, optimizer or data set; nothing of it was loaded."""
+
+
+class ReplayError(CheckpointError):
+    """A step that was released before an interruption comes out differently when it is taken again."""
+
+
+class LedgerError(PrivacyError):
+    """A ledger that is damaged, cannot be written, or does not match the run."""
+
+
+class BudgetExhaustedError(PrivacyError):
+    """The next release would exceed the budget; it was not made."""

@@ -8,6 +8,8 @@ form         holds                           the gradient of one record
 ``Dense``    value [n, *shape]               value
 ``Outer``    g [n, *m, t, o], a [n, *m, t, i] sum over t of g ⊗ a:  [*m, o, i]
 ``Rows``     index [n, t], g [n, t, d]       row ``index`` of a [v, d] table gets g
+``Routed``   index [n, t], g [n, t, o],      member ``index`` of a [m, o, i] stack gets
+             a [n, t, i]                     g ⊗ a
 ===========  ==============================  ======================================
 
 Each form offers ``sq_norm() -> [n]``, ``weighted_sum(w) -> flat [p]`` and ``dense()``; ghost, materialised and
@@ -32,6 +34,11 @@ from torch import Tensor
 def wide(x: Tensor) -> Tensor:
     """``x`` in float32 if it is narrower, else unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _times(w: Tensor, x: Tensor) -> Tensor:
+    """``w`` [n] times ``x`` [n, ...]."""
+    return x * w.to(x).view(-1, *[1] * (x.ndim - 1))
 
 
 class Form:
@@ -59,6 +66,10 @@ class Form:
 
     def folded(self, k: int) -> Form:
         """The same gradients where each k rows in a row belong to one record: n·k records become n."""
+        raise NotImplementedError
+
+    def scaled(self, w: Tensor) -> Form:
+        """Every record's gradient times its ``w[n]``."""
         raise NotImplementedError
 
     @property
@@ -100,6 +111,9 @@ class Dense(Form):
 
     def folded(self, k: int) -> Dense:
         return Dense(wide(self.value).reshape(-1, k, *self.value.shape[1:]).sum(1))
+
+    def scaled(self, w: Tensor) -> Dense:
+        return Dense(_times(w, wide(self.value)))
 
 
 @dataclass(frozen=True)
@@ -150,7 +164,7 @@ class Outer(Form):
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         g, a = self._wide()
-        g = g * w.to(g.dtype).view(-1, *[1] * (g.ndim - 1))
+        g = _times(w, g)
         if g.ndim == 3:
             return (g.flatten(0, 1).T @ a.flatten(0, 1)).flatten()
         return torch.einsum("n...to,n...ti->...oi", g, a).flatten()
@@ -165,6 +179,10 @@ class Outer(Form):
             self.g.reshape(-1, k * self.g.shape[1], self.g.shape[2]),
             self.a.reshape(-1, k * self.a.shape[1], self.a.shape[2]),
         )
+
+    def scaled(self, w: Tensor) -> Outer:
+        g, a = self._wide()
+        return Outer(_times(w, g), a)
 
 
 def _gram(g: Tensor, a: Tensor) -> Tensor:
@@ -221,8 +239,7 @@ class Rows(Form):
         return norms.sum(1)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
-        g = wide(self.g)
-        g = (g * w.to(g.dtype).view(-1, 1, 1)).flatten(0, 1)
+        g = _times(w, wide(self.g)).flatten(0, 1)
         return g.new_zeros(self.v, g.shape[-1]).index_add_(0, self.index.flatten(), g).flatten()
 
     def take(self, records: Tensor) -> Rows:
@@ -234,6 +251,83 @@ class Rows(Form):
             self.g.reshape(-1, k * self.g.shape[1], self.g.shape[2]),
             self.v,
         )
+
+    def scaled(self, w: Tensor) -> Rows:
+        return Rows(self.index, _times(w, wide(self.g)), self.v)
+
+
+@dataclass(frozen=True)
+class Routed(Form):
+    """Outer products that go to one member each of a stack [m, o, i] (the experts that tokens are routed to).
+
+    ``index`` [n, t] (int) names the member, ``g`` [n, t, o] and ``a`` [n, t, i] are the factors.
+    """
+
+    index: Tensor
+    g: Tensor
+    a: Tensor
+    m: int
+
+    @property
+    def n(self) -> int:
+        return self.index.shape[0]
+
+    def _wide(self) -> tuple[Tensor, Tensor]:
+        return wide(self.g), wide(self.a.to(self.g.dtype))
+
+    def grouped(self) -> tuple[Tensor, Outer]:
+        """The rows of one record at one member together: (keys [k] = n·m + member, ascending; `Outer` [k, t, ·])."""
+        keys = (torch.arange(self.n, device=self.index.device).unsqueeze(1) * self.m + self.index).flatten()
+        keys, where, counts = torch.unique(keys, return_inverse=True, return_counts=True)
+        order = where.argsort(stable=True)
+        start = torch.cumsum(counts, 0) - counts
+        slot = torch.arange(len(order), device=order.device) - start[where[order]]
+        most = int(counts.max()) if len(counts) else 1
+
+        def padded(x: Tensor) -> Tensor:
+            out = x.new_zeros(len(keys), most, x.shape[-1])
+            out[where[order], slot] = x.flatten(0, 1)[order]
+            return out
+
+        g, a = self._wide()
+        return keys, Outer(padded(g), padded(a))
+
+    def dense(self) -> Tensor:
+        keys, outer = self.grouped()
+        out = outer.g.new_zeros(self.n * self.m, outer.g.shape[-1], outer.a.shape[-1])
+        out[keys] = outer.dense()
+        return out.view(self.n, self.m, *out.shape[1:])
+
+    def sq_norm(self) -> Tensor:
+        keys, outer = self.grouped()
+        squares = outer.settled().sq_norm()
+        return squares.new_zeros(self.n).index_add_(0, torch.div(keys, self.m, rounding_mode="floor"), squares)
+
+    def lengths(self) -> Tensor:
+        g, a = self._wide()
+        products: Tensor = torch.linalg.vector_norm(g, dim=-1) * torch.linalg.vector_norm(a, dim=-1)
+        return products.sum(1)
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        g, a = self._wide()
+        g = _times(w, g).flatten(0, 1)
+        a, index = a.flatten(0, 1), self.index.flatten()
+        out = g.new_zeros(self.m, g.shape[-1], a.shape[-1])
+        for member in index.unique().tolist():
+            rows = (index == member).nonzero().flatten()
+            out[member] = g[rows].T @ a[rows]
+        return out.flatten()
+
+    def take(self, records: Tensor) -> Routed:
+        return Routed(self.index[records], self.g[records], self.a[records], self.m)
+
+    def folded(self, k: int) -> Routed:
+        index, g, a = (x.reshape(-1, k * x.shape[1], *x.shape[2:]) for x in (self.index, self.g, self.a))
+        return Routed(index, g, a, self.m)
+
+    def scaled(self, w: Tensor) -> Routed:
+        g, a = self._wide()
+        return Routed(self.index, _times(w, g), a, self.m)
 
 
 @dataclass(frozen=True)
@@ -269,6 +363,12 @@ class Joined(Form):
 
     def take(self, records: Tensor) -> Joined:
         return Joined(tuple(p.take(records) for p in self.parts))
+
+    def folded(self, k: int) -> Joined:
+        return Joined(tuple(p.folded(k) for p in self.parts))
+
+    def scaled(self, w: Tensor) -> Joined:
+        return Joined(tuple(p.scaled(w) for p in self.parts))
 
 
 def _inner(one: Form, other: Form) -> Tensor:
@@ -310,4 +410,8 @@ def _merge(same: list[Form]) -> Form:
     if isinstance(first, Rows):
         rows = [f for f in same if isinstance(f, Rows)]
         return Rows(torch.cat([f.index for f in rows], 1), torch.cat([f.g for f in rows], 1), first.v)
+    if isinstance(first, Routed):
+        routed = [f for f in same if isinstance(f, Routed)]
+        index, g, a = (torch.cat([getattr(f, name) for f in routed], 1) for name in ("index", "g", "a"))
+        return Routed(index, g, a, first.m)
     return Dense(reduce(torch.add, (f.dense() for f in same)))

@@ -1,4 +1,4 @@
-"""The first-batch proof: each parameter's forms must add up to the gradient that autograd itself computes."""
+"""The first batch's proofs: forms add up to autograd's own gradient, and losses are one a record."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def prove(tape: Tape, batch: Batch) -> None:
             ours = form.weighted_sum(torch.ones(batch.n, device=p.device))
             theirs = torch.zeros_like(ours) if grad is None else grad.to_dense().to(ours.dtype).flatten()
             compared.append((p, ours, theirs, float(form.sq_norm().sqrt().sum())))
-        elif p in batch.forms:
+        elif p in batch.forms and not tape.rules_of(p):
             tape.proven.add(p)
     largest = max((scale for *_, scale in compared), default=0.0)
     if not math.isfinite(largest):
@@ -42,7 +42,8 @@ def prove(tape: Tape, batch: Batch) -> None:
                 "is not clipped per record is not covered by the guarantee.",
                 cure="correct the rule (dpkit.register_rule), or freeze the parameter.",
             )
-        tape.proven.add(p)
+        if max(scale, size) > 0:  # zero gradients (behind a gate or an adapter that starts at zero) prove nothing
+            tape.proven.add(p)
 
 
 def _refuse_uncovered(tape: Tape, batch: Batch, p: nn.Parameter) -> None:
@@ -59,3 +60,24 @@ def _refuse_uncovered(tape: Tape, batch: Batch, p: nn.Parameter) -> None:
         cure="freeze it, register a rule for its module (dpkit.register_rule), or use the parameter through its "
         "module inside the model's forward.",
     )
+
+
+def refuse_coupled_losses(tape: Tape, batch: Batch, losses: Tensor) -> bool:
+    """The strict door: the last record's loss must not reach the others. Returns whether that could be told.
+
+    Raises:
+        CoupledRecordsError: it has a gradient at another record's activations.
+    """
+    anchors = tape.anchors()
+    if not anchors:
+        return False  # no forward was private yet: the step will say why
+    batch.examined = batch.n - 1
+    try:
+        torch.autograd.grad(losses[-1], anchors, retain_graph=True, allow_unused=True)
+        return bool(torch.isfinite(losses).all())  # else the next batch is examined too
+    except RuntimeError as error:
+        if "checkpoint" not in str(error):  # reentrant checkpointing allows .backward() only
+            raise
+        return False
+    finally:
+        batch.examined = None

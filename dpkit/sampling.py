@@ -1,15 +1,13 @@
-"""Who takes part in a step, and how the logical batch is served.
+"""Who takes part in a step.
 
-A sampling is a value with ``draws(generator)`` (one pass over the data: the record indices of each logical batch) and
-``event(inner, first)`` (what a step of it costs, given the noise's event). `PrivateDataLoader` serves the draws
-through the user's own dataset, collate_fn and workers, as physical batches where a bound was given.
+A sampling is a frozen value with ``draws(generator)`` (one pass over the data: the units of each logical batch)
+and ``event(inner, first)`` (what a step of it costs, given the noise's event). All of its chance comes from the
+generator, and from torch's global one at the moment when ``draws`` is called: put them back, and the pass repeats.
 """
 
 from __future__ import annotations
 
 import math
-import secrets
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
@@ -20,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from dpkit.accountants import Event, PoissonSampled
 
 from .errors import SamplingError
+from .units import UnitIndex
 
 
 class Sampling(Protocol):
@@ -44,10 +43,10 @@ class Sampling(Protocol):
 
 @dataclass(frozen=True)
 class PoissonSampling:
-    """Every record takes part in every step independently with probability ``sample_rate``.
+    """Every unit (record) takes part in every step independently with probability ``sample_rate``.
 
     Attributes:
-        records: N, records in the data set.
+        records: N, units in the data set.
         expected_batch_size: B; q = B / N.
         steps: logical batches in one pass.
     """
@@ -86,137 +85,14 @@ class FixedBatches:
     name: str = "fixed batches"
 
     def draws(self, generator: torch.Generator) -> Iterator[list[int]]:
-        yield from self.batches
+        return iter(list(self.batches))  # at once: the sampler's randomness is then used up before any user code runs
 
     def event(self, inner: Event, *, first: bool) -> Event | None:
         return inner if first else None
 
 
-@dataclass(eq=False)
-class Draw:
-    """One physical batch in the user's hands.
-
-    Attributes:
-        n: records in it.
-        last: whether it completes its logical batch, so that ``optimizer.step()`` releases.
-        first: whether it is the first logical batch of a pass.
-        noise_multiplier, max_grad_norm: σ and C of its logical batch, fixed when the batch was handed out.
-    """
-
-    n: int
-    last: bool
-    first: bool
-    noise_multiplier: float = 0.0
-    max_grad_norm: float = 0.0
-
-
-class _PhysicalBatches:
-    """The batch sampler behind `PrivateDataLoader`: splits logical draws, notes each in ``log`` (workers run ahead)."""
-
-    def __init__(self, sampling: Sampling, generator: torch.Generator, max_size: int | None) -> None:
-        self.sampling, self.generator, self.max_size = sampling, generator, max_size
-        self.log: deque[Draw] = deque()
-
-    def __len__(self) -> int:
-        return self.sampling.steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        log: deque[Draw] = deque()
-        self.log = log
-        return self._serve(log)
-
-    def _serve(self, log: deque[Draw]) -> Iterator[list[int]]:
-        for k, drawn in enumerate(self.sampling.draws(self.generator)):
-            if not drawn:
-                log.append(Draw(0, last=True, first=k == 0))
-                continue
-            size = self.max_size or len(drawn)
-            for start in range(0, len(drawn), size):
-                part = drawn[start : start + size]
-                log.append(Draw(len(part), last=start + size >= len(drawn), first=k == 0))
-                yield part
-
-
-class Listener(Protocol):
-    """The engine, as the loader sees it."""
-
-    def begin_pass(self) -> None: ...
-    def hand_out(self, draw: Draw) -> None: ...
-    def take_back(self, draw: Draw) -> None: ...
-    def empty_draw(self, draw: Draw) -> None: ...
-
-
-class PrivateDataLoader(DataLoader[Any]):
-    """The user's data loader with private batches; ``len`` is the number of logical batches (optimizer steps)."""
-
-    def __init__(self, loader: DataLoader[Any], sampling: Sampling, listener: Listener, max_size: int | None) -> None:
-        generator = loader.generator
-        if generator is None:
-            # not from torch's global one: amplification holds against those only who cannot repeat the draw
-            generator = torch.Generator().manual_seed(secrets.randbits(63))
-        self._listener: Listener | None = listener
-        self._passes = 0
-        workers: dict[str, Any] = {}
-        if loader.num_workers > 0:
-            workers = {
-                "prefetch_factor": loader.prefetch_factor,
-                "persistent_workers": loader.persistent_workers,
-                "multiprocessing_context": loader.multiprocessing_context,
-            }
-        super().__init__(
-            loader.dataset,
-            batch_sampler=_PhysicalBatches(sampling, generator, max_size),
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            generator=loader.generator,
-            pin_memory_device=loader.pin_memory_device,
-            **workers,
-        )
-
-    def close(self) -> None:
-        """Stop serving: the engine has been detached."""
-        self._listener = None
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        listener = self._listener
-        if listener is None:
-            raise SamplingError(
-                "this private data loader belongs to an engine that was detached",
-                why="nobody would count the batches it draws.",
-                cure="use the original data loader, or call make_private again.",
-            )
-        batches: Any = self.batch_sampler
-        listener.begin_pass()
-        self._passes += 1
-        this = self._passes
-        inner = super().__iter__()
-        log = batches.log
-        for batch in inner:
-            if self._passes != this:
-                _refuse(
-                    "an earlier pass over the data was resumed after a later one had begun",
-                    "parts of two logical batches would meet in one sum, and a record may be in both.",
-                    "finish or leave one pass before the next; for two batches at a time call next() twice on one.",
-                )
-            while log[0].n == 0:
-                listener.empty_draw(log.popleft())
-            draw = log.popleft()
-            listener.hand_out(draw)
-            yield batch
-            listener.take_back(draw)
-        while log:
-            listener.empty_draw(log.popleft())
-
-
-def sampling_of(loader: DataLoader[Any], *, poisson: bool) -> Sampling:
-    """The sampling that the user's loader asks for; raises `SamplingError` where none can be accounted."""
-    if isinstance(loader, PrivateDataLoader):
-        _refuse(
-            "the data loader is private already", "its draws are counted by another engine.", "pass the original one."
-        )
+def checked(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The user's loader, if it asks for a sampling that can be accounted; raises `SamplingError` if not."""
     if not isinstance(loader, DataLoader):
         _refuse(
             f"data_loader is a {type(loader).__name__}",
@@ -250,21 +126,34 @@ def sampling_of(loader: DataLoader[Any], *, poisson: bool) -> Sampling:
         )
     if records == 0:
         _refuse("the data set is empty", "there is nothing to sample from.", "pass a data set with records.")
-    if _repeats(loader.dataset):
+    return loader
+
+
+def sampling_of(loader: DataLoader[Any], units: UnitIndex, *, poisson: bool) -> Sampling:
+    """How often each unit is drawn: the loader's batch size counts units."""
+    size, many = loader.batch_size, "records" if units.records else "units"
+    assert size is not None
+    if units.records and _repeats(loader.dataset):
         _refuse(
             "the data set is a Subset that holds a record several times",
             "the record would take part in a step with more than the sampling rate, and be clipped once for each copy.",
-            "use each index once.",
+            "use each index once, or say with privacy_unit whose rows they are.",
         )
-    if size > records:
+    if size > units.count:
         _refuse(
-            f"batch_size {size} exceeds the {records} records of the data set",
+            f"batch_size {size} exceeds the {units.count} {many} of the data set",
             "no sampling rate gives that expected batch size.",
-            f"use batch_size <= {records}.",
+            f"use batch_size <= {units.count}.",
         )
-    steps = records // size if loader.drop_last else math.ceil(records / size)
+    steps = units.count // size if loader.drop_last else math.ceil(units.count / size)
     if poisson:
-        return PoissonSampling(records, float(size), steps)
+        return PoissonSampling(units.count, float(size), steps)
+    batches: Any = loader.batch_sampler
+    if not units.records:
+        order: Any = range(units.count)
+        shuffled = isinstance(loader.sampler, RandomSampler)
+        sampler = RandomSampler(order, generator=loader.generator) if shuffled else SequentialSampler(order)
+        batches = BatchSampler(sampler, size, loader.drop_last)
     return FixedBatches(batches, float(size), steps)
 
 

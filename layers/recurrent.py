@@ -21,6 +21,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence
 
+from .cells import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
+
+_BLOCK = 16
+"""Positions whose slopes are computed at a time in a backward: few enough to stay in the cache."""
+
 
 class _LSTMStates(torch.autograd.Function):
     """h [t, n, p] and c [t, n, h] as functions of the gates [t, n, 4h], the projections [t, n, p], h0 and c0."""
@@ -46,33 +51,45 @@ class _LSTMStates(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None) -> Any:
         c0, w_hh, w_hr, c, acts = ctx.saved_tensors
-        i, f, g, o = acts.unbind(2)  # [t, n, h]
-        tanh_c, c_prev = c.tanh(), torch.cat([c0[None], c[:-1]])
-        by_c = torch.stack([g * i * (1 - i), c_prev * f * (1 - f), i * (1 - g * g)], 2)
-        by_h, h_to_c = tanh_c * o * (1 - o), o * (1 - tanh_c * tanh_c)
         steps, n, _ = c.shape
         grads = torch.empty_like(acts)  # [t, n, 4, h]
         flat = grads.flatten(2)
         grad_projected = None if w_hr is None else acts.new_empty(steps, n, w_hr.shape[0])
         dh_next, dc_next = None, None
-        for t in range(steps - 1, -1, -1):
-            dh = None if grad_h is None else grad_h[t]
-            if dh_next is not None:
-                dh = torch.mm(dh_next, w_hh) if dh is None else torch.addmm(dh, dh_next, w_hh)
-            if dh is None:
-                dh = acts.new_zeros(n, w_hh.shape[1])
-            if grad_projected is not None:
-                grad_projected[t] = dh
-                dh = dh @ w_hr
-            dc = dh * h_to_c[t]
-            if dc_next is not None:
-                dc += dc_next
-            if grad_c is not None:
-                dc += grad_c[t]
-            torch.mul(dc[:, None], by_c[t], out=grads[t, :, :3])
-            torch.mul(dh, by_h[t], out=grads[t, :, 3])
-            dc_next, dh_next = dc * f[t], flat[t]
+        for start in range((steps - 1) // _BLOCK * _BLOCK, -1, -_BLOCK):
+            block = slice(start, start + _BLOCK)
+            i, f, g, o = acts[block].unbind(2)  # [t, n, h]
+            tanh_c = c[block].tanh()
+            c_prev = torch.cat([c0[None], c[: _BLOCK - 1]]) if not start else c[start - 1 : start + _BLOCK - 1]
+            c_prev = c_prev[: len(tanh_c)]
+            by_c = acts.new_empty(*tanh_c.shape[:2], 3, tanh_c.shape[2])  # [t, n, 3, h]
+            torch.mul(g, _slope(i), out=by_c[:, :, 0])
+            torch.mul(c_prev, _slope(f), out=by_c[:, :, 1])
+            torch.addcmul(i, i * g, g, value=-1, out=by_c[:, :, 2])
+            by_h, h_to_c = tanh_c * _slope(o), torch.addcmul(o, o * tanh_c, tanh_c, value=-1)
+            for t in range(len(tanh_c) - 1, -1, -1):
+                dh = None if grad_h is None else grad_h[start + t]
+                if dh_next is not None:
+                    dh = torch.mm(dh_next, w_hh) if dh is None else torch.addmm(dh, dh_next, w_hh)
+                if dh is None:
+                    dh = acts.new_zeros(n, w_hh.shape[1])
+                if grad_projected is not None:
+                    grad_projected[start + t] = dh
+                    dh = dh @ w_hr
+                dc = dh * h_to_c[t]
+                if dc_next is not None:
+                    dc += dc_next
+                if grad_c is not None:
+                    dc += grad_c[start + t]
+                torch.mul(dc[:, None], by_c[t], out=grads[start + t, :, :3])
+                torch.mul(dh, by_h[t], out=grads[start + t, :, 3])
+                dc_next, dh_next = dc.mul_(f[t]), flat[start + t]
         return flat, grad_projected, torch.mm(flat[0], w_hh), dc_next, None, None, None, None, None
+
+
+def _slope(gate: Tensor) -> Tensor:
+    """The slope of the sigmoid where it has this value: s (1 − s)."""
+    return torch.addcmul(gate, gate, gate, value=-1)
 
 
 class _GRUStates(torch.autograd.Function):
@@ -87,23 +104,30 @@ class _GRUStates(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor) -> Any:
         from_x, from_h, h0, w_hh, h = ctx.saved_tensors
-        xr, xz, xn = from_x.chunk(3, -1)
-        hr, hz, hn = from_h.chunk(3, -1)
-        r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
-        new = (xn + r * hn).tanh()
-        h_prev = torch.cat([h0[None], h[:-1]])
-        by_new = (1 - z) * (1 - new * new)
-        by_h = torch.stack([by_new * hn * r * (1 - r), (h_prev - new) * z * (1 - z), by_new * r], 2)  # [t, n, 3, h]
-        grads = torch.empty_like(by_h)
-        flat, dh_all = grads.flatten(2), torch.empty_like(h)
+        steps, _, width = h.shape
+        grad_x, grads = torch.empty_like(from_x), torch.empty_like(from_h)
         dh_next: Tensor | None = None
-        for t in range(len(h) - 1, -1, -1):
-            dh = grad_h[t] if dh_next is None else grad_h[t] + dh_next
-            dh_all[t] = dh
-            torch.mul(dh[:, None], by_h[t], out=grads[t])
-            dh_next = torch.addmm(dh * z[t], flat[t], w_hh)
-        grad_x = torch.cat([flat[..., : 2 * h.shape[-1]], dh_all * by_new], -1)
-        return grad_x, flat, dh_next, None, None
+        for start in range((steps - 1) // _BLOCK * _BLOCK, -1, -_BLOCK):
+            block = slice(start, start + _BLOCK)
+            xr, xz, xn = from_x[block].chunk(3, -1)
+            hr, hz, hn = from_h[block].chunk(3, -1)
+            r, z = (xr + hr).sigmoid_(), (xz + hz).sigmoid_()
+            new = torch.addcmul(xn, r, hn).tanh_()
+            h_prev = torch.cat([h0[None], h[: _BLOCK - 1]]) if not start else h[start - 1 : start + _BLOCK - 1]
+            h_prev = h_prev[: len(z)]
+            by = h.new_empty(*z.shape[:2], 4, width)  # [t, n, 4, h]: what dh is multiplied with for r, z, hn, and xn
+            torch.mul(1 - z, 1 - new * new, out=by[:, :, 3])
+            torch.mul(by[:, :, 3], r, out=by[:, :, 2])
+            torch.mul(by[:, :, 2] * hn, 1 - r, out=by[:, :, 0])
+            torch.mul(h_prev - new, _slope(z), out=by[:, :, 1])
+            for t in range(len(z) - 1, -1, -1):
+                dh = grad_h[start + t] if dh_next is None else dh_next.add_(grad_h[start + t])
+                mine = grads[start + t]
+                torch.mul(dh[:, None], by[t, :, :3], out=mine.unflatten(-1, (3, width)))
+                torch.mul(dh, by[t, :, 3], out=grad_x[start + t, :, 2 * width :])
+                dh_next = torch.addmm(dh * z[t], mine, w_hh)
+        grad_x[..., : 2 * width] = grads[..., : 2 * width]
+        return grad_x, grads, dh_next, None, None
 
 
 class _RNNStates(torch.autograd.Function):
@@ -146,6 +170,9 @@ def _direction(
     """One layer forward in time: x [t, n, i] to h [t, n, p] and, for an LSTM, c [t, n, h]."""
     w_ih, w_hh = weights[:2]
     b_ih, b_hh = (weights[2], weights[3]) if biased else (None, None)
+    w_hr = weights[-1] if len(weights) in (3, 5) else None
+    if any(type(v) not in (Tensor, nn.Parameter) for v in (x, *state)):
+        return _stepwise(mode, x, state, (w_ih, w_hh, b_ih, b_hh), w_hr)
     h0 = state[0]
     h = _fused(mode, x, state, weights, biased)
     h_prev = torch.cat([h0.detach()[None], h[:-1]])
@@ -153,11 +180,11 @@ def _direction(
     chain = w_hh.detach()
     if mode == "GRU":
         return _GRUStates.apply(from_x, from_h, h0, chain, h), None
-    gates = from_x + from_h
+    gates = from_x.add_(from_h)  # in place: a fresh [t, n, 4h] costs more than the sum
     if mode != "LSTM":
         return _RNNStates.apply(gates, h0, chain, h, mode == "RNN_RELU"), None
     with torch.no_grad():
-        acts = gates.detach().unflatten(-1, (4, -1)).clone()  # [t, n, 4, h]: input, forget, cell, output
+        acts = gates.detach().unflatten(-1, (4, -1))  # [t, n, 4, h]: input, forget, cell, output, in the gates' place
         acts[:, :, :2].sigmoid_()
         acts[:, :, 2].tanh_()
         acts[:, :, 3].sigmoid_()
@@ -165,11 +192,28 @@ def _direction(
         last = state[1].detach()
         for t in range(len(c)):
             last = c[t].addcmul_(acts[t, :, 1], last)
-    w_hr = weights[-1] if len(weights) in (3, 5) else None
     projected = None if w_hr is None else F.linear(acts[:, :, 3] * c.tanh(), w_hr)
     return _LSTMStates.apply(  # type: ignore[no-any-return]
         gates, projected, h0, state[1], chain, None if w_hr is None else w_hr.detach(), h, c, acts
     )
+
+
+def _stepwise(
+    mode: str, x: Tensor, state: tuple[Tensor, ...], weights: tuple[Any, ...], w_hr: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`_direction` one position at a time: for subclasses of Tensor, which no ``autograd.Function`` can follow."""
+    outputs: list[list[Tensor]] = [[], []]
+    h, c = state[0], state[-1]
+    for step in x.unbind(0):
+        if mode == "LSTM":
+            h, c = lstm_cell(step, (h, c), *weights)
+            h = h if w_hr is None else F.linear(h, w_hr)
+            outputs[1].append(c)
+        else:
+            run = {"GRU": gru_cell, "RNN_TANH": rnn_tanh_cell, "RNN_RELU": rnn_relu_cell}[mode]
+            h = run(step, h, *weights)
+        outputs[0].append(h)
+    return torch.stack(outputs[0]), torch.stack(outputs[1]) if outputs[1] else None
 
 
 def _layers(
@@ -188,7 +232,9 @@ def _layers(
     directions = 2 if bidirectional else 1
     each = len(weights) // (num_layers * directions)
     rows = x if lengths is None else lengths.pad(x)
-    like = torch.zeros_like(rows[:1, :, :1])  # [1, n, 1]: makes a state that is a parameter a state of these records
+    # What is the same for all records (a parameter, zeros) becomes these records' own where it meets what is theirs.
+    rows = rows if type(rows) is Tensor else rows + torch.zeros_like(hx[0][:1, :, :1])
+    like = torch.zeros_like(rows[:1, :, :1])  # [1, n, 1]
     states = [s + like for s in hx]
     last: list[list[Tensor]] = [[] for _ in hx]
     for layer in range(num_layers):
@@ -212,10 +258,14 @@ def _layers(
 
 
 class _Lengths:
-    """Between packed data [Σ lengths, ·] and rows [t, n, ·] in which every record starts at t = 0."""
+    """Between packed data [Σ lengths, ·] and rows [t, n, ·] in which every record starts at t = 0.
+
+    t is even, so that it never changes from n to n - 1 when a record is left out: who looks for the dimension of the
+    records by leaving one out finds one only.
+    """
 
     def __init__(self, batch_sizes: Tensor, order: Tensor | None, device: torch.device) -> None:
-        sizes = batch_sizes.to(device)
+        sizes = F.pad(batch_sizes.to(device), (0, len(batch_sizes) % 2))
         column = torch.arange(int(batch_sizes[0]), device=device)
         if order is not None:
             column = order  # record r lies in column order[r]

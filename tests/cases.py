@@ -4,8 +4,9 @@ A case builds a model, draws a batch of n records, and says what each record's l
 train and eval mode compute the same. ``tests/hf_models.py`` has the Hugging Face architectures in the same form.
 
 Tags: "loop_only": the second oracle (batched VJP) does not apply. "may_refuse": a stated refusal is as good as the
-exact answer. "recurrent", "bag", "hard", "checkpoint": kinds of model. "time_first": inside, the batch is the second
-dimension. "float32_inside": the model itself casts to float32, so float64 cannot agree to 1e-10.
+exact answer. "recurrent", "bag", "hard", "checkpoint": kinds of model. "apiece": runs on one record at a time.
+"time_first": inside, the batch is the second dimension.
+"float32_inside": the model itself casts to float32, so float64 cannot agree to 1e-10.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
 
+import dpkit.layers
 from tests import models as m
 from tests.oracle import Losses, PyTree
 
@@ -247,6 +249,7 @@ def _norms() -> list[ModelCase]:
         plain("instance-norm-1d", lambda: affine(nn.InstanceNorm1d(4, affine=True)), normal(4, 7)),
         plain("instance-norm-2d", lambda: affine(nn.InstanceNorm2d(4, affine=True)), normal(4, 5, 3)),
         plain("instance-norm-3d", lambda: affine(nn.InstanceNorm3d(4, affine=True)), normal(4, 3, 3, 2)),
+        plain("frozen-batch-norm", lambda: affine(dpkit.layers.FrozenBatchNorm(4)), normal(4, 5, 3)),
         plain("rms-norm", lambda: after(6, nn.RMSNorm(6)), normal(4, 6)),
         plain("rms-norm-2-dims", lambda: affine(nn.RMSNorm((4, 6))), normal(3, 4, 6)),
         plain("rms-norm-one-plus", lambda: after(6, m.OnePlusRMSNorm(6)), normal(4, 6)),
@@ -274,6 +277,8 @@ def _transformers() -> list[ModelCase]:
         plain("encoder-layer-padding", lambda: m.Encoder(), normal(6, 4), padding),
         plain("encoder-layer-time-first", lambda: m.Encoder(batch_first=False), normal(6, 4), tags="time_first"),
         plain("vision-transformer", m.VisionTransformer, normal(3, 8, 8)),
+        plain("translator", m.Translates, normal(6, 4), normal(3, 4), padding),
+        plain("translator-T-equals-n", m.Translates, normal(6, 4), normal(5, 4), padding),
         plain("relative-bias", lambda: nn.Sequential(m.Block(6, reach=7)), normal(7, 6)),
         plain("relative-bias-T-equals-n", lambda: nn.Sequential(m.Block(6, reach=5)), normal(5, 6)),
     ]
@@ -367,6 +372,9 @@ def _interfaces() -> list[ModelCase]:
 
 
 def _hard() -> list[ModelCase]:
+    def padding(n: int, generator: Generator) -> Tensor:
+        return torch.arange(6) >= torch.randint(1, 7, (n, 1), generator=generator)
+
     rnn = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
     return [
         *(
@@ -384,13 +392,22 @@ def _hard() -> list[ModelCase]:
             normal(6, 3),
             tags="recurrent",
         ),
+        *(
+            plain(f"{name}-cell", lambda kind=kind: m.Cells(kind(3, 4)), normal(6, 3), tags="recurrent")
+            for name, kind in {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}.items()
+        ),
         plain("cross-attention", m.CrossAttention, normal(3, 8), normal(4, 6), normal(4, 5), tags="hard"),
-        plain("shared-row", m.SharedRow, normal(6, 4), tags="hard may_refuse"),
-        plain("shared-row-T-equals-n", m.SharedRow, normal(5, 4), tags="hard may_refuse"),
-        plain("learned-queries", m.LearnedQueries, normal(6, 4), tags="hard may_refuse"),
-        plain("windows", m.Windows, normal(6, 3), tags="hard may_refuse"),
-        plain("flattened", m.Flattened, normal(6, 3), tags="hard may_refuse"),
-        plain("experts", m.Experts, normal(6, 3), tags="hard may_refuse"),
+        plain("shared-row", m.SharedRow, normal(6, 4), tags="hard"),
+        plain("shared-row-T-equals-n", m.SharedRow, normal(5, 4), tags="hard"),
+        plain("learned-queries", m.LearnedQueries, normal(6, 4), tags="hard"),
+        plain("windows", m.Windows, normal(6, 3), tags="hard"),
+        plain("flattened", m.Flattened, normal(6, 3), tags="hard"),
+        plain("experts", m.Experts, normal(6, 3), tags="hard apiece"),
+        plain("expert-list", m.ExpertList, normal(6, 3), tags="hard apiece"),
+        plain("shuffled", m.Shuffled, normal(6, 3), tags="hard apiece"),
+        plain("unpadded", m.Unpadded, normal(6, 3), padding, tags="hard apiece"),
+        plain("by-hand", m.ByHand, normal(4), tags="hard apiece loop_only"),
+        plain("looping", m.Looping, normal(6, 3), padding, tags="hard apiece"),
     ]
 
 

@@ -7,7 +7,6 @@ on purpose), tied and stray parameters; so are the losses' scales: tiny, huge, n
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from dpkit.testing import ModuleCase, clipping_cases, modules
 from tests import models as m
-from tests.cases import language_loss, squared
 from tests.training import attach, drawing
-
-WIDTH = st.integers(1, 5)
-ACTIVATION = st.sampled_from([nn.Tanh, nn.GELU, nn.Sigmoid])
 
 
 @dataclass(frozen=True)
@@ -48,8 +44,8 @@ class Problem:
             torch.manual_seed(self.seed)
             return self.build().to(torch.float64)
 
-    def f(self, records: Sequence[int], **options: Any) -> tuple[Tensor, int]:
-        """f(D) for the data set of these records, and how many of them were not finite."""
+    def f(self, records: Sequence[int], owners: Sequence[int] | None = None, **options: Any) -> tuple[Tensor, int]:
+        """f(D) for the data set of these records, and how many (of the ``owners`` they are of) were not finite."""
         model = self.model()
         before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
         dataset = list(records) or [0]  # nobody: a data set of one, who is not drawn
@@ -57,9 +53,14 @@ class Problem:
         def collate(rows: list[int]) -> tuple[Tensor, ...]:
             return tuple(v[rows] for v in (self.inputs, self.targets, self.scales))
 
-        run = attach(model, dataset, loader={"collate_fn": collate}, **{**self.options, **options})
+        units = len(records)
+        if owners is not None and records:
+            options["privacy_unit"] = [owners[k] for k in records]
+            units = len(set(options["privacy_unit"]))
+        options = {**self.options, **options}
+        run = attach(model, dataset, units or 1, loader={"collate_fn": collate}, **options)
         assert run.engine.sample_rate == 1.0
-        with drawing(range(len(records))):
+        with drawing(range(units)):
             for x, y, s in run.loader:
                 run.optimizer.zero_grad()
                 losses = self.losses(model, x, y) * s
@@ -71,79 +72,6 @@ class Problem:
         assert sum(count for _, count in run.engine.accountant.ledger) == 1
         moved = before - nn.utils.parameters_to_vector(model.parameters()).detach()
         return moved * run.engine.expected_batch_size, run.engine.nonfinite_records
-
-
-def squared_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return squared(model(x), y[:, 0].double())
-
-
-def token_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return language_loss(model(x), y)
-
-
-@st.composite
-def mlps(draw: st.DrawFn) -> tuple[Callable[[], nn.Module], tuple[int, ...]]:
-    """Linear layers over 0 to 2 dimensions of positions, norms in between."""
-    widths = draw(st.lists(WIDTH, min_size=2, max_size=4))
-    bias, act = draw(st.booleans()), draw(ACTIVATION)
-    norm = draw(st.sampled_from([nn.Identity, nn.LayerNorm, nn.RMSNorm, m.LayerScale, m.OnePlusRMSNorm]))
-    first = draw(st.sampled_from([nn.Linear, m.EinsumLinear]))
-
-    def build() -> nn.Module:
-        layers: list[nn.Module] = [first(widths[0], widths[1])]
-        for i, o in itertools.pairwise(widths[1:]):
-            layers += [norm(i), act(), nn.Linear(i, o, bias=bias)]
-        return nn.Sequential(*layers)
-
-    return build, (*draw(st.sampled_from([(), (3,), (2, 3)])), widths[0])
-
-
-@st.composite
-def convolutions(draw: st.DrawFn) -> tuple[Callable[[], nn.Module], tuple[int, ...]]:
-    """Convolutions of 1 or 2 dimensions, with group or instance norm."""
-    d, groups, channels = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
-    kernel, stride, padding = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(0, 1))
-    side, transposed, act = draw(st.integers(3, 6)), draw(st.booleans()), draw(ACTIVATION)
-    conv = ((nn.ConvTranspose1d, nn.ConvTranspose2d) if transposed else (nn.Conv1d, nn.Conv2d))[d - 1]
-    instance = (nn.InstanceNorm1d, nn.InstanceNorm2d)[d - 1]
-    how = draw(st.sampled_from(["none", "group", "instance"]))
-
-    def build() -> nn.Module:
-        width = 2 * groups
-        norms = {"none": nn.Identity(), "group": nn.GroupNorm(2, width), "instance": instance(width, affine=True)}
-        first = conv(channels * groups, width, kernel, stride, padding, groups=groups)
-        second = (nn.Conv1d, nn.Conv2d)[d - 1](width, 2, 1)
-        return nn.Sequential(first, nn.Identity() if side < 5 else norms[how], act(), second)
-
-    return build, (channels * groups, *[side] * d)
-
-
-class TokenModel(nn.Module):
-    """Tokens, learned positions (a table, an embedding or none), a class token, attention, a head that may be tied."""
-
-    def __init__(
-        self, vocab: int, width: int, length: int, positions: str, token: bool, tied: bool, bias: bool
-    ) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(vocab, width, padding_idx=0 if bias else None)
-        self.table = nn.Parameter(torch.randn(length, width)) if positions == "table" else None
-        self.embedded = nn.Embedding(length, width) if positions == "embedding" else None
-        self.cls_token = nn.Parameter(torch.randn(1, 1, width)) if token else None
-        self.attention = m.Attention(width, heads=1, causal=not bias, reach=length + token if bias else 0)
-        self.head = nn.Linear(width, vocab, bias=False)
-        if tied:
-            self.head.weight = self.tokens.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens)
-        if self.table is not None:
-            x = x + self.table
-        if self.embedded is not None:
-            x = x + self.embedded(torch.arange(tokens.shape[1]))
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
-        x = x + self.attention(x)
-        return self.head(x if self.cls_token is None else x[:, 1:])
 
 
 SHARED: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
@@ -159,37 +87,21 @@ SHARED: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
 ]
 
 
+SHARED_CASES = st.sampled_from(SHARED).map(
+    lambda pair: ModuleCase(
+        pair[0], lambda n, generator: torch.randn(n, *pair[1], generator=generator, dtype=torch.float64)
+    )
+)
+
+
 @st.composite
 def problems(draw: st.DrawFn, least: int = 1, most: int = 6, wild: bool = True) -> Problem:
     """Any model with least to most records; `wild`: some records' losses are scaled by up to a million."""
-    n, seed = draw(st.integers(least, most)), draw(st.integers(0, 2**16))
-    generator = torch.Generator().manual_seed(seed)
-    kind = draw(st.sampled_from(["mlp", "convolution", "sequence", "shared"]))
-    losses = squared_losses
-    if kind == "sequence":
-        length = draw(st.sampled_from([n, max(n - 1, 1), 2, 4]))  # T == B with and without the one record more
-        vocab, width = draw(st.integers(2, 7)), draw(st.integers(1, 4))
-        arguments = draw(
-            st.tuples(st.sampled_from(["table", "embedding", "none"]), st.booleans(), st.booleans(), st.booleans())
-        )
-        build: Callable[[], nn.Module] = lambda: TokenModel(vocab, width, length, *arguments)  # noqa: E731
-        inputs = torch.randint(0, vocab, (n, length), generator=generator)
-        targets = inputs.roll(-1, 1).masked_fill(torch.rand(n, length, generator=generator) < 0.3, -100)
-        losses = token_losses
-    else:
-        kinds = {"mlp": mlps(), "convolution": convolutions(), "shared": st.sampled_from(SHARED)}
-        build, shape = draw(kinds[kind])
-        inputs = torch.randn(n, *shape, generator=generator, dtype=torch.float64)
-        targets = torch.randn(n, 1, generator=generator, dtype=torch.float64)
-    sizes = st.sampled_from([1.0, 0.0, 1e-9, 1e-3, 1e3, 1e6, -1e6]) if wild else st.just(1.0)
-    options = {
-        "clipping": draw(st.sampled_from(["flat", "automatic", "per_layer"])),
-        "loss_reduction": draw(st.sampled_from(["mean", "sum"])),
-        "max_physical_batch_size": draw(st.sampled_from([None, None, 1, 2, 3])),
-        "max_grad_norm": draw(st.sampled_from([1.0, 0.01, 30.0])),
-    }
-    scales = torch.tensor(draw(st.lists(sizes, min_size=n, max_size=n)), dtype=torch.float64)
-    return Problem(build, inputs, targets, scales, losses, options, draw(st.booleans()), seed)
+    case = draw(clipping_cases(modules=st.one_of(modules(), SHARED_CASES), least=least, most=most, wild=wild))
+    given = case.module
+    return Problem(
+        given.build, case.inputs, case.targets, case.scales, given.losses, case.options, case.strict, case.seed
+    )
 
 
 relaxed = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -202,6 +114,18 @@ def test_one_record_moves_the_step_by_at_most_C(problem: Problem, data: st.DataO
     x = data.draw(st.integers(0, problem.n - 1), label="the record that is removed")
     others = [k for k in range(problem.n) if k != x]
     gap = float((problem.f(range(problem.n))[0] - problem.f(others)[0]).norm())
+    assert gap <= problem.options["max_grad_norm"] * (1 + 1e-5)
+
+
+@relaxed
+@given(problem=problems(), data=st.data())
+def test_one_unit_moves_the_step_by_at_most_C(problem: Problem, data: st.DataObject) -> None:
+    """The same for a unit of several records, however many, averaged or summed, whole or in physical batches."""
+    owners = data.draw(st.lists(st.integers(0, 2), min_size=problem.n, max_size=problem.n), label="owners")
+    options: dict[str, Any] = {"unit_reduction": data.draw(st.sampled_from(["mean", "sum"]))}
+    options["max_physical_batch_size"] = data.draw(st.sampled_from([None, problem.n]))
+    others = [k for k in range(problem.n) if owners[k] != owners[0]]
+    gap = float((problem.f(range(problem.n), owners, **options)[0] - problem.f(others, owners, **options)[0]).norm())
     assert gap <= problem.options["max_grad_norm"] * (1 + 1e-5)
 
 

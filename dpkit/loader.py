@@ -1,0 +1,301 @@
+"""How a logical batch is served: through the user's own dataset, collate_fn and workers, in parts where asked for.
+
+Workers run ahead of what the user has; what counts, and what is saved, is what was served and worked on. An interrupted
+pass goes on by repeating its draws from the pass's beginning and serving those that were not done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader
+
+from . import randomness
+from .errors import SamplingError
+from .sampling import Sampling
+from .seeds import scramble, unforeseeable
+from .units import UnitIndex, Units, packed
+
+
+@dataclasses.dataclass(eq=False)
+class Draw:
+    """One physical batch in the user's hands.
+
+    Attributes:
+        units: whose its rows are.
+        last: whether it completes its logical batch, so that ``optimizer.step()`` releases.
+        logical, part: its place: the how-manieth logical batch of the pass, and which part of it.
+        number: how many batches with records were served before it in the pass.
+        done: whether it has been worked on, or skipped; then what follows it is next.
+    """
+
+    units: Units
+    last: bool
+    logical: int
+    part: int
+    number: int
+    done: bool = False
+
+    @property
+    def n(self) -> int:
+        """Rows in it; the records, where a record is the unit of privacy."""
+        return self.units.rows
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(logical batch, part) of what is to be done next: itself, until it is done."""
+        if not self.done:
+            return self.logical, self.part
+        return (self.logical + 1, 0) if self.last else (self.logical, self.part + 1)
+
+
+class _PhysicalBatches:
+    """The batch sampler behind `PrivateDataLoader`: splits logical draws, notes each in ``log`` (workers run ahead)."""
+
+    def __init__(self, sampling: Sampling, units: UnitIndex, generator: torch.Generator, max_size: int | None) -> None:
+        self.sampling, self.units, self.generator, self.max_size = sampling, units, generator, max_size
+        self.log: deque[Draw] = deque()
+        self.start, self.served = (0, 0), 0
+
+    def __len__(self) -> int:
+        return self.sampling.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.log = deque()
+        drawn = (self.units.drawn(k, self.generator) for k in self.sampling.draws(self.generator))
+        return self._serve(self.log, drawn, *self.start, self.served)
+
+    def _serve(
+        self, log: deque[Draw], draws: Iterator[list[list[int]]], logical: int, part: int, number: int
+    ) -> Iterator[list[int]]:
+        for k, drawn in enumerate(islice(draws, logical, None), logical):
+            parts = packed(drawn, self.max_size)
+            for j, mine in enumerate(parts):
+                if (k, j) < (logical, part):
+                    continue
+                sizes = tuple(len(rows) for rows in mine)
+                log.append(
+                    Draw(Units(sizes, self.units.averaged), last=j == len(parts) - 1, logical=k, part=j, number=number)
+                )
+                if mine:
+                    number += 1
+                    yield list(chain(*mine))
+
+
+class Listener(Protocol):
+    """The engine, as the loader sees it."""
+
+    def begin_pass(self) -> None: ...
+    def admits(self) -> bool: ...
+    def hand_out(self, draw: Draw) -> None: ...
+    def take_back(self, draw: Draw) -> None: ...
+    def empty_draw(self, draw: Draw) -> None: ...
+
+
+class PrivateDataLoader(DataLoader[Any]):
+    """The user's data loader with private batches; ``len`` is the number of logical batches (optimizer steps).
+
+    Attributes:
+        completed: how many passes came to their end.
+        inside: whether a pass is under way: begun, and neither at its end nor left.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        sampling: Sampling,
+        units: UnitIndex,
+        listener: Listener,
+        max_size: int | None,
+    ) -> None:
+        generator = loader.generator
+        if generator is None:
+            # not from torch's global one: amplification holds against those only who cannot repeat the draw
+            generator = unforeseeable()
+        self.completed, self.inside = 0, False
+        self._listener: Listener | None = listener
+        self._given = loader.generator
+        self._passes = 0
+        self._latest: Draw | None = None
+        self._place, self._served = (0, 0), 0  # where a resumed pass goes on, after how many batches with records
+        self._origin: dict[str, torch.Tensor] = {}  # the generators when this pass began
+        self._fetched: Draw | None = None
+        self._chance: dict[str, Any] = {}  # outside the engine, before that one was fetched
+        self._resumed: dict[str, Any] | None = None  # chance at the moment of the checkpoint, until the pass goes on
+        workers: dict[str, Any] = {}
+        self._workers: randomness.BatchChance | None = None
+        if loader.num_workers > 0:
+            self._workers = randomness.BatchChance(loader.collate_fn, loader.worker_init_fn)
+            workers = {
+                "prefetch_factor": loader.prefetch_factor,
+                "persistent_workers": loader.persistent_workers,
+                "multiprocessing_context": loader.multiprocessing_context,
+            }
+        super().__init__(
+            loader.dataset,
+            batch_sampler=_PhysicalBatches(sampling, units, generator, max_size),
+            num_workers=loader.num_workers,
+            collate_fn=self._workers or loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=self._workers.begin if self._workers is not None else None,
+            generator=torch.Generator(),  # for the workers' seeds alone
+            pin_memory_device=loader.pin_memory_device,
+            **workers,
+        )
+
+    def close(self) -> None:
+        """Stop serving: the engine has been detached."""
+        self._listener = None
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the draws repeat with a seed that somebody chose."""
+        return self._given is not None
+
+    @property
+    def units(self) -> UnitIndex:
+        """Whose rows are drawn together."""
+        return self._batches.units
+
+    @property
+    def _batches(self) -> _PhysicalBatches:
+        batches = self.batch_sampler
+        assert isinstance(batches, _PhysicalBatches)
+        return batches
+
+    # ---- serving
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        listener = self._listener
+        if listener is None:
+            raise SamplingError(
+                "this private data loader belongs to an engine that was detached",
+                why="nobody would count the batches it draws.",
+                cure="use the original data loader, or call make_private again.",
+            )
+        self._passes += 1
+        this = self._passes
+        inner = self._begin(listener)
+        try:
+            log = self._batches.log
+            while True:
+                chance = randomness.capture()
+                try:
+                    batch = next(inner)
+                except StopIteration:
+                    break
+                if self._passes != this:
+                    raise SamplingError(
+                        "an earlier pass over the data was resumed after a later one had begun",
+                        why="parts of two logical batches would meet in one sum, and a record may be in both.",
+                        cure="finish or leave one pass before the next; for two batches at a time call next() twice "
+                        "on one.",
+                    )
+                self._fetched, self._chance = next(d for d in log if d.n), chance
+                while log[0].n == 0 and listener.admits():
+                    self._serve_nobody(listener, log.popleft())
+                if not listener.admits():
+                    return
+                draw = self._latest = log.popleft()
+                listener.hand_out(draw)
+                yield batch
+                listener.take_back(draw)
+            while log and listener.admits():
+                self._serve_nobody(listener, log.popleft())
+            self.completed += not log
+        finally:
+            if self._passes == this:
+                self.inside, self._latest = False, None
+
+    def _begin(self, listener: Listener) -> Iterator[Any]:
+        """A new pass, or the rest of an interrupted one."""
+        chance, self._resumed = self._resumed, None
+        if chance is None:
+            listener.begin_pass()
+            self._place, self._served = (0, 0), 0
+            self._origin = {"draws": self._batches.generator.get_state(), "torch": torch.get_rng_state()}
+        else:
+            self._batches.generator.set_state(self._origin["draws"])
+            torch.set_rng_state(self._origin["torch"])
+        self.inside, self._latest, self._fetched = True, None, None
+        self._batches.start, self._batches.served = self._place, self._served
+        if self._workers is not None:
+            self._workers.first = self._served
+        seed = torch.empty((), dtype=torch.int64).random_(generator=self._given)  # in every pass, as torch does itself
+        self.generator.manual_seed(int(seed))
+        inner = super().__iter__()
+        if chance is not None:
+            randomness.restore(chance)
+        return inner
+
+    def _serve_nobody(self, listener: Listener, draw: Draw) -> None:
+        self._latest = draw
+        listener.empty_draw(draw)
+
+    # ---- state
+
+    def configuration(self) -> dict[str, Any]:
+        """What has to be the same where a saved state is loaded, in numbers and words."""
+        sampling: Any = self._batches.sampling
+        units = self._batches.units
+        fields = {f.name: getattr(sampling, f.name) for f in dataclasses.fields(sampling)}
+        return {
+            "records": len(self.dataset),  # type: ignore[arg-type]
+            "units": units.count,
+            "max_rows_per_unit": units.max_rows,
+            "augmentations": units.copies,
+            "unit_reduction": "mean" if units.averaged else "sum",
+            "max_physical_batch_size": self._batches.max_size,
+            **{name: value for name, value in fields.items() if isinstance(value, int | float | str)},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the pass, the generators that its draws repeat from, and the chance outside the engine."""
+        if self._resumed is not None:
+            chance = self._resumed
+        elif self.inside and self._fetched is not None and not self._fetched.done:
+            chance = self._chance  # it will be fetched again
+        else:
+            chance = randomness.capture()
+        place = self._latest.place if self._latest is not None else self._place
+        draws = self._batches.generator.get_state()
+        return {
+            "completed": self.completed,
+            "inside": self.inside,
+            "place": list(place),
+            "served": self._served if self._fetched is None else self._fetched.number + self._fetched.done,
+            "origin": self._origin if self.inside else {"draws": draws, "torch": torch.get_rng_state()},
+            "chance": chance,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there: where a pass was under way, the next one iterated is its rest."""
+        self._passes += 1  # an iterator that is still about belongs to another life
+        self.completed, self.inside = state["completed"], state["inside"]
+        self._place, self._served = tuple(state["place"]), state["served"]
+        self._latest, self._fetched, self._origin = None, None, state["origin"]
+        self._batches.generator.set_state(state["origin"]["draws"])
+        self._resumed = state["chance"] if state["inside"] else None
+        randomness.restore(state["chance"])
+
+    def reseed(self) -> None:
+        """Draw anew, by nobody's seed, from the current logical batch on; its parts that were served are forgotten."""
+        self._place = (self._place[0], 0)
+        generator = scramble(self._batches.generator)
+        self._origin = {**self._origin, "draws": generator.get_state()}
+
+
+def refuse_private(loader: object) -> None:
+    """Raise if the data loader is one that `make_private` returned."""
+    if isinstance(loader, PrivateDataLoader):
+        raise SamplingError(
+            "the data loader is private already",
+            why="its draws are counted by another engine.",
+            cure="pass the original one.",
+        )

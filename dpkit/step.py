@@ -1,0 +1,344 @@
+"""The private step of one model: from the drawn batch to the noisy gradient, and what there is to save in between.
+
+The loader hands batches out and takes them back (`dpkit.loader.Listener`), the optimizer calls before it steps; here
+they meet. σ and C have their one home here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dpkit.accountants import Event, Gaussian
+
+from .clipping import Clipping, Learning, noises_of
+from .correlated import Correlated
+from .errors import ConfigurationError, DoubleUseError, UncoveredParameterError, UnfinishedStepError
+from .forms import joined
+from .loader import Draw
+from .noise import Source
+from .paced import Paced
+from .proof import prove, refuse_coupled_losses
+from .sampling import Sampling
+from .scaler import LossScale, placeholders
+from .spending import Spending
+from .state import Part, Stateful
+from .sums import ClippedSum
+from .tape import Tape
+
+
+class PrivateStep:
+    """What happens to one model between two optimizer steps.
+
+    Guarantee: what reaches ``p.grad`` is the clipped sum over the drawn records with the noise that is due, counted by
+    ``spending`` before anybody can see it.
+
+    Attributes:
+        noise_multiplier, max_grad_norm: σ and C of the next logical batch.
+        nonfinite_records: records left out because their gradient was not finite.
+        strictly_examined: whether losses were given one by one, and seen to be each of its own record.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        sampling: Sampling,
+        clipping: Clipping,
+        noise: Source,
+        spending: Spending,
+        *,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        loss_reduction: str,
+        batch_first: bool,
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.sampling = model, optimizer, sampling
+        self.clipping, self.noise, self.spending = clipping, noise, spending
+        self.noise_multiplier, self.max_grad_norm = noise_multiplier, max_grad_norm
+        self.loss_reduction = loss_reduction
+        self._loss_scale, self._factor = loss_scale, 1.0
+        if isinstance(clipping, Learning) and isinstance(noise, Correlated):
+            raise ConfigurationError(
+                "adaptive clipping with correlated noise",
+                why="what sum and count cost together is known for independent noise only.",
+                cure="use another clipping, or noise=None.",
+            )
+        noises_of(clipping, noise_multiplier, sampling.expected_batch_size)  # raises where they cannot amount to sigma
+        self.nonfinite_records = 0
+        self._given = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm}
+        self._draw: Draw | None = None
+        self._sum: ClippedSum | None = None
+        self._charged: float | None = None  # fixed batches: the least σ charged for in this pass
+        self.strictly_examined = False
+        self.tape = Tape(model, batch_first=batch_first)
+        try:
+            self._trainable()
+        except Exception:
+            self.tape.detach()
+            raise
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
+
+    def detach(self) -> None:
+        """Give model and optimizer back as they were."""
+        self.drop()
+        self.tape.detach()
+        self._hook.remove()
+        if self._loss_scale is not None:
+            self._loss_scale.release()
+
+    def event(self, noise_multiplier: float | None = None) -> Event | None:
+        """What a release (with this σ) costs now; None where the pass has paid for it."""
+        sigma = self.noise_multiplier if noise_multiplier is None else noise_multiplier
+        return self.sampling.event(Gaussian(sigma), first=self._charged is None or sigma < self._charged)
+
+    # ---- the loader's side
+
+    def begin_pass(self) -> None:
+        """A new pass over the data: what an abandoned one left unfinished is dropped; it was never released."""
+        self.drop()
+        self._charged = None
+        if isinstance(self.sampling, Paced) and self.sampling.begin_pass() and isinstance(self.noise, Correlated):
+            self.noise.restart()
+
+    def admits(self) -> bool:
+        """Whether the budget allows for the next logical batch; the rest of one that was begun always is."""
+        return self._sum is not None or self.spending.admits(self.event())
+
+    def hand_out(self, draw: Draw) -> None:
+        """A physical batch goes to the user."""
+        if self._sum is None:
+            self._sum = self._begin_sum()
+        for p in self._parameters():
+            p.grad = None
+        self._draw = draw
+        if self._loss_scale is None:
+            self.tape.open(draw.n)
+        else:
+            self._factor = self._loss_scale.current()
+            self.tape.open(draw.n, placeholders(list(self._trainable())))
+
+    def _begin_sum(self) -> ClippedSum:
+        if isinstance(self.noise, Correlated) and self.noise_multiplier != self._given["noise_multiplier"]:
+            raise ConfigurationError(
+                f"noise_multiplier was changed to {self.noise_multiplier:g} under correlated noise",
+                why="a step's noise takes back that of the steps before; what a changing one costs is not known.",
+                cure="keep it as it was given, or use independent noise (noise=None).",
+            )
+        batch = self.sampling.expected_batch_size
+        return ClippedSum(self.clipping, self.noise_multiplier, self.max_grad_norm, batch)
+
+    def take_back(self, draw: Draw) -> None:
+        """The user asks for the next batch."""
+        if self._draw is not draw:
+            return  # its step has been taken
+        if draw.last and self.tape.batch is not None and self.tape.batch.forms:
+            self.drop()
+            raise UnfinishedStepError(
+                "the next batch was asked for, and the last one was back-propagated without optimizer.step()",
+                why="a record could enter one step through several draws, each clipped by itself.",
+                cure="call optimizer.step() after every batch. To gather gradients over several physical batches give "
+                "make_private(max_physical_batch_size=...): the step is then taken on the last of them only.",
+            )
+        self._close(draw)
+        if draw.last:
+            self.drop()
+            if isinstance(self.sampling, Paced):
+                raise UnfinishedStepError(
+                    "a batch was drawn and no step was taken on it, under correlated noise",
+                    why="how far apart two participations of a record are is counted in steps.",
+                    cure="call optimizer.step() on every batch, or leave the pass (break) and begin another.",
+                )
+
+    def empty_draw(self, draw: Draw) -> None:
+        """Nobody was drawn: the noisy step is taken, and accounted, all the same."""
+        self.hand_out(draw)
+        self.optimizer.step()
+
+    def drop(self) -> None:
+        """Forget an unfinished logical batch; nothing of it was released."""
+        self.tape.close()
+        if self._draw is not None:
+            for p in self._parameters():
+                p.grad = None
+        self._draw, self._sum = None, None
+
+    # ---- the user's side
+
+    def backward(self, losses: Tensor) -> None:
+        """The strict door; see `dpkit.PrivacyEngine.backward`."""
+        if self.tape.paused:
+            losses.mean().backward()
+            return
+        if losses.ndim == 2 and losses.shape[1] == 1:
+            losses = losses.squeeze(1)
+        if losses.ndim != 1:
+            raise ConfigurationError(
+                f"losses has shape {list(losses.shape)}",
+                why="a loss that was reduced over records, or broadcast to a matrix, is not one loss a record.",
+                cure='compute it with reduction="none" and bring it to shape [n].',
+            )
+        batch = self.tape.batch
+        if batch is None or losses.shape[0] != batch.n:
+            raise DoubleUseError(
+                f"{losses.shape[0]} losses for {batch.n if batch else 0} drawn records",
+                why="each record that was drawn enters the step once.",
+                cure="compute the losses of the batch that the private loader has just yielded.",
+            )
+        if not self.strictly_examined and batch.n > 1:
+            self.strictly_examined = refuse_coupled_losses(self.tape, batch, losses)
+        (losses.mean() if self.loss_reduction == "mean" else losses.sum()).backward()
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.tape.paused:
+            return
+        if any(a is not None for a in (*args[1:], *kwargs.values())):
+            raise ConfigurationError(
+                "optimizer.step() was given a closure",
+                why="it would back-propagate after the gradient of this step has been clipped and noised.",
+                cure="run forward and backward before optimizer.step().",
+            )
+        draw = self._draw
+        if draw is None:
+            if any(p.grad is not None for p in self._parameters()):
+                raise DoubleUseError(
+                    "optimizer.step() without a batch: the last one's step was taken, or none was drawn",
+                    why="the gradients at hand are not those of a drawn, clipped and accounted batch.",
+                    cure="call optimizer.step() once for each batch of the private loader; for public data use "
+                    "engine.paused().",
+                )
+            return
+        try:
+            self._close(draw)
+            if draw.last:
+                self._release()
+        except BaseException:
+            self.drop()
+            raise
+
+    @torch.no_grad()
+    def _close(self, draw: Draw) -> None:
+        """End a physical batch: prove, clip, and add its weighted sums to those of the logical batch."""
+        batch = self.tape.close()
+        self._draw = None
+        if batch is None:
+            return
+        draw.done = True
+        batch.unmark()
+        trainable = self._trainable()
+        prove(self.tape, batch)
+        forms = {p: joined(found) for p, found in batch.forms.items() if p.requires_grad}
+        for p in forms:
+            if p not in trainable:
+                raise UncoveredParameterError(
+                    f"{self.tape.name(p)} received a gradient, but the optimizer does not hold it",
+                    why="it would take its share of the clipping norm and never be trained or accounted.",
+                    cure="add it to the optimizer (optimizer.add_param_group) or freeze it.",
+                )
+        if forms and self._sum is not None:
+            scale = (float(batch.n) if self.loss_reduction == "mean" else 1.0) / self._factor
+            self.nonfinite_records += self._sum.add(forms, trainable, draw.units, scale)
+
+    @torch.no_grad()
+    def _release(self) -> None:
+        """Sums + noise, divided by the expected batch size, become ``p.grad``; the ledger is written first."""
+        clipped, self._sum = self._sum, None
+        assert clipped is not None
+        trainable = self._trainable()
+        sums = clipped.take(trainable)
+        self.noise.add_to(sums, clipped.std)
+        observed = clipped.take_observed()
+        self.noise.add_to(observed, clipped.observed_std)
+        grads = [
+            total.div_(self.sampling.expected_batch_size).view(p.shape).to(p.dtype)
+            for p, total in zip(trainable, sums, strict=True)
+        ]
+        event = self.event(clipped.noise_multiplier)
+        self.spending.record(event, [*grads, *observed])
+        if event is not None:
+            self._charged = clipped.noise_multiplier
+        if isinstance(self.sampling, Paced):
+            self.sampling.advance()
+        if observed and self.max_grad_norm == clipped.max_grad_norm:  # else it was set by hand meanwhile
+            self.max_grad_norm = clipped.learned(float(observed[0]))
+        for p, grad in zip(trainable, grads, strict=True):
+            p.grad = grad
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """The optimizer's parameters."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _trainable(self) -> dict[nn.Parameter, int]:
+        """The trainable parameters that the optimizer holds, in its order, with their position."""
+        known = self.tape.parameters()
+        found: dict[nn.Parameter, int] = {}
+        for p in self._parameters():
+            if p not in known:
+                raise UncoveredParameterError(
+                    f"the optimizer holds a parameter {list(p.shape)} that is not in the model",
+                    why="its gradient would not be clipped per record.",
+                    cure="make it part of the module given to make_private, or train it elsewhere on public data.",
+                )
+            if p.requires_grad:
+                found[p] = len(found)
+        return found
+
+    # ---- state
+
+    def parts(self, inside: bool) -> dict[str, Stateful]:
+        """All that has a state here; ``inside``: whether a pass is under way, so that its sums go on."""
+        parts: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer, "noise": self.noise}
+        if isinstance(self.clipping, Stateful):
+            parts["clipping"] = self.clipping
+        if isinstance(self.sampling, Stateful):
+            parts["sampling"] = self.sampling
+        parts["step"] = Part(lambda: self._state(inside), self._load)
+        return parts
+
+    def configuration(self) -> dict[str, Any]:
+        """What has to be the same where a saved state is loaded, in numbers and words."""
+        model = self.model.state_dict()
+        return {
+            **self._given,
+            "noise": repr(self.noise.correlation) if isinstance(self.noise, Correlated) else "independent",
+            "clipping": repr(self.clipping) if is_dataclass(self.clipping) else type(self.clipping).__name__,
+            "loss_reduction": self.loss_reduction,
+            "optimizer": type(self.optimizer).__name__,
+            "parameter groups": [len(group["params"]) for group in self.optimizer.param_groups],
+            **{f"model's {k}": f"{v.dtype} {list(v.shape)}" for k, v in model.items() if isinstance(v, Tensor)},
+        }
+
+    def forget(self) -> None:
+        """Go on with fresh noise and without what was begun; what a pass has paid for is paid anew."""
+        self.drop()
+        self._charged = None
+        self.noise.reseed()
+        if isinstance(self.sampling, Paced):
+            self.sampling.restart()
+
+    def _state(self, inside: bool) -> dict[str, Any]:
+        names = self.tape.parameters()
+        return {
+            "noise_multiplier": self.noise_multiplier,
+            "max_grad_norm": self.max_grad_norm,
+            "charged": self._charged if inside else None,
+            "nonfinite_records": self.nonfinite_records,
+            "trainable": [name for p, name in names.items() if p.requires_grad],
+            "sum": self._sum.state_dict(names) if self._sum is not None and inside else None,
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.drop()
+        self.noise_multiplier, self.max_grad_norm = state["noise_multiplier"], state["max_grad_norm"]
+        self._charged, self.nonfinite_records = state["charged"], state["nonfinite_records"]
+        parameters = {name: p for p, name in self.tape.parameters().items()}
+        for name, p in parameters.items():
+            p.requires_grad_(name in state["trainable"])
+        if state["sum"] is not None:
+            self._sum = self._begin_sum()
+            self._sum.load_state_dict(state["sum"], parameters)

@@ -1,0 +1,114 @@
+"""The clipped sum of one logical batch: what is released, before noise. Its sensitivity travels with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .clipping import Clipping, Learning, noises_of
+from .forms import Form
+from .units import Units
+
+
+class ClippedSum:
+    """Σ over units (records) of weight · gradient, gathered over the physical batches of one logical batch.
+
+    Guarantee: adding or removing one unit moves all totals together by at most ``sensitivity``.
+
+    Args:
+        clipping: how a record's weight follows from its norms.
+        noise_multiplier, max_grad_norm: σ and C of this logical batch, fixed when its first part was handed out.
+        expected_batch_size: B, by which a clipping that learns C judges its count.
+    """
+
+    def __init__(
+        self, clipping: Clipping, noise_multiplier: float, max_grad_norm: float, expected_batch_size: float
+    ) -> None:
+        self.clipping, self.noise_multiplier, self.max_grad_norm = clipping, noise_multiplier, max_grad_norm
+        self.expected_batch_size = expected_batch_size
+        self._observed = 0.0
+        self._totals: dict[nn.Parameter, Tensor] = {}
+
+    @property
+    def sensitivity(self) -> float:
+        return self.clipping.sensitivity(self.max_grad_norm)
+
+    @property
+    def std(self) -> float:
+        """The standard deviation of the noise that is due."""
+        return noises_of(self.clipping, self.noise_multiplier, self.expected_batch_size)[0] * self.sensitivity
+
+    @property
+    def observed_std(self) -> float:
+        """The standard deviation of the noise that is due to what is observed beside the sum."""
+        return noises_of(self.clipping, self.noise_multiplier, self.expected_batch_size)[1]
+
+    def add(self, forms: dict[nn.Parameter, Form], columns: dict[nn.Parameter, int], units: Units, scale: float) -> int:
+        """Clip the units (records) of one physical batch and add them up.
+
+        Args:
+            forms: the gradients of the batch's rows, per parameter.
+            columns: every trainable parameter's column in the norms [u, k].
+            units: whose the rows are.
+            scale: what the loss was divided by: a row's gradient is ``scale`` times its form.
+
+        Returns:
+            How many units were left out because their gradient is not finite.
+        """
+        squares = [units.sq_norm(f) for f in forms.values()]
+        wide = max((s.dtype for s in squares), key=lambda d: torch.finfo(d).bits)
+        norms = torch.zeros(len(units.sizes), len(columns), dtype=wide, device=squares[0].device)
+        norms[:, [columns[p] for p in forms]] = torch.stack([s.to(norms) for s in squares], 1).sqrt() * scale
+        finite = torch.isfinite(norms).all(1)
+        if not bool(finite.all()):
+            keep = finite.nonzero().flatten()
+            units, rows = units.take(keep)
+            forms, norms = {p: f.take(rows) for p, f in forms.items()}, norms[keep]
+        if isinstance(self.clipping, Learning):
+            self._observed += float(self.clipping.observed(norms, self.max_grad_norm).sum())
+        weights = self.clipping.weights(norms, self.max_grad_norm) * scale
+        for p, form in forms.items():
+            w = weights if weights.ndim == 1 else weights[:, columns[p]]
+            total = form.weighted_sum(units.spread(w).to(p.device))
+            held = self._totals.get(p)
+            self._totals[p] = total if held is None else held.add_(total)
+        return len(finite) - len(norms)
+
+    def take_observed(self) -> list[Tensor]:
+        """What a clipping that learns C has observed [1] (float64); nothing for the others."""
+        return [torch.tensor([self._observed], dtype=torch.float64)] if isinstance(self.clipping, Learning) else []
+
+    def learned(self, observed: float) -> float:
+        """C of the next logical batch, from what was observed, with its noise."""
+        assert isinstance(self.clipping, Learning)
+        return self.clipping.learned(self.max_grad_norm, observed, self.expected_batch_size)
+
+    def take(self, parameters: dict[nn.Parameter, int]) -> list[Tensor]:
+        """The totals [numel], float32 or wider, zero where a parameter had no gradient; they are the caller's now."""
+        totals, self._totals = self._totals, {}
+        return [
+            totals[p] if p in totals else torch.zeros(p.numel(), device=p.device, dtype=_wide(p)) for p in parameters
+        ]
+
+    def state_dict(self, names: dict[nn.Parameter, str]) -> dict[str, Any]:
+        """σ, C, what was observed, and the totals by parameter name."""
+        return {
+            "noise_multiplier": self.noise_multiplier,
+            "max_grad_norm": self.max_grad_norm,
+            "observed": self._observed,
+            "totals": {names[p]: total.clone() for p, total in self._totals.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], parameters: dict[str, nn.Parameter]) -> None:
+        """What `state_dict` gave, for a model whose parameters have the same names."""
+        self.noise_multiplier, self.max_grad_norm = state["noise_multiplier"], state["max_grad_norm"]
+        self._observed = state["observed"]
+        self._totals = {
+            parameters[name]: total.to(parameters[name].device, copy=True) for name, total in state["totals"].items()
+        }
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
