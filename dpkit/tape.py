@@ -216,6 +216,9 @@ class Tape:
             self.stand_in(frame, router)
         if isinstance(router, probe.Recorder):
             router.visit(module, args, kwargs)
+            if isinstance(module, nn.EmbeddingBag):
+                given = [*args, *kwargs.values()]
+                checks.refuse_loose_bags(self.path(module), given[0], given[1:], router.taint.has)
         if module in self.apiece:
             return self._part(frame, args, kwargs, router)
         if packed is not None and brings_back(module):
@@ -401,6 +404,7 @@ class Tape:
         plan = self._plans.get(key)
         tensors = [v for v in leaves((args, kwargs)) if isinstance(v, Tensor)]
         if plan is None:
+            checks.refuse_packed(self.path(module), (*args, *kwargs.values()))
             dims = self._find_records(tensors, batch.n)
             if not any(d is not None for d in dims):
                 sizes = sorted({tuple(t.shape)[:1] for t in tensors})
