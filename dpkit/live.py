@@ -100,10 +100,11 @@ class Live:
         name = probe.name_of(func)
         k = self._operated[origin, name]
         self._operated[origin, name] += 1
-        if kwargs.get("out") is not None and not torch.is_grad_enabled():
+        out = kwargs.get("out")
+        if out is not None and not isinstance(out, StandIn) and not torch.is_grad_enabled():
             plain_args, plain_kwargs = tree_map(lambda v: v.value if isinstance(v, StandIn) else v, (args, kwargs))
             func(*plain_args, **plain_kwargs)
-            return kwargs["out"]
+            return out
         known = [s for s in self.plan.ops.get((origin, name, k), []) if s.fits(values, self.n)]
         if known:
             site = known[0]
@@ -115,8 +116,6 @@ class Live:
             probe.refuse_folded(self.tape.name(origin), name, site.folded)
         self.quiet += 1
         try:
-            if not torch.is_grad_enabled() and not any(isinstance(v, StandIn) and v.records for v in values):
-                return self._constant(func, args, kwargs, site, origin)
             fast = self._by_rule(func, args, kwargs, site)
             return self._by_copies(func, args, kwargs, values, site, name, origin) if fast is None else fast
         finally:
@@ -227,18 +226,6 @@ class Live:
             data = r.join(copies)
             return data if site.data else StandIn.of(data, weight, self, copies=copies, records=r)
         return None
-
-    def _constant(self, func: Any, args: Any, kwargs: Any, site: probe.Site, origin: nn.Parameter) -> Any:
-        """Without gradient, a parameter is its value, the same for all records (spectral norm's power iteration)."""
-        plain_args, plain_kwargs = tree_map(lambda v: v.value if isinstance(v, StandIn) else v, (args, kwargs))
-        out = func(*plain_args, **plain_kwargs)
-
-        def stand(v: Any) -> Any:
-            if site.data or not isinstance(v, Tensor):
-                return v
-            return StandIn.of(v, origin, self, copies=v.detach().expand(self.n, *v.shape))
-
-        return tree_map(stand, out)
 
     def _seen(self, parameter: nn.Parameter) -> Tensor:
         """The parameter as the operation sees it: detached, unless autograd's gradient is wanted for the proof."""
