@@ -164,10 +164,11 @@ class Recorder:
     def _seen(self, tree: Any) -> list[Seen | None]:
         return [Seen.of(v, self.n) for v in leaves(tree)]
 
-    def _moved(self, move: Move) -> None:
+    def _moved(self, move: Move) -> Tensor | None:
         if not self.quiet:
             seen = [Seen.of(v, self.n) for v in (move.base, move.values, move.out)]
             self.moves.append(Moved(move.name, self.inside(), *seen))
+        return None
 
     def call(self, layer: nn.Module, args: Any, kwargs: Any) -> bool:
         """Note a call of a layer with a rule. Returns whether it may use the rule: its input comes from the batch."""

@@ -215,11 +215,16 @@ class Tape:
             self.stand_in(frame, router)
         if isinstance(router, probe.Recorder):
             router.visit(module, args, kwargs)
+        if isinstance(module, nn.RNNBase):  # knows its records' order itself (`dpkit.apart`)
+            if isinstance(router, Live):
+                router.in_order(module, (args, kwargs))
+            frame.quiet = True
+            router.quiet += 1
         if module in self.apiece:
             return self._part(frame, args, kwargs, router)
         if self.rules[module] is not None and self.uses_rule(module, args, kwargs, frame, router):
+            router.quiet += not frame.quiet
             frame.quiet = True
-            router.quiet += 1
             own = module._parameters
             seen_by_autograd = self.batch.unproven if isinstance(router, Live) and self.batch else frozenset()
             for name, p in own.items():
@@ -233,12 +238,13 @@ class Tape:
         """Split the call of a module that runs on one record at a time; while probing, run it as it is."""
         module, arguments = frame.module, (args, kwargs)
         frame.router, self.router = router, None  # whatever happens inside is no concern of the tape's
+        router.quiet += not frame.quiet
         frame.quiet = True
-        router.quiet += 1
         if isinstance(router, probe.Recorder):
             router.call(module, args, kwargs)
         elif torch.is_grad_enabled():
             router.culprit = module
+            router.in_order(module, arguments)
             site = router.site(module, router.count(module), leaves(arguments))
             if site.folded is not None:
                 probe.refuse_folded(self.path(module), f"a call of {type(module).__name__}", site.folded)
@@ -283,6 +289,7 @@ class Tape:
         if not any(trains(p) for p in self._own(module).values()):
             return False
         router.culprit = module
+        router.in_order(module, (args, kwargs))
         site = router.site(module, k, leaves((args, kwargs)))
         if not site.data or any(isinstance(v, StandIn) for v in leaves((args, kwargs))):
             return False
@@ -332,6 +339,8 @@ class Tape:
             router.visited(module, output)
             if self.rules[module] is not None or module in self.apiece:
                 router.returned(module, output)
+        elif isinstance(module, nn.RNNBase):
+            router.recurred(output)
         elif frame.site is not None and torch.is_grad_enabled():
             output = self.tapped(module, frame.site, args, kwargs, output, router)
         return output

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import TensorDataset
 
 import dpkit
@@ -242,6 +243,44 @@ def test_outputs_of_several_sizes(lengths: list[int]) -> None:
         else:
             with pytest.raises(dpkit.UncoveredParameterError, match="another size for each"):
                 fit()
+
+
+class Sorted(nn.Module):
+    """Sorts its records by length for a recurrent layer: by torch's own packing, or by hand."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.layer, self.head = how, nn.GRU(4, 3, batch_first=True), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = (x[..., 0] > 0).sum(1).clamp(min=1)
+        if self.how == "packed":
+            return self.head(self.layer(pack_padded_sequence(x, lengths, True, enforce_sorted=False))[1][0])
+        order = lengths.argsort(descending=True, stable=True)
+        if self.how == "moved":  # no parameter meets them in between
+            return self.head(self.layer(x[order][order.argsort()])[1][0])
+        last = self.layer(pack_padded_sequence(x[order], lengths[order], True))[1][0]
+        return self.head(last[order.argsort()])
+
+
+@pytest.mark.parametrize("how", ["packed", "moved", "by hand"])
+@pytest.mark.parametrize("counts", [[4, 3, 2, 1], [1, 4, 2, 3]])
+def test_records_sorted_by_their_data(how: str, counts: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    """What torch's packing does is followed; by hand, a parameter meets other records than its place says."""
+    model, batch = Sorted(how).double(), (tokens(counts).double(), torch.linspace(-1, 1, 4).double())
+    total = clipped_sum(model, losses, batch, 4, 0.3)
+    step = private_step(model, losses, batch, 0.3, loss_reduction="sum")
+    assert norm({k: 4 * step[k] + total[k] for k in total}) <= 1e-10 * norm(total)
+    assert ("one record at a time" in caplog.text) == (how == "by hand" and counts[0] == 1)
+
+
+def test_records_sorted_by_their_data_later() -> None:
+    """The first batch happens to be in order, the second is not."""
+    dataset = data([4, 3, 2, 1, 2, 4])
+    for how in ("packed", "moved"):
+        steps(Sorted(how), dataset, [0, 1, 2, 3], [2, 3, 4, 5])
+    with pytest.raises(dpkit.CoupledRecordsError, match="stand in another order"):
+        steps(Sorted("by hand"), dataset, [0, 1, 2, 3], [2, 3, 4, 5])
 
 
 # --- where the records are, from two shapes ---
