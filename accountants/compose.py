@@ -138,7 +138,7 @@ def _kurtosis(pilots: Sequence[Atoms], counts: Sequence[int], theta: float, vari
         with np.errstate(divide="ignore"):
             weight = np.exp(theta * atoms.loss + np.log(atoms.mass) - k)
         fourth += n * (float(np.dot(weight, (atoms.loss - m) ** 4)) - 3.0 * v * v)
-    return fourth / max(variance, 1e-300) ** 2
+    return fourth / max(variance, 1e-150) ** 2
 
 
 def _reach_down(pilots: Sequence[Atoms] | Sequence[Lattice], counts: Sequence[int]) -> float:
@@ -210,7 +210,7 @@ def jump_plan(pairs: Sequence[Pair], counts: Sequence[int], plan: Plan, *, epsil
         low = high - 1.0
         while guess(math.exp(low)).log_delta < plan.log_delta and low > high - 30.0:
             low -= 1.0
-        rising = (lambda x: guess(math.exp(x)).log_delta - plan.log_delta)
+        rising = lambda x: guess(math.exp(x)).log_delta - plan.log_delta
         at = root(rising, low, high, xtol=0.01) if rising(high) < 0.0 < rising(low) else high
         epsilon = math.exp(at)
     here, there = guess(epsilon), guess(epsilon * 1.02)
@@ -324,9 +324,7 @@ def build(
     return spectrum, cost
 
 
-def refine(
-    pairs: Sequence[Pair], plan: Plan, spectrum: Spectrum, counts: tuple[int, ...], epsilon: float
-) -> Plan:
+def refine(pairs: Sequence[Pair], plan: Plan, spectrum: Spectrum, counts: tuple[int, ...], epsilon: float) -> Plan:
     """The plan again, with epsilon and the slope of log delta there as first found."""
     dx = max(1e-3 * epsilon, 2.0 * spectrum.step)
     slope = (spectrum.log_delta(epsilon, counts) - spectrum.log_delta(epsilon + dx, counts)) / dx

@@ -128,7 +128,9 @@ class SmoothPair(Pair):
         forward = -edges[::-1] if self.flipped else edges
         y_edges = self.inverse(forward)
         # near the ends of the support many y share one float: the outer edges take them all
-        ends = self.inverse(np.array([forward[0] - 8.0 * U * abs(forward[0]), forward[-1] + 8.0 * U * abs(forward[-1])]))
+        ends = self.inverse(
+            np.array([forward[0] - 8.0 * U * abs(forward[0]), forward[-1] + 8.0 * U * abs(forward[-1])])
+        )
         y_edges[0], y_edges[-1] = min(y_edges[0], float(ends[0])), max(y_edges[-1], float(ends[1]))
         low, high = self._clip(y_edges)
         y_edges = np.clip(y_edges, low, high)

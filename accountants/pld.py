@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from . import gaussian
+from . import gaussian, single
 from .accountant import Accountant, check_delta, check_epsilon
 from .compose import MAX_SIZE, Chernoff, Plan, build, chernoff, jump_plan, make_plan, refine, solve_epsilon
 from .errors import AccountingError
@@ -37,6 +37,8 @@ class Direction:
         self._seen: Counts | None = None
         self._intrinsic = [pair.infinite for pair in pairs]
         self._quick: Chernoff | None = None
+        self._last: float | None = None
+        """The last epsilon found: in a training loop the next one is near."""
 
     def _floor(self, counts: Counts) -> float:
         """log of the mechanism's own P(L = ∞)."""
@@ -85,15 +87,30 @@ class Direction:
         """The bound on epsilon at exp(log_delta)."""
         if self._floor(counts) >= log_delta:
             return math.inf
+        if sum(counts) == 1:
+            return single.epsilon(self._only(counts), log_delta, upper=upper)
         value = self._search(counts, log_delta, tolerance, upper)
         return min(value, self.pure(counts)) if upper and self._floor(counts) == -math.inf else value
 
-    def _search(self, counts: Counts, log_delta: float, tolerance: float, upper: bool) -> float:
+    def _only(self, counts: Counts) -> Pair:
+        """The pair that runs, where one does, once."""
+        return self.pairs[counts.index(1)]
+
+    def _stored(self, counts: Counts, log_delta: float, tolerance: float, upper: bool) -> float | None:
+        """The answer of a spectrum that is there already, if it is good enough."""
         for built in reversed(self._built[upper]):
             if built.spectrum.fits(counts):
-                answer = solve_epsilon(built.spectrum, counts, log_delta, built.plan.epsilon)
+                answer = solve_epsilon(built.spectrum, counts, log_delta, self._last or built.plan.epsilon)
                 if self._good(built, counts, answer, log_delta, tolerance):
+                    if 0.0 < answer < math.inf:
+                        self._last = answer
                     return answer
+        return None
+
+    def _search(self, counts: Counts, log_delta: float, tolerance: float, upper: bool) -> float:
+        stored = self._stored(counts, log_delta, tolerance, upper)
+        if stored is not None:
+            return stored
         room = self._room(counts) if upper else counts
         plan = self._plan(room, log_delta)
         best = math.inf if upper else 0.0
@@ -137,12 +154,17 @@ class Direction:
 
     def epsilon_beyond(self, counts: Counts, log_delta: float, tolerance: float, known: float) -> float:
         """max(known, the upper bound on epsilon), at less cost where a cruder bound stays within ``known``."""
+        if sum(counts) == 1:
+            return max(known, self.epsilon(counts, log_delta, tolerance, upper=True))
         if self._floor(counts) == -math.inf and self.pure(counts) <= known:
             return known
         if self._quick is not None and self._quick.epsilon(counts, log_delta) <= known:
             return known
         if self._floor(counts) >= log_delta:
             return math.inf
+        stored = self._stored(counts, log_delta, 100.0 * tolerance, upper=True)
+        if stored is not None and stored <= known:
+            return known
         self._quick = chernoff(self.pairs, counts, self._plan(counts, log_delta))
         if self._quick.epsilon(counts, log_delta) <= known:
             return known
@@ -152,6 +174,8 @@ class Direction:
 
     def log_delta_beyond(self, counts: Counts, epsilon: float, tolerance: float, known: float) -> float:
         """max(known, the upper bound on log delta), at less cost where a cruder bound stays within ``known``."""
+        if sum(counts) == 1:
+            return max(known, self.log_delta(counts, epsilon, tolerance, upper=True))
         if self._quick is not None and self._quick.log_delta(counts, epsilon) <= known:
             return known
         if self._floor(counts) < -700.0 and known > -700.0 and math.isfinite(epsilon):
@@ -172,6 +196,8 @@ class Direction:
         """The bound on log delta at ``epsilon``."""
         if self._floor(counts) >= 0.0 or epsilon >= self.pure(counts):
             return self._floor(counts)  # no finite loss lies beyond
+        if sum(counts) == 1:
+            return single.log_delta(self._only(counts), epsilon, upper=upper)
         for built in reversed(self._built[upper]):
             if built.spectrum.fits(counts):
                 answer = built.spectrum.log_delta(epsilon, counts)

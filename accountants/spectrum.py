@@ -367,7 +367,9 @@ class Spectrum:
                         # E e^x = Q + E x + E(e^x − 1 − x): the digits of a small moment are kept
                         total = float(q.sum())
                         small = float(np.dot(q, np.expm1(exponent) - exponent)) + float(np.dot(q, exponent))
-                        moments.append(math.log(total + small) - kept + 1e-14 * (1.0 + float(np.dot(q, np.abs(exponent)))))
+                        moments.append(
+                            math.log(total + small) - kept + 1e-14 * (1.0 + float(np.dot(q, np.abs(exponent))))
+                        )
                     else:
                         moments.append(math.inf)
                 self._low.append((t, moments))

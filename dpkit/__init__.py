@@ -17,7 +17,7 @@ if not (_here / "accountants").is_dir():
     __path__.append(str(_here.parent))
 
 if TYPE_CHECKING:
-    from .clipping import AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
+    from .clipping import AdaptiveClipping, AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
     from .engine import PrivacyEngine
     from .errors import (
         BudgetExhaustedError,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .rules import register_rule, unregister_rule
 
 _HOMES = {
-    "clipping": ["AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"],
+    "clipping": ["AdaptiveClipping", "AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"],
     "engine": ["PrivacyEngine"],
     "errors": [
         "BudgetExhaustedError",
@@ -67,6 +67,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AdaptiveClipping",
     "AutomaticClipping",
     "BudgetExhaustedError",
     "CheckpointError",

@@ -117,7 +117,8 @@ class PrivacyEngine:
             max_epsilon: a hard budget at target_delta, for everything in the ledger where there is one: the loader ends
                 before a step would exceed it (see `budget_spent`). It holds for any stopping time, and for schedules of
                 σ that were fixed in advance; not for a σ that is chosen in view of the training.
-            clipping: "flat", "automatic", "per_layer", or an object with ``weights`` and ``sensitivity``.
+            clipping: "flat", "automatic", "per_layer", "adaptive" (`AdaptiveClipping`: max_grad_norm is where C starts,
+                and σ covers what C is learned from), or an object with ``weights`` and ``sensitivity``.
             loss_reduction: whether the loss that is back-propagated is the "mean" or the "sum" over the batch.
             poisson_sampling: draw each record independently (amplification is accounted); if False, the loader's own
                 batches are kept and no amplification is claimed.

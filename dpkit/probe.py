@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import randomness
 from .buffers import Buffers
 from .errors import CoupledRecordsError, FoldedBatchError, GradientMismatchError
 from .forms import Form
@@ -345,17 +346,18 @@ def last(tree: Any, dims: list[int | None], n: int) -> Any:
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[Buffers]:
     """Run the model aside: random state, buffers and train flags are put back. Gives the buffers."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    chance = randomness.capture()
     flags = [(m, m.training) for m in model.modules()]
     buffers = Buffers(model)
     try:
-        with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[d.index for d in devices]):
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             yield buffers
     finally:
         for m, flag in flags:
             m.training = flag
         buffers.put_back()
+        randomness.restore(chance)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dpkit.accountants import Event, Gaussian
 
-from .clipping import Clipping
+from .clipping import Clipping, noises_of
 from .errors import ConfigurationError, DoubleUseError, UncoveredParameterError, UnfinishedStepError
 from .forms import joined
 from .loader import Draw
@@ -60,6 +60,7 @@ class PrivateStep:
         self.noise_multiplier, self.max_grad_norm = noise_multiplier, max_grad_norm
         self.loss_reduction = loss_reduction
         self._loss_scale, self._factor = loss_scale, 1.0
+        noises_of(clipping, noise_multiplier, sampling.expected_batch_size)  # raises where they cannot amount to sigma
         self.nonfinite_records = 0
         self._given = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm}
         self._draw: Draw | None = None
@@ -101,7 +102,7 @@ class PrivateStep:
     def hand_out(self, draw: Draw) -> None:
         """A physical batch goes to the user."""
         if self._sum is None:
-            self._sum = ClippedSum(self.clipping, self.noise_multiplier, self.max_grad_norm)
+            self._sum = self._begin_sum()
         for p in self._parameters():
             p.grad = None
         self._draw = draw
@@ -110,6 +111,10 @@ class PrivateStep:
         else:
             self._factor = self._loss_scale.current()
             self.tape.open(draw.n, placeholders(list(self._trainable())))
+
+    def _begin_sum(self) -> ClippedSum:
+        batch = self.sampling.expected_batch_size
+        return ClippedSum(self.clipping, self.noise_multiplier, self.max_grad_norm, batch)
 
     def take_back(self, draw: Draw) -> None:
         """The user asks for the next batch."""
@@ -224,14 +229,18 @@ class PrivateStep:
         trainable = self._trainable()
         sums = clipped.take(trainable)
         self.noise.add_to(sums, clipped.std)
+        observed = clipped.take_observed()
+        self.noise.add_to(observed, clipped.observed_std)
         grads = [
             total.div_(self.sampling.expected_batch_size).view(p.shape).to(p.dtype)
             for p, total in zip(trainable, sums, strict=True)
         ]
         event = self.event(clipped.noise_multiplier)
-        self.spending.record(event, grads)
+        self.spending.record(event, [*grads, *observed])
         if event is not None:
             self._charged = clipped.noise_multiplier
+        if observed and self.max_grad_norm == clipped.max_grad_norm:  # else it was set by hand meanwhile
+            self.max_grad_norm = clipped.learned(float(observed[0]))
         for p, grad in zip(trainable, grads, strict=True):
             p.grad = grad
 
@@ -301,5 +310,5 @@ class PrivateStep:
         for name, p in parameters.items():
             p.requires_grad_(name in state["trainable"])
         if state["sum"] is not None:
-            self._sum = ClippedSum(self.clipping, self.noise_multiplier, self.max_grad_norm)
+            self._sum = self._begin_sum()
             self._sum.load_state_dict(state["sum"], parameters)
