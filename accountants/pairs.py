@@ -58,6 +58,15 @@ class Pair(ABC):
     def atoms(self, edges: Array) -> Atoms:
         """The law of L on [edges[0], edges[-1]]; every atom lies in its cell [edges[c], edges[c + 1]]."""
 
+    def distance(self) -> float:
+        """The total variation between P and Q, rounded up."""
+        low, high = self.span(-745.0, -745.0)
+        if high <= 0.0:
+            return self.infinite
+        atoms = self.atoms(np.array([max(0.0, low), max(high, low, 1e-300)]))
+        loss = np.maximum(atoms.loss, 0.0) + atoms.loss_error
+        return float(np.dot(atoms.mass * (1.0 + atoms.mass_error), -np.expm1(-loss))) * (1.0 + 1e-9) + self.infinite
+
     def breaks(self) -> list[float]:
         """Losses at which the law has true atoms or jumps; grids do well to have edges there."""
         return []

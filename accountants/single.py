@@ -20,8 +20,8 @@ def log_delta(pair: Pair, epsilon: float, *, upper: bool) -> float:
             mass, loss = atoms.mass * (1.0 + atoms.mass_error), atoms.loss + atoms.loss_error
         else:
             mass, loss = atoms.mass * (1.0 - atoms.mass_error), atoms.loss - atoms.loss_error
-        total = math.fsum(mass * np.maximum(0.0, -np.expm1(np.minimum(epsilon - loss, 1.0))))
-    value = (total + lost) * (1.0 + 1e-14 if upper else 1.0 - 1e-14) + (1e-300 if upper else 0.0)
+        total = float(np.sum(mass * np.maximum(0.0, -np.expm1(np.minimum(epsilon - loss, 1.0)))))
+    value = (total + lost) * (1.0 + 1e-13 if upper else 1.0 - 1e-13) + (1e-300 if upper else 0.0)
     return min(0.0, math.log(value)) if value > 0.0 else -math.inf
 
 

@@ -18,6 +18,7 @@ if not (_here / "accountants").is_dir():
 
 if TYPE_CHECKING:
     from .clipping import AdaptiveClipping, AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
+    from .correlated import BandedNoise, BufferedNoise
     from .engine import PrivacyEngine
     from .errors import (
         BudgetExhaustedError,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "clipping": ["AdaptiveClipping", "AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"],
+    "correlated": ["BandedNoise", "BufferedNoise"],
     "engine": ["PrivacyEngine"],
     "errors": [
         "BudgetExhaustedError",
@@ -69,7 +71,9 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "AdaptiveClipping",
     "AutomaticClipping",
+    "BandedNoise",
     "BudgetExhaustedError",
+    "BufferedNoise",
     "CheckpointError",
     "Clipping",
     "ConfigurationError",

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from . import probe
 from .errors import CoupledRecordsError, DoubleUseError, UncoveredParameterError
@@ -74,14 +73,8 @@ class Live:
             self.quiet -= 1
 
     def in_order(self, module: nn.Module | None, values: Any) -> None:
-        """Raise where a parameter would meet records that the data have put into another order.
-
-        A recurrent layer that is told the order, by its packed sequence, puts them back for itself.
-        """
-        found = None if self._taint is None else self._taint.order(values)
-        if found is None:
-            return
-        if isinstance(module, nn.RNNBase) and self.order is not None and torch.equal(found, self.order.argsort()):
+        """Raise where a parameter would meet records that the data have put into another order."""
+        if self._taint is None or self._taint.order(values) is None:
             return
         path = "the loss" if module is None else self.tape.path(module)
         raise CoupledRecordsError(
@@ -90,13 +83,8 @@ class Live:
             cure="put them back before they meet parameters; pack with enforce_sorted=False, which does so.",
         )
 
-    def recurred(self, output: Any) -> None:
-        """A recurrent layer gave its states in the records' own order, and packed outputs in that of their lengths."""
-        if self._taint is not None:
-            self._taint.put(output, None)
-            packed = output[0] if isinstance(output, tuple) else None
-            if isinstance(packed, PackedSequence) and packed.sorted_indices is not None:
-                self._taint.put(packed.data, packed.sorted_indices)
+    def without_order(self) -> None:
+        """The probe has seen to it."""
 
     def count(self, layer: nn.Module) -> int:
         """The number of this call of a layer with a rule within the forward."""
@@ -122,8 +110,7 @@ class Live:
         values = leaves((args, kwargs))
         self.culprit = origin = next(v for v in values if isinstance(v, StandIn)).origin
         inside = self.tape.stack[-1].module if self.tape.stack else None
-        if not isinstance(inside, nn.RNNBase) or self.order is None:
-            self.in_order(inside, values)
+        self.in_order(inside, values)
         name = probe.name_of(func)
         k = self._operated[origin, name]
         self._operated[origin, name] += 1

@@ -8,6 +8,7 @@ owners, and the owners have to be where the plan says.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import CoupledRecordsError
@@ -138,6 +140,20 @@ def _misplaced(path: str, what: str) -> CoupledRecordsError:
     )
 
 
+def _packing() -> Any:
+    """The frame of torch's function that packs records in the order of their lengths, or unpacks them, while it runs.
+
+    The order goes along in the packed sequence, so that the records are found again (`dpkit.apart`); the packed data
+    themselves have no dimension of records, and are refused wherever else they meet a parameter.
+    """
+    frame: Any = sys._getframe(2)
+    for _ in range(4):
+        if frame is None or frame.f_code in (pack_padded_sequence.__code__, pad_packed_sequence.__code__):
+            return frame
+        frame = frame.f_back
+    return None
+
+
 class Taint(TorchDispatchMode):
     """Marks every tensor that is computed from the marked ones, and tells of the rows that these moved.
 
@@ -147,11 +163,17 @@ class Taint(TorchDispatchMode):
         moved: is told of every `Move`; returns the order [n] that it put the records into, if it did.
     """
 
-    def __init__(self, moved: Callable[[Move], Tensor | None]) -> None:
+    def __init__(self, moved: Callable[[Move], Tensor | None], without_order: Callable[[], None] | None = None) -> None:
         super().__init__()
         self.marked: dict[int, StorageWeakRef] = {}  # the weak references keep an address from being given again
-        self.moved = moved
+        self.moved, self.without_order = moved, without_order
+        self.reordered = False  # records were packed in the order of their lengths
         self._orders: dict[int, Tensor] = {}  # memory in which the records stand in another order
+
+    def used(self, packed: PackedSequence) -> None:
+        """A packed sequence is unpacked or goes through a recurrent layer: with its order, if there is one."""
+        if packed.unsorted_indices is None and self.without_order is not None:
+            self.without_order()
 
     def mark(self, tree: Any) -> None:
         for v in leaves(tree):
@@ -184,13 +206,18 @@ class Taint(TorchDispatchMode):
         name = func.overloadpacket.__name__.removesuffix("_")
         where = _WHERE.get(name)
         moves = where is not None and len(args) > where[0] and self.has(args[where[0]])
+        packing = _packing() if moves or name == "copy" else None  # of "copy" unpacking is made
         order = self.order((args, kwargs or {}))
         out = func(*args, **(kwargs or {}))
         if self.has((args, kwargs or {})):
             self.mark(out)
         if order is not None:
             self.put(out, order)
-        if moves and where is not None:
+        if packing is not None and packing.f_code is pack_padded_sequence.__code__:
+            self.reordered |= moves
+        elif packing is not None:
+            self.used(packing.f_locals["sequence"])
+        elif moves and where is not None:
             values = args[where[1]] if where[1] is not None and len(args) > where[1] else None
             values = values if isinstance(values, Tensor) and values.is_floating_point() else None
             base = args[0]

@@ -150,8 +150,9 @@ class Recorder:
 
     def __init__(self, n: int, inside: Callable[[], nn.Module], *, watch: bool = False) -> None:
         self.n, self.inside = n, inside
-        self.taint = Taint(self._moved)
+        self.taint = Taint(self._moved, self.without_order)
         self.moves: list[Moved] = []
+        self.lost: nn.Module | None = None  # where the order of packed records was forgotten
         self.quiet = 0  # inside a rule, an operation on stand-ins or a module that runs on one record at a time
         self.calls: dict[tuple[nn.Module, int], Call] = {}
         self.ops: dict[tuple[nn.Parameter, str, int], Call] = {}
@@ -170,6 +171,11 @@ class Recorder:
             seen = [Seen.of(v, self.n) for v in (move.base, move.values, move.out)]
             self.moves.append(Moved(move.name, self.inside(), *seen))
         return None
+
+    def without_order(self) -> None:
+        """Packed data are used whose order is not known: were they packed in another one than the records'?"""
+        if self.taint.reordered and not self.quiet:
+            self.lost = self.lost or self.inside()
 
     def call(self, layer: nn.Module, args: Any, kwargs: Any) -> bool:
         """Note a call of a layer with a rule. Returns whether it may use the rule: its input comes from the batch."""
@@ -233,6 +239,9 @@ def merge(full: Recorder, part: Recorder, plan: Plan) -> None:
     for op, site in _sites(full.ops, part.ops, full.n, part.n).items():
         plan.ops[op] = [site]
     plan.bare |= full.bare | part.bare
+    plan.lost = full.lost
+    if plan.lost is not None:
+        return
     for k in range(max(len(full.moves), len(part.moves))):
         a, b = ((r.moves[k] if k < len(r.moves) else None) for r in (full, part))
         if a is None or b is None or (a.name, a.module) != (b.name, b.module):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, probe
-from .apart import order_of
+from .apart import brings_back, packed_in
 from .apiece import Apiece
 from .errors import ConfigurationError, CoupledRecordsError, UncoveredParameterError
 from .examine import examine, examine_any
@@ -210,18 +210,21 @@ class Tape:
         module, router = frame.module, self.router
         if router is None:
             return None
-        router.order = order_of(module, args, kwargs)
+        packed = packed_in(module, args, kwargs)
+        router.order = None if packed is None else packed.unsorted_indices
         if frame.outermost:
             self.stand_in(frame, router)
         if isinstance(router, probe.Recorder):
             router.visit(module, args, kwargs)
-        if isinstance(module, nn.RNNBase):  # knows its records' order itself (`dpkit.apart`)
-            if isinstance(router, Live):
-                router.in_order(module, (args, kwargs))
-            frame.quiet = True
-            router.quiet += 1
+        if isinstance(module, nn.RNNBase) and isinstance(router, Live):
+            router.in_order(module, (args, kwargs))
         if module in self.apiece:
             return self._part(frame, args, kwargs, router)
+        if packed is not None and brings_back(module):
+            if isinstance(router, probe.Recorder):
+                router.taint.used(packed)
+            frame.quiet = True
+            router.quiet += 1
         if self.rules[module] is not None and self.uses_rule(module, args, kwargs, frame, router):
             router.quiet += not frame.quiet
             frame.quiet = True
@@ -339,8 +342,6 @@ class Tape:
             router.visited(module, output)
             if self.rules[module] is not None or module in self.apiece:
                 router.returned(module, output)
-        elif isinstance(module, nn.RNNBase):
-            router.recurred(output)
         elif frame.site is not None and torch.is_grad_enabled():
             output = self.tapped(module, frame.site, args, kwargs, output, router)
         return output

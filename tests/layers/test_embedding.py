@@ -172,6 +172,13 @@ def test_private_step_is_exact(
     assert norm({k: step[k] + total[k] / n for k in total}) <= 1e-10 * norm(total) / n
 
 
+def test_the_longest_bag_is_as_long_as_there_are_records() -> None:
+    """Without the last record bags are one shorter as well: the records are still found."""
+    model = Bags(nn.EmbeddingBag, "offsets", mode="sum")
+    batch = (torch.randint(0, 7, (3, 5)), torch.tensor([1, 2, 3]), torch.randn(3, 5), torch.randn(3))
+    private_step(model, lambda m, b: squared(m(*b[:-1]), b[-1]), batch, 1.0)
+
+
 class Largest(TorchDispatchMode):
     """The most elements that any tensor made meanwhile has."""
 
