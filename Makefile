@@ -20,7 +20,7 @@ test-slow: $(VENV)/.ready $(VENV)/.weights ## the long sweeps
 	$(PY) -m pytest -q -m slow
 
 stress: $(VENV)/.ready ## what runs have to survive: kills, damaged files, long random lives; prints its tables
-	$(PY) -m pytest -q -s -m slow tests/test_kill.py tests/test_damage.py
+	$(PY) -m pytest -q -s -m slow tests/test_kill.py tests/test_damage.py tests/properties/test_life.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -34,6 +34,8 @@ bench: $(VENV)/.ready ## training steps beside ordinary training and Opacus; wri
 	$(PY) -m benchmarks.layers
 	$(PY) -m benchmarks.growth
 	$(PY) -m benchmarks.accounting
+	$(PY) -m benchmarks.durable
+	$(PY) -m benchmarks.noise
 
 bench-full: $(VENV)/.ready ## the same at all batch sizes of the Opacus paper: hours
 	$(PY) -m benchmarks.steps --full

@@ -211,7 +211,7 @@ def _single(base: Pair, rounds: int, points: int, upper: bool) -> tuple[_Law, fl
 
     if len(x) <= points:
         distinct, where = np.unique(x, return_inverse=True)
-        return _Law(distinct, np.bincount(where, weights=q)), infinite, error, rest
+        return _Law(distinct, np.bincount(where, weights=q).astype(np.float64)), infinite, error, rest
     grid = _grid(x, q, rest(1), float(x[0]), float(x[-1]), points)
     return (_split if upper else _merge)(x, q, grid), infinite, error, rest
 

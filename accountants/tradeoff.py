@@ -1,13 +1,15 @@
 """f-DP: what an attacker who tests for one record can achieve, with bounds on both sides.
 
-By duality (Dong, Roth, Su 2022) the largest true-positive rate at false-positive rate α is the least of e^x α + delta(x)
-over all real x. Here delta is the larger direction's, and delta(−x) = 1 − e^−x + e^−x delta(x) takes that for both roles
-of the data sets, so the curve is that of the tightest f: the largest convex one below both directions, symmetric. Any x
-with an upper bound on delta gives an upper bound on the rate, of delta's relative accuracy, at any α.
+By duality (Dong, Roth, Su 2022) the largest true-positive rate at false-positive rate α is the least of
+e^x α + delta(x) over all real x. Here delta is the larger direction's, and delta(−x) = 1 − e^−x + e^−x delta(x) takes
+that for both roles of the data sets, so the curve is that of the tightest f: the largest convex one below both
+directions, symmetric. Any x with an upper bound on delta gives an upper bound on the rate, of delta's relative
+accuracy, at any α.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -181,7 +183,7 @@ class TradeOff:
         grid = [max(end, 1e-6) * i / 48 for i in range(49)]
         best = max(_gaussian_mu(x, self.delta(x)) for x in grid)
         bound = best
-        todo = list(zip(grid, grid[1:], strict=False))
+        todo = list(itertools.pairwise(grid))
         for spent in range(400):
             if not todo:
                 break

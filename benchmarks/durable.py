@@ -25,8 +25,9 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 import dpkit
+from benchmarks.contestants import Batch, Runner, train_step
+from benchmarks.measure import quartiles
 from benchmarks.report import RESULTS, conditions, sentence
-from benchmarks.steps import Batch, Runner, quartiles, train_step
 from benchmarks.workloads import WORKLOADS, Workload
 from dpkit import randomness
 from dpkit.fingerprint import Fingerprint

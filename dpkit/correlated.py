@@ -188,6 +188,9 @@ class Correlated:
         self.source.reseed()
         self.restart()
 
+    def prepare(self, parameters: Sequence[Tensor]) -> None:
+        """Nothing is drawn ahead: how many numbers a step asks for depends on the correlation."""
+
     def add_to(self, sums: Sequence[Tensor], std: float) -> None:
         """Add this step's correlated noise to flat float32 or float64 tensors, in place.
 

@@ -32,6 +32,7 @@ from .secure import SecureNoise
 from .seeds import unforeseeable
 from .spending import Spending
 from .state import Part, Stateful, collect, give_back, refuse_others
+from .statement import Statement, describe
 from .step import PrivateStep
 from .targets import budget_for, noise_multiplier_for
 from .units import PrivacyUnit, refuse_reordering, units_of
@@ -313,6 +314,13 @@ class PrivacyEngine:
                 cure="use independent noise, or make the group the unit of privacy (privacy_unit=...).",
             )
         return self._spending.epsilon(delta, checks.count("group_size", group_size))
+
+    def statement(self, delta: float | None = None) -> Statement:
+        """What the run promises at ``delta``, how it came about, what it takes for granted and leaves out, in words."""
+        step, epsilon = self._attached(), self.get_epsilon(delta)
+        at = self._target_delta if delta is None else delta
+        assert at is not None
+        return describe(step, self._spending, self._loader, epsilon, float(at))
 
     @property
     def budget_spent(self) -> bool:

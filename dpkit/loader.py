@@ -167,6 +167,16 @@ class PrivateDataLoader(DataLoader[Any]):
         self._listener = None
 
     @property
+    def seeded(self) -> bool:
+        """Whether the draws repeat with a seed that somebody chose."""
+        return self._given is not None
+
+    @property
+    def units(self) -> UnitIndex:
+        """Whose rows are drawn together."""
+        return self._batches.units
+
+    @property
     def _batches(self) -> _PhysicalBatches:
         batches = self.batch_sampler
         assert isinstance(batches, _PhysicalBatches)

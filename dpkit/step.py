@@ -40,6 +40,7 @@ class PrivateStep:
     Attributes:
         noise_multiplier, max_grad_norm: σ and C of the next logical batch.
         nonfinite_records: records left out because their gradient was not finite.
+        strictly_examined: whether losses were given one by one, and seen to be each of its own record.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class PrivateStep:
         self._draw: Draw | None = None
         self._sum: ClippedSum | None = None
         self._charged: float | None = None  # fixed batches: the least σ charged for in this pass
-        self._strictly_examined = False
+        self.strictly_examined = False
         self.tape = Tape(model, batch_first=batch_first, method=method)
         try:
             self._trainable()
@@ -192,8 +193,8 @@ class PrivateStep:
                 why="each record that was drawn enters the step once.",
                 cure="compute the losses of the batch that the private loader has just yielded.",
             )
-        if not self._strictly_examined and batch.n > 1:
-            self._strictly_examined = refuse_coupled_losses(self.tape, batch, losses)
+        if not self.strictly_examined and batch.n > 1:
+            self.strictly_examined = refuse_coupled_losses(self.tape, batch, losses)
         (losses.mean() if self.loss_reduction == "mean" else losses.sum()).backward()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

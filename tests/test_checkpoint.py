@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fixed, in parts": {"poisson_sampling": False, "batch_size": 5, "max_physical_batch_size": 2},
     "often nobody": {"batch_size": 1},
     "units": {"privacy_unit": [k // 2 for k in range(20)], "max_rows_per_unit": 1, "max_physical_batch_size": 2},
+    "learned C": {"clipping": dpkit.AdaptiveClipping(count_noise=6.0), "max_physical_batch_size": 2},
     "per layer": {"clipping": "per_layer", "kind": torch.optim.AdamW},
 }
 
@@ -270,7 +271,7 @@ class Skipping(nn.Sequential):
         x = self[0](x)
         if self.training:
             x = self[2](x) if random.random() < 0.5 else x
-            x = x * (1.0 + float(np.random.rand()))  # noqa: NPY002
+            x = x * torch.from_numpy(1.0 + np.random.rand(x.shape[1])).float()  # noqa: NPY002
         return self[3](x)
 
 

@@ -386,6 +386,18 @@ def test_lines_that_were_tampered_with(how: str, tmp_path: Path) -> None:
     assert (tmp_path / "l").read_bytes() == b"".join(lines)
 
 
+def test_a_run_cannot_be_taken_out(tmp_path: Path) -> None:
+    """All of its lines, so that every other run's numbers are right; the lines after it tell."""
+    for _ in range(3):
+        begin(ledger=tmp_path / "l").train(lambda life: life.steps == 2)
+    lines = (tmp_path / "l").read_bytes().splitlines(keepends=True)
+    taken = b"".join(lines[:4] + lines[7:])
+    assert Ledger(tmp_path / "l", None).totals() == {PoissonSampled(0.2, Gaussian(1.0)): 6}
+    (tmp_path / "l").write_bytes(taken)
+    with refused(dpkit.LedgerError, "line 5", "damaged"):
+        Ledger(tmp_path / "l", None)
+
+
 def test_a_torn_line_is_of_a_release_that_nobody_saw(tmp_path: Path) -> None:
     """Cut within the last line: the rest counts, and the run goes on from its checkpoint and writes it again."""
     whole = begin().train()

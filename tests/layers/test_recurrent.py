@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.utils.data import DataLoader
 
+import dpkit
 from dpkit import layers
 from tests.cases import squared
 from tests.oracle import clipped_sum, norm
@@ -234,9 +236,9 @@ def test_packed_sequences_are_not_run_one_by_one(kind: str, caplog: pytest.LogCa
 class Forgets(nn.Module):
     """Packs in the order of the lengths, and unpacks without it: the rows are then other records' than their places."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, home: Any) -> None:
         super().__init__()
-        self.layer, self.head, self.where = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2), where
+        self.layer, self.head, self.where = home.LSTM(3, 4, batch_first=True), nn.Linear(4, 2), where
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         packed = pack_padded_sequence(x, lengths, True, enforce_sorted=False)
@@ -247,6 +249,29 @@ class Forgets(nn.Module):
             y = PackedSequence(y.data, y.batch_sizes)
         y = self.head(pad_packed_sequence(y, True, total_length=x.shape[1])[0])
         return y[torch.arange(len(x)).argsort()] if packed.unsorted_indices is None else y[packed.unsorted_indices]
+
+
+class Direct(nn.Module):
+    """Called on the packed sequence itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(3, 4, batch_first=True)
+
+    def forward(self, x: PackedSequence) -> Tensor:
+        return self.layer(x)[1][0][-1]
+
+
+def test_a_packed_sequence_as_argument_is_refused() -> None:
+    """Nothing can be left out of it; the error says to pack inside."""
+    model, rows = Direct(), [torch.randn(k, 3) for k in (3, 1, 4)]
+    loader = DataLoader(rows, batch_size=3, collate_fn=lambda batch: pack_sequence(batch, enforce_sorted=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = dpkit.PrivacyEngine()
+    _, _, private = engine.make_private(model, optimizer, loader, noise_multiplier=1.0, max_grad_norm=1.0)
+    with pytest.raises(dpkit.FoldedBatchError, match="Direct is given a PackedSequence") as refusal:
+        model(next(iter(private)))
+    assert "call pack_padded_sequence in its forward" in refusal.value.cure
 
 
 class Packs(nn.GRU):
@@ -277,9 +302,10 @@ def test_packed_inside_a_subclass(lengths: list[int], caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize("where", ["before", "after"])
 @pytest.mark.parametrize("lengths", [[5, 4, 2, 1], [2, 5, 1, 4]])
-def test_forgotten_order(where: str, lengths: list[int], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("home", [nn, layers], ids=["torch", "ours"])
+def test_forgotten_order(where: str, lengths: list[int], home: Any, caplog: pytest.LogCaptureFixture) -> None:
     """The layers between see the rows in another order than the records': noticed whatever this batch's order is."""
-    check(Forgets(where), 4, torch.tensor(lengths))
+    check(Forgets(where, home), 4, torch.tensor(lengths))
     assert "one record at a time" in caplog.text
 
 
