@@ -133,7 +133,7 @@ def _plot(arguments: argparse.Namespace, sigma: float, rate: float, steps: int) 
         axes.set_ylabel("true-positive rate")
         axes.legend()
     else:
-        counts = sorted({max(1, round(steps * i / 40)) for i in range(1, 41)})
+        counts = sorted({max(1, round(steps * i / 40)) for i in range(41)})
         values, done = [], 0
         for count in counts:
             accountant.compose(dpsgd(sigma, rate, count - done))

@@ -94,12 +94,15 @@ def _pair_log_mgf(pair: Pair, t: float) -> float:
     if t * width > 0.5:
         return math.inf
     exponent = t * loss
-    top = float(exponent.max())
-    if top > 1.0:
-        weight = mass * np.exp(exponent - top)
+    if float(exponent.max()) > 1.0:
+        with np.errstate(divide="ignore"):
+            exponent = exponent + np.log(mass)
+        top = float(exponent.max())
+        weight = np.exp(exponent - top)
         total = float(weight.sum())
-        # where the law ends in rounding, e^{tL} must not still count
-        if width > 0.0 and float(weight[loss > loss.max() - 0.02 * (loss.max() - loss.min())].sum()) > 1e-13 * total:
+        # where the law's tail ends in rounding, e^{tL} must not still count
+        last = loss > loss.max() - 0.02 * (loss.max() - loss.min())
+        if width > 0.0 and math.isinf(pair.supremum()) and float(weight[last].sum()) > 1e-13 * total:
             return math.inf
         return top + math.log(total)
     return math.log1p(max(0.0, float(np.dot(mass, np.expm1(exponent))) + float(mass.sum()) - 1.0))
