@@ -74,29 +74,30 @@ def log_mgf(event: Event, t: float, adjacency: str) -> float:
     return total
 
 
-_CELLS = 6000
+_CELLS = 3000
 
 
 @lru_cache(maxsize=64)
-def _law(pair: Pair) -> tuple[Array, Array, float]:
-    """Masses and losses of the whole law, rounded up, and the width of its cells."""
+def _law(pair: Pair) -> tuple[Array, Array, Array, float]:
+    """Masses, their logarithms and losses of the whole law, rounded up, and the width of its cells."""
     low, high = pair.span(-745.0, -745.0)
     edges = np.linspace(low, max(high, low + 1e-9), _CELLS + 1)
     atoms = pair.atoms(edges)
     discrete = isinstance(pair, DiscretePair | AtomsPair)
     width = 0.0 if discrete else float(edges[1] - edges[0])
-    return atoms.mass * (1.0 + atoms.mass_error), atoms.loss + atoms.loss_error, width
+    live = atoms.mass > 0.0
+    mass = atoms.mass[live] * (1.0 + atoms.mass_error[live])
+    return mass, np.log(mass), atoms.loss[live] + atoms.loss_error[live], width
 
 
 def _pair_log_mgf(pair: Pair, t: float) -> float:
     """log E_P[e^{tL}] by the pair's own quadrature, on cells over which e^{tL} changes by a factor e^{1/2} at most."""
-    mass, loss, width = _law(pair)
+    mass, log_mass, loss, width = _law(pair)
     if t * width > 0.5:
         return math.inf
     exponent = t * loss
     if float(exponent.max()) > 1.0:
-        with np.errstate(divide="ignore"):
-            exponent = exponent + np.log(mass)
+        exponent += log_mass
         top = float(exponent.max())
         weight = np.exp(exponent - top)
         total = float(weight.sum())
