@@ -15,7 +15,7 @@ import numpy as np
 from .lattice import Lattice, beyond, choose_edges, dominated, dominating
 from .numeric import root
 from .pairs import Atoms, DiscretePair, Pair
-from .spectrum import Spectrum, lower_orders
+from .spectrum import Spectrum, WindowTooLongError, lower_orders
 
 MAX_SIZE = 1 << 22
 SHADES = (0.85, 0.93, 0.98, 1.0)  # a tilt a little below the optimum: lighter tails, so shorter windows
@@ -141,7 +141,7 @@ def _kurtosis(pilots: Sequence[Atoms], counts: Sequence[int], theta: float, vari
     return fourth / max(variance, 1e-150) ** 2
 
 
-def _reach_down(laws: Sequence[Atoms] | Sequence[Lattice], counts: Sequence[int]) -> float:
+def _reach_down(laws: Sequence[Atoms | Lattice], counts: Sequence[int]) -> float:
     """How far the composed loss falls below 0 with a probability under Q of more than e^-12."""
     best = math.inf
     for t in lower_orders(laws, counts):
@@ -205,7 +205,10 @@ def jump_plan(pairs: Sequence[Pair], counts: Sequence[int], plan: Plan, *, epsil
         low = high - 1.0
         while guess(math.exp(low)).log_delta < plan.log_delta and low > high - 30.0:
             low -= 1.0
-        rising = lambda x: guess(math.exp(x)).log_delta - plan.log_delta
+
+        def rising(x: float) -> float:
+            return guess(math.exp(x)).log_delta - plan.log_delta
+
         at = root(rising, low, high, xtol=0.01) if rising(high) < 0.0 < rising(low) else high
         epsilon = math.exp(at)
     here, there = guess(epsilon), guess(epsilon * 1.02)
@@ -273,6 +276,7 @@ def build(
         if spacing > 0.0:  # so that the atoms lie on edges
             step = spacing / max(1, math.floor(spacing / step))
         laws: list[Lattice] = []
+        far = plan.cap
         costs = [0.0, 0.0]
         for pair, n, pilot, (lo, hi) in zip(pairs, counts, plan.pilots, plan.spans, strict=True):
             origin = _origin(pair, pilot, step)
@@ -306,15 +310,12 @@ def build(
     # deviation)
     share = 0.02 * budget * (1.0 + plan.theta) / max(1.0, (1.0 + plan.theta) * plan.deviation)
     wrap = min(27.0, max(8.0, -math.log(min(share, 0.1)) + 1.0)) + wider
-    spectrum = Spectrum(
-        laws,
-        list(counts),
-        plan.theta,
-        upper=upper,
-        fewest=None if fewest is None else list(fewest),
-        wrap=wrap,
-        cap=plan.cap,
-    )
+    least = None if fewest is None else list(fewest)
+    try:
+        spectrum = Spectrum(laws, list(counts), plan.theta, upper=upper, fewest=least, wrap=wrap, cap=far)
+    except WindowTooLongError as error:
+        coarser = 1.1 * step * error.length / MAX_SIZE
+        return build(pairs, counts, plan, tolerance, upper=upper, fewest=fewest, step=coarser, wider=wider)
     return spectrum, cost
 
 

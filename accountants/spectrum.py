@@ -61,6 +61,7 @@ from .numeric import smooth_length
 from .pairs import Array, Atoms, Ints, U
 
 Complex = NDArray[np.complex128]
+MAX_LENGTH = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class _Kept:
     """Σ T log(1 − Q_i), Σ T log(1 − D_i/(1 − Q_i)): see `Spectrum.apart`."""
 
 
-def lower_orders(laws: Sequence[Lattice] | Sequence[Atoms], counts: Sequence[int]) -> list[float]:
+def lower_orders(laws: Sequence[Atoms | Lattice], counts: Sequence[int]) -> list[float]:
     """Some t for Chernoff bounds on the composed loss from below: from one standard deviation to the very end."""
     squares = [float(np.dot(law.mass * np.exp(-law.loss), law.loss**2)) for law in laws]
     spread = sum(n * square for n, square in zip(counts, squares, strict=True))
@@ -97,6 +98,14 @@ def lower_orders(laws: Sequence[Lattice] | Sequence[Atoms], counts: Sequence[int
     last = -500.0 / lowest
     first = min(last, 0.5 / math.sqrt(max(spread, 1e-300)))
     return [float(t) for t in np.geomspace(first, last, 10 if last < 1e3 * first else 16)]
+
+
+class WindowTooLongError(ValueError):
+    """The composed law spans ``length`` grid steps, more than memory allows: another attempt needs a coarser grid."""
+
+    def __init__(self, length: float) -> None:
+        super().__init__(f"a window of {length:.3g} steps")
+        self.length = length
 
 
 class Spectrum:
@@ -138,15 +147,18 @@ class Spectrum:
             wiggle = 4.0 * U * (np.abs(exponent) + abs(log_k) + 4.0)
             weight = law.mass * np.exp(exponent) * (1.0 + wiggle if upper else 1.0 - wiggle)
             mean = float(np.dot(weight, law.loss))
-            # a denormal number would slow every sum down
-            weight = np.where(weight < 1e-250, 1e-250 if upper else 0.0, weight)
+            # denormal numbers would slow every sum down: what is dropped here is part of `outside`
+            weight = np.where(weight < 1e-250, 0.0, weight)
             self._tilted.append(weight)
             self._means.append(mean)
             variance += n * float(np.dot(weight, (law.loss - mean) ** 2))
         self.deviation = math.sqrt(variance)
         self._excess = self._chernoff_table()
         left, right = self._reach(self.counts)
-        self.size = smooth_length(max(64, math.ceil((right + left) / self.step) + 4))
+        length = max(64.0, (right + left) / self.step + 4.0)
+        if length > MAX_LENGTH:
+            raise WindowTooLongError(length)
+        self.size = smooth_length(math.ceil(length))
         self._shifts: list[int] = []
         self._noise: list[float] = []
         spectra: list[Complex] = []
@@ -279,7 +291,7 @@ class Spectrum:
         base = sum(c * (law.origin + s * h) for c, law, s in zip(counts, self.laws, self._shifts, strict=True))
         spare = n * h - (left + right)
         start = math.floor((mean - left - 0.5 * max(spare, 0.0) - base) / h)
-        outside = 2.0 * math.exp(-self.wrap) if spare > 0.0 else 1.0
+        outside = 2.0 * math.exp(-self.wrap) + 1e-230 * sum(counts) if spare > 0.0 else 1.0
         log_g = np.zeros(len(k), dtype=np.complex128)
         doubt = np.zeros(len(k))
         for c, log_f, slip_f in zip(counts, self._logs, self._doubts, strict=True):
@@ -342,9 +354,9 @@ class Spectrum:
 
         Once a loss has exceeded the cap the total exceeds ε too, but for a little: so those runs add P − e^ε Q to
         delta, in closed form from the mass beyond the cap in one step, Q_i and P_i = Q_i + D_i:
-        ΔP − ΔQ = Π(1 − Q_i)^T − Π(1 − P_i)^T, as P and Q are whole (`Pair.conserves`). Where the rest of the run takes the total below ε again,
-        (P − e^ε Q)+ is larger than that, by e^ε Q(far, L ≤ ε) at most: Chernoff's bound on the lower tail of the rest.
-        A lower bound may leave that out.
+        ΔP − ΔQ = Π(1 − Q_i)^T − Π(1 − P_i)^T, as P and Q are whole (`Pair.conserves`). Where the rest of the run takes
+        the total below ε again, (P − e^ε Q)+ is larger than that, by e^ε E_Q[min(1, (ε − L)+); far] at most, which
+        Chernoff's bound on the rest limits, as x+ ≤ e^{tx}/(et). A lower bound may leave that out.
         """
         stay, gain = self._prepare(counts).apart
         if gain == 0.0:
@@ -359,11 +371,13 @@ class Spectrum:
         if self.upper:
             reach = min(
                 (
-                    sum(c * m for c, m in zip(counts, moments, strict=True)) - t * (self.cap - epsilon)
+                    sum(c * m for c, m in zip(counts, moments, strict=True))
+                    - t * (self.cap - epsilon)
+                    - max(0.0, math.log(t) + 1.0)
                     for t, moments in self._lower_tails()
                 ),
                 default=-math.inf if self.cap >= epsilon else 0.0,
-            )
+            )  # of the log of Chernoff's bound
             short = (1.0 + math.expm1(epsilon)) * lost * math.exp(min(0.0, reach)) * (1.0 + 1e-9)
         value = max(0.0, one - two + (slack if self.upper else -slack))
         return value, min(short, max(0.0, most - value))

@@ -17,7 +17,8 @@ if not (_here / "accountants").is_dir():
     __path__.append(str(_here.parent))
 
 if TYPE_CHECKING:
-    from .clipping import AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
+    from .clipping import AdaptiveClipping, AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
+    from .correlated import BandedNoise, BufferedNoise
     from .engine import PrivacyEngine
     from .errors import (
         BudgetExhaustedError,
@@ -37,11 +38,12 @@ if TYPE_CHECKING:
         UnfinishedStepError,
         UnsupportedModuleError,
     )
-    from .forms import Dense, Outer, Rows
+    from .forms import Dense, Outer, Routed, Rows
     from .rules import register_rule, unregister_rule
 
 _HOMES = {
-    "clipping": ["AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"],
+    "clipping": ["AdaptiveClipping", "AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"],
+    "correlated": ["BandedNoise", "BufferedNoise"],
     "engine": ["PrivacyEngine"],
     "errors": [
         "BudgetExhaustedError",
@@ -61,14 +63,17 @@ _HOMES = {
         "UnfinishedStepError",
         "UnsupportedModuleError",
     ],
-    "forms": ["Dense", "Outer", "Rows"],
+    "forms": ["Dense", "Outer", "Routed", "Rows"],
     "rules": ["register_rule", "unregister_rule"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AdaptiveClipping",
     "AutomaticClipping",
+    "BandedNoise",
     "BudgetExhaustedError",
+    "BufferedNoise",
     "CheckpointError",
     "Clipping",
     "ConfigurationError",
@@ -86,6 +91,7 @@ __all__ = [
     "PrivacyEngine",
     "PrivacyError",
     "ReplayError",
+    "Routed",
     "Rows",
     "SamplingError",
     "UncoveredParameterError",

@@ -17,15 +17,20 @@ from dpkit.accountants import Accountant, make_accountant
 
 from . import checkpoint, checks
 from .clipping import Clipping, clipping_of
+from .correlated import Correlated, Correlation
 from .errors import CheckpointError, ConfigurationError, NotAttachedError
 from .ledger import Ledger
 from .loader import PrivateDataLoader, refuse_private
 from .noise import Source, source_of
-from .rules import register_optional
+from .optional import register_optional
+from .paced import CyclicPoisson, paced
 from .sampling import checked, sampling_of
+from .scaler import LossScale
 from .secure import SecureNoise
+from .seeds import unforeseeable
 from .spending import Spending
 from .state import Part, Stateful, collect, give_back, refuse_others
+from .statement import Statement, describe
 from .step import PrivateStep
 from .targets import budget_for, noise_multiplier_for
 from .units import PrivacyUnit, refuse_reordering, units_of
@@ -71,6 +76,7 @@ class PrivacyEngine:
         self._step: PrivateStep | None = None
         self._before = 0
         self._target_delta: float | None = None
+        self._cyclic = False  # whether records took turns: then group privacy is not known
 
     @property
     def nonfinite_records(self) -> int:
@@ -102,11 +108,15 @@ class PrivacyEngine:
         max_rows_per_unit: int | None = None,
         unit_reduction: str = "mean",
         augmentations: int = 1,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        noise: Correlation | None = None,
     ) -> tuple[M, O, DataLoader[Any]]:
         """Attach to a model, its optimizer and its data; returns the same model and optimizer, and a private loader.
 
         Args:
             module: the model. It stays as it is; hooks observe it while the loader's batches are in the user's hands.
+                Attention, recurrent layers and bags need no conversion: they are taken apart inside the forward. What
+                has to be another function (BatchNorm) is refused; `dpkit.layers.convert` replaces it.
             optimizer: any torch optimizer whose ``step`` needs no closure.
             data_loader: a DataLoader over a map-style dataset; its batch size B gives the sampling rate q = B / N.
             max_grad_norm: C, the bound on each record's gradient norm.
@@ -115,7 +125,8 @@ class PrivacyEngine:
             max_epsilon: a hard budget at target_delta, for everything in the ledger where there is one: the loader ends
                 before a step would exceed it (see `budget_spent`). It holds for any stopping time, and for schedules of
                 σ that were fixed in advance; not for a σ that is chosen in view of the training.
-            clipping: "flat", "automatic", "per_layer", or an object with ``weights`` and ``sensitivity``.
+            clipping: "flat", "automatic", "per_layer", "adaptive" (`AdaptiveClipping`: max_grad_norm is where C starts,
+                and σ covers what C is learned from), or an object with ``weights`` and ``sensitivity``.
             loss_reduction: whether the loss that is back-propagated is the "mean" or the "sum" over the batch.
             poisson_sampling: draw each record independently (amplification is accounted); if False, the loader's own
                 batches are kept and no amplification is claimed.
@@ -133,6 +144,10 @@ class PrivacyEngine:
             unit_reduction: whether a unit's gradient is the "mean" or the "sum" over its rows.
             augmentations: read each row that is drawn this many times (the data set's own random transform makes other
                 views of it); all of them are one unit's, so they cost nothing more.
+            grad_scaler: the GradScaler that the loop scales its loss with (fp16): its factor is undone before clipping,
+                and held constant (see `dpkit.scaler`).
+            noise: noise that is correlated from step to step: `BandedNoise` (with Poisson sampling by groups that take
+                turns, or with fixed batches) or `BufferedNoise` (with fixed batches). None: independent noise.
 
         Raises:
             ConfigurationError: an argument out of range, or a combination that says nothing.
@@ -157,6 +172,7 @@ class PrivacyEngine:
                 "use the data beyond the one noisy gradient that is accounted.",
                 cure="use any first-order optimizer (SGD, Adam, AdamW, ...).",
             )
+        checks.refuse_other_processes()
         checks.choice("loss_reduction", loss_reduction, ("mean", "sum"))
         max_grad_norm = checks.number("max_grad_norm", max_grad_norm, low=0.0)
         if max_physical_batch_size is not None:
@@ -174,7 +190,11 @@ class PrivacyEngine:
         sampling = sampling_of(data_loader, units, poisson=poisson_sampling)
         if not units.records or units.copies > 1:
             refuse_reordering(data_loader.dataset, data_loader.collate_fn)
-        noise = source_of(self._secure, noise_generator, data_loader.generator)
+        source = source_of(self._secure, noise_generator, data_loader.generator)
+        if noise is not None:
+            sampling = paced(sampling, noise, data_loader.generator or unforeseeable())
+            source = Correlated(noise, source)
+            self._cyclic = self._cyclic or isinstance(sampling, CyclicPoisson)
         register_optional(module)
         checks.validate_model(module)
         sigma = noise_multiplier_for(
@@ -187,12 +207,13 @@ class PrivacyEngine:
             optimizer,
             sampling,
             rule,
-            noise,
+            source,
             self._spending,
             noise_multiplier=sigma,
             max_grad_norm=max_grad_norm,
             loss_reduction=loss_reduction,
             batch_first=batch_first,
+            loss_scale=None if grad_scaler is None else LossScale(grad_scaler),
         )
         self._loader = PrivateDataLoader(data_loader, sampling, units, self._step, max_physical_batch_size)
         self._target_delta, self._spending.budget = target_delta, budget
@@ -268,7 +289,21 @@ class PrivacyEngine:
                 "get_epsilon() without delta", why="ε is a function of δ.", cure="pass delta=1e-5, say."
             )
         delta = checks.number("delta", delta, low=0.0, high=1.0)
+        if group_size != 1 and self._cyclic:
+            raise ConfigurationError(
+                f"group_size = {group_size!r} after steps whose records took turns",
+                why="the records of a group take part in different steps, in which correlated noise makes their "
+                "contributions overlap; what they cost together is not known.",
+                cure="use independent noise, or make the group the unit of privacy (privacy_unit=...).",
+            )
         return self._spending.epsilon(delta, checks.count("group_size", group_size))
+
+    def statement(self, delta: float | None = None) -> Statement:
+        """What the run promises at ``delta``, how it came about, what it takes for granted and leaves out, in words."""
+        step, epsilon = self._attached(), self.get_epsilon(delta)
+        at = self._target_delta if delta is None else delta
+        assert at is not None
+        return describe(step, self._spending, self._loader, epsilon, float(at))
 
     @property
     def budget_spent(self) -> bool:
@@ -375,11 +410,15 @@ class PrivacyEngine:
 
     def _parts(self, replay: bool = True) -> dict[str, Stateful]:
         """All that has a state, in the order in which it is loaded; what was spent comes last, it is not undone."""
-        spending = self._spending
+        spending, step = self._spending, self._attached()
+
+        def load(state: dict[str, Any]) -> None:
+            spending.load_state_dict(state, replay=replay, repeatable=not step.noise.secure)
+
         return {
-            **self._attached().parts(self._loader.inside),
+            **step.parts(self._loader.inside),
             "loader": self._loader,
-            "spending": Part(spending.state_dict, lambda held: spending.load_state_dict(held, replay=replay)),
+            "spending": Part(spending.state_dict, load),
         }
 
     def _configuration(self) -> dict[str, Any]:

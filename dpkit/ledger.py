@@ -6,8 +6,8 @@ released. Each line ends in a checksum over itself and the line before, so that 
 Processes take turns by a lock on the file.
 
 A line is written in one piece, newline last, and forced to the disk before the release is handed out. A last line
-without its newline is therefore of a release that nobody has seen: it is dropped, unless it is whole. Any other damage
-is an error, and the file is left as it is.
+without its newline is therefore of a release that nobody has seen: it is dropped, unless all of it is there but the
+end. Any other damage is an error, and the file is left as it is.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Ledger:
     Attributes:
         id: the file's own name for itself, wherever it is moved to.
         runs: what it holds, by run.
-        torn: whether the file ended in a line that was never completed.
+        torn: whether the file ended in the beginning of a line, whose release does not count.
 
     Raises:
         LedgerError: the file is damaged or no ledger, cannot be opened or locked, or is for another adjacency.
@@ -228,24 +228,36 @@ class Ledger:
         *lines, tail = data.split(b"\n")
         for line in lines:
             self._take(line)
-        self.torn = bool(tail)
+        self.torn = False
         if tail:
             self._recover(tail)
 
     def _recover(self, tail: bytes) -> None:
-        """A last line without its newline: counted if whole; else nobody has seen its release, and it is dropped."""
-        whole = next((part for part in (tail, tail[:-1]) if self._is_whole(part)), b"")
-        if not self.id and not (whole or _HEADER.startswith(tail[: len(_HEADER)])):
-            _refuse(f"{self.path} is no ledger", "it would be overwritten.", "name another file.")
+        """A last line without its newline, as a crash leaves it: the beginning of a line, and nothing else.
+
+        Where all but a part of the checksum is there, the release counts. Where less is there nobody has seen it, and
+        it is dropped.
+        """
+        body, mark, _ = tail.rpartition(_CHECK)
+        whole = self._line(body) if mark else b""
+        begins = b'{"run":"' if self.id else _HEADER
+        plain = tail.isascii() and tail.decode().isprintable() and tail.count(b'{"run":') <= 1
+        if tail[:-1] != whole and not (
+            whole.startswith(tail) if mark else plain and begins.startswith(tail[: len(begins)])
+        ):
+            if not self.id:
+                _refuse(f"{self.path} is no ledger", "it would be overwritten.", "name another file.")
+            self._refuse_damaged("it has no end, and is not the beginning of a line either")
         if self._writes:
             try:
-                os.ftruncate(self._file, self._size + len(whole))
-                os.write(self._file, b"\n" if whole else b"")
+                os.ftruncate(self._file, self._size)
+                os.write(self._file, whole + b"\n" if whole else b"")
                 os.fsync(self._file)
             except OSError as error:
                 _refuse(f"{self.path}: {error.strerror}", "its last line is torn.", "make the file writable.")
         if whole:
             self._take(whole)
+        self.torn = not whole
 
     def _is_whole(self, line: bytes) -> bool:
         return line == self._line(line.rpartition(_CHECK)[0])
@@ -287,7 +299,8 @@ class Ledger:
         _refuse(
             f"{self.path}, line {number}, is damaged: {how}",
             "what it says of the budget spent cannot be relied on. The file was left as it is.",
-            "restore it from a copy; without one, take the whole budget as spent.",
+            "restore it from a copy; without one, take the whole budget as spent. If it is the last line, and the "
+            "machine lost power: cut the file at the end of the line before, nobody has seen that release.",
         )
 
     @contextlib.contextmanager

@@ -131,20 +131,22 @@ class Spending:
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """The run, how far it is, and the accountant's ledger."""
+        """The run, how far it is, and what the accountant has counted, to be repeated or not."""
         return {
             "run": self.run,
             "released": self.released,
+            "counted": self.released + len(self._pending),
             "latest": self._latest,
             "ledger": None if self.ledger is None else self.ledger.id,
             "accountant": self.accountant.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any], *, replay: bool = True) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, replay: bool = True, repeatable: bool = True) -> None:
         """Go on with that run; what the ledger, or this process, knows to have been released since stays counted.
 
         Args:
             replay: repeat those releases, bit for bit; if False the caller sees to fresh randomness.
+            repeatable: whether the noise can be repeated.
 
         Raises:
             CheckpointError: this engine has made releases of another run, or of this run with no ledger to repeat from.
@@ -178,7 +180,14 @@ class Spending:
             self.run = state["run"]
             return
         releases = self._releases_since(self.ledger, state)
-        since = [[release.event.to_json(), 1] for release in releases if release.event is not None]
+        if releases and replay and not repeatable:
+            raise CheckpointError(
+                f"{len(releases)} releases were made after the checkpoint, with noise that cannot be repeated",
+                why="the batches of the checkpoint would be released a second time, which costs more than two batches.",
+                cure="load with replay=False: fresh draws, and everything that was released stays counted.",
+            )
+        new = releases[state["counted"] - state["released"] :]
+        since = [[release.event.to_json(), 1] for release in new if release.event is not None]
         held = state["accountant"]
         self.accountant.load_state_dict({**held, "ledger": [*held["ledger"], *since]})
         self.run, self.released, self._latest = state["run"], state["released"], state["latest"]
@@ -189,11 +198,11 @@ class Spending:
     def _releases_since(self, ledger: Ledger, state: dict[str, Any]) -> list[Release]:
         """What the ledger holds of the run beyond the checkpoint."""
         ledger.read()
-        run, done = ledger.runs.get(state["run"]), state["released"]
+        run, done, counted = ledger.runs.get(state["run"]), state["released"], state["counted"]
         held = run.releases if run is not None else []
-        if state["ledger"] != ledger.id or len(held) < done or (done and held[done - 1].check != state["latest"]):
+        if state["ledger"] != ledger.id or len(held) < counted or (done and held[done - 1].check != state["latest"]):
             raise LedgerError(
-                f"{ledger.path} does not match the checkpoint, which holds {done} releases of run {state['run']}"
+                f"{ledger.path} does not match the checkpoint, which knows of {counted} releases of run {state['run']}"
                 + (f"; the ledger holds {len(held)}" if state["ledger"] == ledger.id else " in another ledger"),
                 why="releases would be forgotten, or counted in the wrong place.",
                 cure="use the ledger that the run was started with, unchanged.",

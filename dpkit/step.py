@@ -15,13 +15,16 @@ from torch.optim import Optimizer
 
 from dpkit.accountants import Event, Gaussian
 
-from .clipping import Clipping
+from .clipping import Clipping, Learning, noises_of
+from .correlated import Correlated
 from .errors import ConfigurationError, DoubleUseError, UncoveredParameterError, UnfinishedStepError
 from .forms import joined
 from .loader import Draw
 from .noise import Source
+from .paced import Paced
 from .proof import prove, refuse_coupled_losses
 from .sampling import Sampling
+from .scaler import LossScale, placeholders
 from .spending import Spending
 from .state import Part, Stateful
 from .sums import ClippedSum
@@ -37,6 +40,7 @@ class PrivateStep:
     Attributes:
         noise_multiplier, max_grad_norm: σ and C of the next logical batch.
         nonfinite_records: records left out because their gradient was not finite.
+        strictly_examined: whether losses were given one by one, and seen to be each of its own record.
     """
 
     def __init__(
@@ -52,17 +56,26 @@ class PrivateStep:
         max_grad_norm: float,
         loss_reduction: str,
         batch_first: bool,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self.model, self.optimizer, self.sampling = model, optimizer, sampling
         self.clipping, self.noise, self.spending = clipping, noise, spending
         self.noise_multiplier, self.max_grad_norm = noise_multiplier, max_grad_norm
         self.loss_reduction = loss_reduction
+        self._loss_scale, self._factor = loss_scale, 1.0
+        if isinstance(clipping, Learning) and isinstance(noise, Correlated):
+            raise ConfigurationError(
+                "adaptive clipping with correlated noise",
+                why="what sum and count cost together is known for independent noise only.",
+                cure="use another clipping, or noise=None.",
+            )
+        noises_of(clipping, noise_multiplier, sampling.expected_batch_size)  # raises where they cannot amount to sigma
         self.nonfinite_records = 0
         self._given = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm}
         self._draw: Draw | None = None
         self._sum: ClippedSum | None = None
         self._charged: float | None = None  # fixed batches: the least σ charged for in this pass
-        self._strictly_examined = False
+        self.strictly_examined = False
         self.tape = Tape(model, batch_first=batch_first)
         try:
             self._trainable()
@@ -76,6 +89,8 @@ class PrivateStep:
         self.drop()
         self.tape.detach()
         self._hook.remove()
+        if self._loss_scale is not None:
+            self._loss_scale.release()
 
     def event(self, noise_multiplier: float | None = None) -> Event | None:
         """What a release (with this σ) costs now; None where the pass has paid for it."""
@@ -88,6 +103,8 @@ class PrivateStep:
         """A new pass over the data: what an abandoned one left unfinished is dropped; it was never released."""
         self.drop()
         self._charged = None
+        if isinstance(self.sampling, Paced) and self.sampling.begin_pass() and isinstance(self.noise, Correlated):
+            self.noise.restart()
 
     def admits(self) -> bool:
         """Whether the budget allows for the next logical batch; the rest of one that was begun always is."""
@@ -96,11 +113,25 @@ class PrivateStep:
     def hand_out(self, draw: Draw) -> None:
         """A physical batch goes to the user."""
         if self._sum is None:
-            self._sum = ClippedSum(self.clipping, self.noise_multiplier, self.max_grad_norm)
+            self._sum = self._begin_sum()
         for p in self._parameters():
             p.grad = None
         self._draw = draw
-        self.tape.open(draw.n)
+        if self._loss_scale is None:
+            self.tape.open(draw.n)
+        else:
+            self._factor = self._loss_scale.current()
+            self.tape.open(draw.n, placeholders(list(self._trainable())))
+
+    def _begin_sum(self) -> ClippedSum:
+        if isinstance(self.noise, Correlated) and self.noise_multiplier != self._given["noise_multiplier"]:
+            raise ConfigurationError(
+                f"noise_multiplier was changed to {self.noise_multiplier:g} under correlated noise",
+                why="a step's noise takes back that of the steps before; what a changing one costs is not known.",
+                cure="keep it as it was given, or use independent noise (noise=None).",
+            )
+        batch = self.sampling.expected_batch_size
+        return ClippedSum(self.clipping, self.noise_multiplier, self.max_grad_norm, batch)
 
     def take_back(self, draw: Draw) -> None:
         """The user asks for the next batch."""
@@ -117,6 +148,12 @@ class PrivateStep:
         self._close(draw)
         if draw.last:
             self.drop()
+            if isinstance(self.sampling, Paced):
+                raise UnfinishedStepError(
+                    "a batch was drawn and no step was taken on it, under correlated noise",
+                    why="how far apart two participations of a record are is counted in steps.",
+                    cure="call optimizer.step() on every batch, or leave the pass (break) and begin another.",
+                )
 
     def empty_draw(self, draw: Draw) -> None:
         """Nobody was drawn: the noisy step is taken, and accounted, all the same."""
@@ -153,8 +190,8 @@ class PrivateStep:
                 why="each record that was drawn enters the step once.",
                 cure="compute the losses of the batch that the private loader has just yielded.",
             )
-        if not self._strictly_examined and batch.n > 1:
-            self._strictly_examined = refuse_coupled_losses(self.tape, batch, losses)
+        if not self.strictly_examined and batch.n > 1:
+            self.strictly_examined = refuse_coupled_losses(self.tape, batch, losses)
         (losses.mean() if self.loss_reduction == "mean" else losses.sum()).backward()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -192,6 +229,7 @@ class PrivateStep:
         if batch is None:
             return
         draw.done = True
+        batch.unmark()
         trainable = self._trainable()
         prove(self.tape, batch)
         forms = {p: joined(found) for p, found in batch.forms.items() if p.requires_grad}
@@ -203,7 +241,7 @@ class PrivateStep:
                     cure="add it to the optimizer (optimizer.add_param_group) or freeze it.",
                 )
         if forms and self._sum is not None:
-            scale = float(batch.n) if self.loss_reduction == "mean" else 1.0
+            scale = (float(batch.n) if self.loss_reduction == "mean" else 1.0) / self._factor
             self.nonfinite_records += self._sum.add(forms, trainable, draw.units, scale)
 
     @torch.no_grad()
@@ -214,14 +252,20 @@ class PrivateStep:
         trainable = self._trainable()
         sums = clipped.take(trainable)
         self.noise.add_to(sums, clipped.std)
+        observed = clipped.take_observed()
+        self.noise.add_to(observed, clipped.observed_std)
         grads = [
             total.div_(self.sampling.expected_batch_size).view(p.shape).to(p.dtype)
             for p, total in zip(trainable, sums, strict=True)
         ]
         event = self.event(clipped.noise_multiplier)
-        self.spending.record(event, grads)
+        self.spending.record(event, [*grads, *observed])
         if event is not None:
             self._charged = clipped.noise_multiplier
+        if isinstance(self.sampling, Paced):
+            self.sampling.advance()
+        if observed and self.max_grad_norm == clipped.max_grad_norm:  # else it was set by hand meanwhile
+            self.max_grad_norm = clipped.learned(float(observed[0]))
         for p, grad in zip(trainable, grads, strict=True):
             p.grad = grad
 
@@ -251,6 +295,8 @@ class PrivateStep:
         parts: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer, "noise": self.noise}
         if isinstance(self.clipping, Stateful):
             parts["clipping"] = self.clipping
+        if isinstance(self.sampling, Stateful):
+            parts["sampling"] = self.sampling
         parts["step"] = Part(lambda: self._state(inside), self._load)
         return parts
 
@@ -259,6 +305,7 @@ class PrivateStep:
         model = self.model.state_dict()
         return {
             **self._given,
+            "noise": repr(self.noise.correlation) if isinstance(self.noise, Correlated) else "independent",
             "clipping": repr(self.clipping) if is_dataclass(self.clipping) else type(self.clipping).__name__,
             "loss_reduction": self.loss_reduction,
             "optimizer": type(self.optimizer).__name__,
@@ -271,6 +318,8 @@ class PrivateStep:
         self.drop()
         self._charged = None
         self.noise.reseed()
+        if isinstance(self.sampling, Paced):
+            self.sampling.restart()
 
     def _state(self, inside: bool) -> dict[str, Any]:
         names = self.tape.parameters()
@@ -291,5 +340,5 @@ class PrivateStep:
         for name, p in parameters.items():
             p.requires_grad_(name in state["trainable"])
         if state["sum"] is not None:
-            self._sum = ClippedSum(self.clipping, self.noise_multiplier, self.max_grad_norm)
+            self._sum = self._begin_sum()
             self._sum.load_state_dict(state["sum"], parameters)

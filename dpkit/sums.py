@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .clipping import Clipping
+from .clipping import Clipping, Learning, noises_of
 from .forms import Form
 from .units import Units
 
@@ -20,10 +20,15 @@ class ClippedSum:
     Args:
         clipping: how a record's weight follows from its norms.
         noise_multiplier, max_grad_norm: σ and C of this logical batch, fixed when its first part was handed out.
+        expected_batch_size: B, by which a clipping that learns C judges its count.
     """
 
-    def __init__(self, clipping: Clipping, noise_multiplier: float, max_grad_norm: float) -> None:
+    def __init__(
+        self, clipping: Clipping, noise_multiplier: float, max_grad_norm: float, expected_batch_size: float
+    ) -> None:
         self.clipping, self.noise_multiplier, self.max_grad_norm = clipping, noise_multiplier, max_grad_norm
+        self.expected_batch_size = expected_batch_size
+        self._observed = 0.0
         self._totals: dict[nn.Parameter, Tensor] = {}
 
     @property
@@ -33,7 +38,12 @@ class ClippedSum:
     @property
     def std(self) -> float:
         """The standard deviation of the noise that is due."""
-        return self.noise_multiplier * self.sensitivity
+        return noises_of(self.clipping, self.noise_multiplier, self.expected_batch_size)[0] * self.sensitivity
+
+    @property
+    def observed_std(self) -> float:
+        """The standard deviation of the noise that is due to what is observed beside the sum."""
+        return noises_of(self.clipping, self.noise_multiplier, self.expected_batch_size)[1]
 
     def add(self, forms: dict[nn.Parameter, Form], columns: dict[nn.Parameter, int], units: Units, scale: float) -> int:
         """Clip the units (records) of one physical batch and add them up.
@@ -56,6 +66,8 @@ class ClippedSum:
             keep = finite.nonzero().flatten()
             units, rows = units.take(keep)
             forms, norms = {p: f.take(rows) for p, f in forms.items()}, norms[keep]
+        if isinstance(self.clipping, Learning):
+            self._observed += float(self.clipping.observed(norms, self.max_grad_norm).sum())
         weights = self.clipping.weights(norms, self.max_grad_norm) * scale
         for p, form in forms.items():
             w = weights if weights.ndim == 1 else weights[:, columns[p]]
@@ -63,6 +75,15 @@ class ClippedSum:
             held = self._totals.get(p)
             self._totals[p] = total if held is None else held.add_(total)
         return len(finite) - len(norms)
+
+    def take_observed(self) -> list[Tensor]:
+        """What a clipping that learns C has observed [1] (float64); nothing for the others."""
+        return [torch.tensor([self._observed], dtype=torch.float64)] if isinstance(self.clipping, Learning) else []
+
+    def learned(self, observed: float) -> float:
+        """C of the next logical batch, from what was observed, with its noise."""
+        assert isinstance(self.clipping, Learning)
+        return self.clipping.learned(self.max_grad_norm, observed, self.expected_batch_size)
 
     def take(self, parameters: dict[nn.Parameter, int]) -> list[Tensor]:
         """The totals [numel], float32 or wider, zero where a parameter had no gradient; they are the caller's now."""
@@ -72,16 +93,18 @@ class ClippedSum:
         ]
 
     def state_dict(self, names: dict[nn.Parameter, str]) -> dict[str, Any]:
-        """σ, C and the totals by parameter name."""
+        """σ, C, what was observed, and the totals by parameter name."""
         return {
             "noise_multiplier": self.noise_multiplier,
             "max_grad_norm": self.max_grad_norm,
+            "observed": self._observed,
             "totals": {names[p]: total.clone() for p, total in self._totals.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any], parameters: dict[str, nn.Parameter]) -> None:
         """What `state_dict` gave, for a model whose parameters have the same names."""
         self.noise_multiplier, self.max_grad_norm = state["noise_multiplier"], state["max_grad_norm"]
+        self._observed = state["observed"]
         self._totals = {
             parameters[name]: total.to(parameters[name].device, copy=True) for name, total in state["totals"].items()
         }

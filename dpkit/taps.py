@@ -3,42 +3,42 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from .autograd import accumulates, once_differentiable
 from .errors import CoupledRecordsError, DoubleUseError
 from .forms import Dense, Form, Outer
 from .records import Records
 from .rules import looked_up
 
-Emit = Callable[[Tensor | None, Tensor], Iterable[tuple[Tensor | None, Form]]]
+Emit = Callable[[tuple[Tensor, ...], Tensor], Iterable[tuple[Tensor | None, Form]]]
 
 
 class Tap(torch.autograd.Function):
-    """Identity whose backward hands (input, gradient) to a rule.
+    """Identity whose backward hands (inputs, gradient) to a rule.
 
-    The input is kept by ``save_for_backward``, so activation checkpointing keeps its saving and a later in-place change
-    is an error. The output is no view, so in-place operations on it stay possible.
+    The inputs that it needs are kept by ``save_for_backward``, so activation checkpointing keeps its saving and a later
+    in-place change is an error. The output is no view, so in-place operations on it stay possible.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         y: Tensor,
-        x: Tensor | None,
         anchor: Tensor,
         emit: Emit,
         batch: Batch,
-        x_records: Records,
         y_records: Records,
+        x_records: tuple[Records | None, ...],
+        *inputs: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(*inputs)
         ctx.emit, ctx.batch, ctx.x_records, ctx.y_records = emit, batch, x_records, y_records
         ctx.set_materialize_grads(False)
         return y.detach()
@@ -47,15 +47,17 @@ class Tap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is not None:
-            (x,) = ctx.saved_tensors
-            rows = ctx.y_records.lead(grad)
+            inputs = ctx.saved_tensors
+            rows, factor = ctx.y_records.lead(grad), ctx.y_records.factor
             if ctx.batch.examined is not None:
-                ctx.batch.examine(rows, ctx.y_records.factor)
+                ctx.batch.examine(rows, factor)
             else:
-                factor = ctx.y_records.factor
-                for parameter, form in ctx.emit(None if x is None else ctx.x_records.lead(x.detach()), rows):
+                led = tuple(
+                    x.detach() if r is None else r.lead(x.detach()) for x, r in zip(inputs, ctx.x_records, strict=True)
+                )
+                for parameter, form in ctx.emit(led, rows):
                     ctx.batch.add(parameter, form if factor == 1 else form.folded(factor), tapped=True)
-        return grad, None, None, None, None, None, None
+        return grad, *[None] * (5 + len(ctx.x_records))
 
 
 class Spread(torch.autograd.Function):
@@ -149,6 +151,8 @@ class Batch:
         unproven: parameters whose forms have not been compared with autograd's own gradient yet.
         autograd: the ordinary gradients of those.
         passive: why forwards in this batch were left alone, if any was.
+        anchors: the leaves that tell whether a backward pass accumulates gradients, or only asks for an input's.
+        marked: parameters that get zeros as their ``grad`` after a backward pass, for a GradScaler to inspect.
     """
 
     n: int
@@ -157,6 +161,8 @@ class Batch:
     unproven: frozenset[nn.Parameter] = frozenset()
     autograd: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     passive: str = ""
+    anchors: Mapping[torch.device, Tensor] = field(default_factory=dict)
+    marked: Sequence[nn.Parameter] = ()
     closed: bool = False
     examined: int | None = None  # strict door: the only record that the running backward may touch
 
@@ -164,6 +170,8 @@ class Batch:
         """Take a form in; ``tapped``: by a rule, so that autograd's own gradient of that use can be compared."""
         if not isinstance(parameter, nn.Parameter) or not parameter.requires_grad:
             return
+        if not accumulates(self.anchors.values()):
+            return  # torch.autograd.grad for something else: no parameter's gradient is asked for
         if self.closed:
             raise DoubleUseError(
                 "a backward pass reached a batch whose step has been taken",
@@ -182,6 +190,18 @@ class Batch:
         self.forms[parameter].append(form)
         if tapped and parameter in self.unproven:
             self.tapped[parameter].append(form)
+        self._mark()
+
+    def _mark(self) -> None:
+        for p in self.marked:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+
+    def unmark(self) -> None:
+        """Take the zeros away; what autograd has added to them stays, to be refused."""
+        for p in self.marked:
+            if p.grad is not None and not bool(p.grad.any()):
+                p.grad = None
 
     @property
     def tolerance(self) -> float:
@@ -196,6 +216,7 @@ class Batch:
         if grad is not None:
             held = self.autograd.get(parameter)
             self.autograd[parameter] = grad if held is None else held + grad
+            self._mark()
 
     def examine(self, grad: Tensor, factor: int = 1) -> None:
         """Strict door, first batch: the loss of one record must not reach another record's rows."""
