@@ -44,8 +44,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _steps(arguments: argparse.Namespace, rate: float) -> int:
     """The number of steps, given or from --epochs."""
+    given: int = arguments.steps
     if arguments.epochs is None:
-        return int(arguments.steps)
+        return given
     if not (arguments.epochs > 0.0 and rate > 0.0):
         raise AccountingError(
             f"--epochs {arguments.epochs:g} at sample rate {rate:g}.",

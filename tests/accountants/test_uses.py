@@ -174,6 +174,9 @@ def test_estimates_are_labelled_and_too_low() -> None:
         calibrate(target_epsilon=1.0, delta=1e-5, sample_rate=0.1, steps=3, accountant="gdp")
     with pytest.raises(AccountingError, match="estimate"):
         TradeOff(GDPAccountant())
+    dpkit = pytest.importorskip("dpkit")
+    with pytest.raises(dpkit.PrivacyError, match="estimates"):
+        dpkit.PrivacyEngine(accountant=GDPAccountant())
 
 
 def test_who_needs_a_schedule_fixed_in_advance() -> None:
