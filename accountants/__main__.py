@@ -47,13 +47,14 @@ def _steps(arguments: argparse.Namespace, rate: float) -> int:
     given: int = arguments.steps
     if arguments.epochs is None:
         return given
-    if not (arguments.epochs > 0.0 and rate > 0.0):
+    epochs: float = arguments.epochs
+    if not (epochs > 0.0 and rate > 0.0):
         raise AccountingError(
-            f"--epochs {arguments.epochs:g} at sample rate {rate:g}.",
+            f"--epochs {epochs:g} at sample rate {rate:g}.",
             why="both must be positive to give a number of steps.",
             cure="pass --steps.",
         )
-    return max(1, math.ceil(arguments.epochs / rate - 1e-9))
+    return max(1, math.ceil(epochs / rate - 1e-9))
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def _merge(x: Array, q: Array, grid: Array) -> _Law:
     total = np.bincount(cell, weights=q, minlength=n)
     first = np.bincount(cell, weights=q * x, minlength=n)
     keep = total > 0.0
-    mass: Array = total[keep] * (1.0 - 2.0 * (len(x) + 8.0) * U)
+    mass: Array = (total[keep] * (1.0 - 2.0 * (len(x) + 8.0) * U)).astype(np.float64)
     return _Law(first[keep] / total[keep], mass)
 
 
