@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .numeric import normal_reach
+from .numeric import dot, normal_reach
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -65,7 +65,7 @@ class Pair(ABC):
             return self.infinite
         atoms = self.atoms(np.array([max(0.0, low), max(high, low, 1e-300)]))
         loss = np.maximum(atoms.loss, 0.0) + atoms.loss_error
-        return float(np.dot(atoms.mass * (1.0 + atoms.mass_error), -np.expm1(-loss))) * (1.0 + 1e-9) + self.infinite
+        return float(dot(atoms.mass * (1.0 + atoms.mass_error), -np.expm1(-loss))) * (1.0 + 1e-9) + self.infinite
 
     def breaks(self) -> list[float]:
         """Losses at which the law has true atoms or jumps; grids do well to have edges there."""

@@ -57,7 +57,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .lattice import Lattice
-from .numeric import smooth_length
+from .numeric import dot, smooth_length
 from .pairs import Array, Atoms, Ints, U
 
 Complex = NDArray[np.complex128]
@@ -90,7 +90,7 @@ class _Kept:
 
 def lower_orders(laws: Sequence[Atoms | Lattice], counts: Sequence[int]) -> list[float]:
     """Some t for Chernoff bounds on the composed loss from below: from one standard deviation to the very end."""
-    squares = [float(np.dot(law.mass * np.exp(-law.loss), law.loss**2)) for law in laws]
+    squares = [float(dot(law.mass * np.exp(-law.loss), law.loss**2)) for law in laws]
     spread = sum(n * square for n, square in zip(counts, squares, strict=True))
     lowest = min(float(law.loss.min()) for law in laws)
     if lowest >= 0.0:
@@ -146,12 +146,12 @@ class Spectrum:
             exponent = theta * law.loss - log_k
             wiggle = 4.0 * U * (np.abs(exponent) + abs(log_k) + 4.0)
             weight = law.mass * np.exp(exponent) * (1.0 + wiggle if upper else 1.0 - wiggle)
-            mean = float(np.dot(weight, law.loss))
+            mean = float(dot(weight, law.loss))
             # denormal numbers would slow every sum down: what is dropped here is part of `outside`
             weight = np.where(weight < 1e-250, 0.0, weight)
             self._tilted.append(weight)
             self._means.append(mean)
-            variance += n * float(np.dot(weight, (law.loss - mean) ** 2))
+            variance += n * float(dot(weight, (law.loss - mean) ** 2))
         self.deviation = math.sqrt(variance)
         self._excess = self._chernoff_table()
         left, right = self._reach(self.counts)
@@ -265,7 +265,7 @@ class Spectrum:
                 top = float(power.max())
                 out.append(top + math.log(float(np.exp(power - top).sum())) + 1e-12)
             else:  # keep the digits of a small moment: E[e^x − 1 − x], and E[x] is rounding only
-                small = float(np.dot(weight, np.expm1(exponent) - exponent))
+                small = float(dot(weight, np.expm1(exponent) - exponent))
                 out.append(math.log1p(small * (1.0 + 1e-12)) + 1e-14 * (1.0 + abs(t) * float(np.abs(law.loss).max())))
         return out
 
@@ -325,8 +325,8 @@ class Spectrum:
             start=start,
             base=base,
             log_scale=scale,
-            slip_near=float(np.dot(slip, np.abs(self._near))) + ratio * self._rest,
-            slip_far=float(np.dot(slip, np.abs(self._far))) + self._rest,
+            slip_near=float(dot(slip, np.abs(self._near))) + ratio * self._rest,
+            slip_far=float(dot(slip, np.abs(self._far))) + self._rest,
             outside=outside * largest,
             infinite=-math.expm1(survive),
             apart=self._apart(counts),
@@ -391,8 +391,8 @@ class Spectrum:
                 for law in self.laws:
                     power = np.expm1(np.maximum(-t * law.loss, -40.0))
                     q = np.maximum(law.mass * np.exp(-law.loss), 1e-250)
-                    total = float(np.dot(q, power)) + max(0.0, float(q.sum()) - (1.0 - law.beyond[0]))
-                    slip = 1e-14 * (1.0 + float(np.dot(q, np.abs(power)))) + 2e-10 * law.beyond[0]
+                    total = float(dot(q, power)) + max(0.0, float(q.sum()) - (1.0 - law.beyond[0]))
+                    slip = 1e-14 * (1.0 + float(dot(q, np.abs(power)))) + 2e-10 * law.beyond[0]
                     moments.append(math.log1p(max(0.0, total + slip) / (1.0 - law.beyond[0])))
                 self._low.append((t, moments))
         return self._low
