@@ -311,8 +311,7 @@ def build(
         if fixed or cost <= budget * 1.05 or step <= floor or not upper:
             break
         step *= min(0.9, max(0.3, math.sqrt(0.85 * budget / cost)))
-    # the mass outside the window may cost a fiftieth of the tolerance: weigh it against B ≈ 1 / (2.5 θ (1 + θ)
-    # deviation)
+    # the mass outside the window may cost a fiftieth of the tolerance of B ≈ 1 / (2.5 θ (1 + θ) deviation)
     share = 0.02 * budget * (1.0 + plan.theta) / max(1.0, (1.0 + plan.theta) * plan.deviation)
     wrap = min(27.0, max(8.0, -math.log(min(share, 0.1)) + 1.0)) + wider
     least = None if fewest is None else list(fewest)

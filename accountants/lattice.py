@@ -2,12 +2,10 @@
 
 Upper (connect the dots; Doroshenko, Ghazi, Kamath, Kumar, Manurangsi 2022): every atom is split on the two edges of its
 cell so that its P-mass and its Q-mass are both kept. In the likelihood ratio R under Q that is a mean-preserving
-spread,
-and delta(epsilon) = E_Q[(R − e^epsilon)+] is convex in R, so delta can only grow, and does so again under composition.
+spread, and delta(epsilon) = E_Q[(R − e^epsilon)+] is convex in R, so delta can only grow, and does so again under
+composition.
 
-Lower (after the same paper's optimistic construction): the highest polygon below that convex function with corners on
-the
-edges. Both bounds are second order in the cell width.
+Lower: a polygon below that convex function with corners on the edges. Both bounds are second order in the cell width.
 
 Not every grid point is an edge: cells are narrow where the tilted law has its mass and wide in the tails, which is what
 keeps long-tailed steps on fine grids affordable.
@@ -61,13 +59,11 @@ def choose_edges(
     widest: float,
     breaks: Sequence[float] = (),
 ) -> Ints:
-    """Grid indices of cell edges covering [lo, hi]: about one step apart where the tilted law is dense, wider
-    elsewhere.
+    """Grid indices of cell edges covering [lo, hi]: a step apart where the tilted law is dense, wider elsewhere.
 
     A cell of width w and tilted mass f·w adds about f·w·w²/12 to the log moment, so w grows like f^(-1/3), by a factor
     that lets all the wide cells together cost a third of what cells of one step everywhere would; f is the larger of
-    the
-    densities at the given tilts.
+    the densities at the given tilts.
     """
     first = math.floor((lo - origin) / step) - 1
     last = math.ceil((hi - origin) / step) + 1

@@ -84,11 +84,9 @@ class SmoothPair(Pair):
 
     Quadrature. A cell of losses is a cell of y, cut until it is no wider than 0.75 / slope(y), where slope bounds the
     logarithmic derivative of both densities at distance ≤ 3 / slope in the complex plane (there both are analytic and
-    at
-    most e^3.5 times their value on the cell). On the Bernstein ellipse with half-axis 3 / slope, rho ≥ 16, so the n = 8
-    Gauss rule errs by at most (64/15) e^4 rho^-16 / (1 − rho^-2) < 2e-17 of the cell's mass; cells 16 times narrower
-    have
-    rho ≥ 256 and need only n = 4. Both lie below one rounding.
+    at most e^3.5 times their value on the cell). On the Bernstein ellipse with half-axis 3 / slope, rho ≥ 16, so the
+    n = 8 Gauss rule errs by at most (64/15) e^4 rho^-16 / (1 − rho^-2) < 2e-17 of the cell's mass; cells 16 times
+    narrower have rho ≥ 256 and need only n = 4. Both lie below one rounding.
     """
 
     flipped: bool = False
