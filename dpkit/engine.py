@@ -70,6 +70,12 @@ class PrivacyEngine:
     ) -> None:
         self._secure = SecureNoise() if secure_mode else None
         self.accountant = accountant if isinstance(accountant, Accountant) else make_accountant(accountant)
+        if self.accountant.is_estimate:
+            raise ConfigurationError(
+                f"accountant={self.accountant!r}",
+                why="its answers are estimates, often far below the truth; no guarantee may rest on them.",
+                cure='use accountant="pld".',
+            )
         self._spending = Spending(
             self.accountant, None if ledger is None else Ledger(ledger, self.accountant.adjacency)
         )
