@@ -138,6 +138,19 @@ def test_pitfall_22_leaving_a_logical_batch() -> None:
     assert sum(n for _, n in run.engine.accountant.ledger) == 2
 
 
+def test_pitfall_23_the_loss_scale_does_not_count() -> None:
+    """With a factor of 2^16 the step is what it is without."""
+    plain = attach(mlp(), max_grad_norm=0.5)
+    train(plain)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaled = attach(mlp(), max_grad_norm=0.5, grad_scaler=scaler)
+    for batch in scaled.loader:
+        scaler.scale(squared_loss(scaled.model, batch)).backward()
+        scaler.step(scaled.optimizer)
+        scaler.update()
+    torch.testing.assert_close(weights(scaled.model), weights(plain.model))
+
+
 def test_pitfall_24_a_new_sigma_keeps_the_history() -> None:
     run = attach(mlp(), noise_multiplier=2.0)
     spent = []

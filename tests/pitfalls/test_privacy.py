@@ -222,6 +222,31 @@ def test_pitfall_11_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     make_private(loader)
 
 
+@pytest.mark.parametrize("physical", [None, 1])
+def test_pitfall_12_adaptive_clipping_learns_once_a_step(physical: int | None) -> None:
+    """From the logical batch, however it is served; an empty one is a step like others; z covers sum and count."""
+    run = attach(
+        mlp(),
+        data(),
+        4,
+        clipping=dpkit.AdaptiveClipping(quantile=0.5, learning_rate=0.2),
+        noise_multiplier=0.0,
+        max_grad_norm=1e6,
+        max_physical_batch_size=physical,
+    )
+    bounds = [run.engine.max_grad_norm]
+    with drawing([0, 1, 2, 3], [], [4, 5]):
+        for batch in run.loader:
+            work(run, batch)
+    bounds.append(run.engine.max_grad_norm)
+    # nobody is clipped: b̃ = 1/2 + (n/2) / 4 with n records drawn, and each step multiplies C by exp(−0.2 (b̃ − 0.5))
+    assert bounds[1] / bounds[0] == pytest.approx(math.exp(-0.2 * (0.5 + 0.0 + 0.25)))
+    assert sum(n for _, n in run.engine.accountant.ledger) == 3
+    noisy = attach(mlp(), data(), 4, clipping=dpkit.AdaptiveClipping(), noise_multiplier=1.5)
+    train(noisy)
+    assert {event for event, _ in noisy.engine.accountant.ledger} == {PoissonSampled(0.5, Gaussian(1.5))}
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_pitfall_13_a_record_that_is_not_finite(bad: float) -> None:
     """It is left out and counted; weights stay finite, and the others' step is what it would be without it."""
