@@ -32,6 +32,8 @@ typecheck: $(VENV)/.ready
 bench: $(VENV)/.ready ## training steps beside ordinary training and Opacus; writes benchmarks/results/
 	$(PY) -m benchmarks.steps
 	$(PY) -m benchmarks.accounting
+	$(PY) -m benchmarks.durable
+	$(PY) -m benchmarks.noise
 
 audit: $(VENV)/.ready ## 54 Hugging Face architectures, dpkit and Opacus, against the definition
 	$(PY) -m benchmarks.audit

@@ -27,7 +27,7 @@ from .events import (
     banded_matrix,
     dpsgd,
 )
-from .filters import BudgetSpentError, GDPFilter, RDPFilter, RDPOdometer
+from .filters import BudgetSpentError, GDPFilter, RDPFilter, RDPOdometer, best_order
 from .gdp import GDPAccountant
 from .interop import from_dp_accounting, from_opacus
 from .pld import PLDAccountant
@@ -65,6 +65,7 @@ __all__ = [
     "adaptive_clipping",
     "adaptive_clipping_gradient_noise",
     "banded_matrix",
+    "best_order",
     "calibrate",
     "delta",
     "dpsgd",

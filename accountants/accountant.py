@@ -45,6 +45,10 @@ class Accountant(ABC):
     """
 
     kind: ClassVar[str] = ""
+    is_estimate: ClassVar[bool] = False
+    """Whether answers are estimates, of which no guarantee may be quoted."""
+    needs_fixed_schedule: ClassVar[bool] = True
+    """Whether answers hold only for a schedule of events fixed in advance; False for filters and odometers."""
 
     def __init__(self, adjacency: str = "add_or_remove_one") -> None:
         if adjacency not in ADJACENCIES:

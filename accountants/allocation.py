@@ -23,7 +23,7 @@ Shenfeld 2025).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -32,7 +32,7 @@ import numpy as np
 
 from .pairs import Array, Atoms, Ints, Pair, U
 
-POINTS = 700
+POINTS = 760
 _LEVELS: Array = np.array([0.5 * math.erfc(-0.25 * i / math.sqrt(2.0)) for i in range(-28, 29)])
 _LOWER, _UPPER = 24, 32  # one standard deviation around the middle of _LEVELS
 _TEMPER = 0.3  # power of the tail mass whose fall is followed evenly
@@ -74,6 +74,10 @@ class AtomsPair(Pair):
         return AtomsPair(-self.loss[::-1], mass[::-1], error, self.loss_error, self.outside, self.infinite)
 
 
+Rest = tuple[float, float]
+"""What is still to be added: its mean, and a value it is seldom below."""
+
+
 class _Law(NamedTuple):
     """Q-masses ``q`` at increasing values ``x``."""
 
@@ -81,16 +85,17 @@ class _Law(NamedTuple):
     q: Array
 
 
-def _grid(values: Array, mass: Array, rest: float, low: float, high: float, points: int) -> Array:
+def _grid(values: Array, mass: Array, rest: Rest, low: float, high: float, points: int) -> Array:
     """Points from ``low`` to ``high``, dense where the law of (value + rest) has its mass, and its tail falls.
 
-    Any points are sound. In u = log(value + 0.1 rest) a cell of width w adds about w²/12 of its mass, so w grows like
-    the density to the power −1/3; the density is the larger of Q's, of P's, and of a power of P's tail.
+    Any points are sound. In u = log(value + a tenth of the rest) a cell of width w adds about w²/12 of its mass, so w
+    grows like the density to the power −1/3; the density is the larger of Q's, of P's, and of a power of P's tail.
     """
-    shift = 0.1 * rest
+    mean, seldom = rest
+    shift = 0.1 * min(mean, seldom)
     order = np.argsort(values)
     u = np.log(np.maximum(values[order] + shift, 1e-300))
-    size = np.log(values[order] + rest + 1e-300)
+    size = np.log(values[order] + mean + 1e-300)
     with np.errstate(divide="ignore"):
         weight = np.log(mass[order])
     first, last = math.log(max(low + shift, 1e-300)), math.log(high + shift)
@@ -155,7 +160,7 @@ def _coarse(law: _Law, groups: int) -> _Law:
     return _Law(np.add.reduceat(law.q * law.x, start) / np.maximum(q, 1e-320), q)
 
 
-def _convolve(a: _Law, b: _Law, rest: float, points: int, upper: bool) -> _Law:
+def _convolve(a: _Law, b: _Law, rest: Rest, points: int, upper: bool) -> _Law:
     """The law of the sum of two independent values, on about ``points`` points; ``rest`` is still to be added."""
     small, other = _coarse(a, 90), _coarse(b, 90)
     pilot = np.add.outer(small.x, other.x).ravel(), np.multiply.outer(small.q, other.q).ravel()
@@ -175,8 +180,8 @@ def _triangle(n: int) -> tuple[Ints, Ints, Array]:
     return i, j, np.where(i == j, 1.0, 2.0)
 
 
-def _single(base: Pair, rest: float, points: int, upper: bool) -> tuple[_Law, float, float]:
-    """X of one round on few points; P-mass taken as infinite; the largest relative error of a value."""
+def _single(base: Pair, rounds: int, points: int, upper: bool) -> tuple[_Law, float, float, Callable[[int], Rest]]:
+    """X of one round on few points; P-mass taken as infinite; the largest relative error of a value; the `Rest`s."""
     low, high = base.span(-745.0, -745.0)
     cut = min(high, _HIGHEST)
     low = max(low, -_HIGHEST)
@@ -196,11 +201,19 @@ def _single(base: Pair, rest: float, points: int, upper: bool) -> tuple[_Law, fl
     x, q, error = x[live], q[live], float(off.max())
     order = np.argsort(x)
     x, q = x[order], q[order]
+    share = np.cumsum(q) / q.sum()
+
+    def rest(done: int) -> Rest:
+        # the largest of n values is below their F^-1(1e-10^(1/n)) with probability 1e-10, and so is their sum
+        n = rounds - done
+        seldom = float(x[np.searchsorted(share, min(1e-10 ** (1.0 / n), share[-1]))]) if n else 0.0
+        return float(n), seldom
+
     if len(x) <= points:
         distinct, where = np.unique(x, return_inverse=True)
-        return _Law(distinct, np.bincount(where, weights=q)), infinite, error
-    grid = _grid(x, q, rest, float(x[0]), float(x[-1]), points)
-    return (_split if upper else _merge)(x, q, grid), infinite, error
+        return _Law(distinct, np.bincount(where, weights=q).astype(np.float64)), infinite, error, rest
+    grid = _grid(x, q, rest(1), float(x[0]), float(x[-1]), points)
+    return (_split if upper else _merge)(x, q, grid), infinite, error, rest
 
 
 def one_of(base: Pair, rounds: int, *, upper: bool, points: int = POINTS) -> AtomsPair:
@@ -213,16 +226,16 @@ def one_of(base: Pair, rounds: int, *, upper: bool, points: int = POINTS) -> Ato
 
 def _sum(base: Pair, rounds: int, upper: bool, points: int) -> tuple[_Law, float, float]:
     """The law of X_1 + … + X_t by doubling; infinite P-mass; relative error of the values of one round."""
-    single, infinite, error = _single(base, rounds - 1.0, points, upper)
-    small = single if rounds < 16 else _single(base, rounds - 1.0, points // 4, upper)[0]
+    single, infinite, error, rest = _single(base, rounds, points, upper)
+    small = single if rounds < 16 else _single(base, rounds, points // 4, upper)[0]
     done, total = 1, single
     for bit in bin(rounds)[3:]:
-        total = _convolve(total, total, max(0.0, rounds - 2.0 * done), points, upper)
         done *= 2
+        total = _convolve(total, total, rest(done), points, upper)
         if bit == "1":
-            one = single if done < 8 else small  # one of many need not be as fine as they are together
-            total = _convolve(total, one, max(0.0, rounds - done - 1.0), points, upper)
             done += 1
+            one = single if done <= 8 else small  # one of many need not be as fine as they are together
+            total = _convolve(total, one, rest(done), points, upper)
     return total, infinite, error
 
 

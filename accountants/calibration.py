@@ -21,6 +21,12 @@ _MAX_STEPS = 10**9
 
 def make_accountant(kind: str = "pld", adjacency: str = "add_or_remove_one", *, tolerance: float = 1e-5) -> Accountant:
     """The accountant called ``kind``: "pld" (tight) or "rdp" (quick)."""
+    if kind in ("gdp", "gdp_estimate"):
+        raise AccountingError(
+            f"accountant is {kind!r}.",
+            why="the central-limit answer is an estimate, often far below the truth; nothing may rest on it.",
+            cure="pass 'pld' or 'rdp'; for the estimate itself build a GDPAccountant.",
+        )
     if kind not in _KINDS:
         raise AccountingError(
             f"accountant is {kind!r}.", why="no accountant has that name.", cure=f"pass one of {sorted(_KINDS)}."
@@ -122,8 +128,7 @@ def calibrate(
     """The one missing number among noise_multiplier, sample_rate and steps with which a target is met.
 
     Returns the least noise_multiplier, the largest sample_rate, or the largest number of steps (an int, searched
-    exactly).
-    With ``epochs`` in place of ``steps``, steps = ceil(epochs / sample_rate) at every candidate.
+    exactly). With ``epochs`` in place of ``steps``, steps = ceil(epochs / sample_rate) at every candidate.
 
     Guarantee: the returned value itself was checked by the accountant's upper bound and is not over the target; a
     noise multiplier or rate is within a relative ``tolerance`` or so of the best one.
@@ -171,21 +176,33 @@ def calibrate(
         assert sample_rate is not None
         rate = float(sample_rate)
         return _solve(
-            lambda x, tol: ratio(x, rate, steps_at(rate), tol), *_SIGMA, False, fine, tolerance, name, missing[0]
+            lambda x, tol: ratio(x, rate, steps_at(rate), tol),
+            *_SIGMA,
+            False,
+            fine,
+            tolerance,
+            name,
+            missing[0],
+            target,
         )
     assert noise_multiplier is not None
     sigma = float(noise_multiplier)
     if missing == ["sample_rate"]:
-        return _solve(lambda x, tol: ratio(sigma, x, steps_at(x), tol), *_RATE, True, fine, tolerance, name, missing[0])
+        return _solve(
+            lambda x, tol: ratio(sigma, x, steps_at(x), tol), *_RATE, True, fine, tolerance, name, missing[0], target
+        )
     assert sample_rate is not None
     rate = float(sample_rate)
-    return _most_steps(lambda n: ratio(sigma, rate, n, 1e-5), name)
+    return _most_steps(lambda n: ratio(sigma, rate, n, 1e-5), name, target)
 
 
-def _unreachable(name: str, what: str, limit: str, cure: str) -> UnreachableTargetError:
+def _unreachable(name: str, target: float, what: str, limit: str, reached: float, cure: str) -> UnreachableTargetError:
+    why = f"{what} = {limit} is the most private end of the search, and its {name} lies above the target."
+    if math.isinf(reached) or reached >= 1.0 > target:
+        why = f"even there the mechanism reveals a record with a probability above delta, whatever its {what}."
     return UnreachableTargetError(
-        f"the target {name} is not met with {what} = {limit}.",
-        why="that is the most private end of the search.",
+        f"the target {name} {target:g} is not met: even {what} = {limit} gives {name} = {reached:.6g}.",
+        why=why,
         cure=cure,
     )
 
@@ -199,6 +216,7 @@ def _solve(
     tolerance: float,
     name: str,
     what: str,
+    target: float,
 ) -> float:
     """The x nearest the private end's far side with ratio(x) ≤ 1; ``ratio`` rises or falls with x."""
 
@@ -222,14 +240,15 @@ def _solve(
             break
         if y in (a, b):
             end = low if y == a else high
-            if end == safe and ratio(safe, fine) > 1.0:
+            reached = ratio(end, fine)
+            if end == safe and reached > 1.0:
                 cure = (
                     "raise noise_multiplier or the target."
                     if rising
                     else "lower sample_rate or steps, or raise the target."
                 )
-                raise _unreachable(name, what, f"{safe:g}", cure)
-            if end == loose and ratio(loose, fine) <= 1.0:
+                raise _unreachable(name, target, what, f"{safe:g}", reached * target, cure)
+            if end == loose and reached <= 1.0:
                 return loose
             break
         x, here, width = y, there, 1.5 * width
@@ -247,13 +266,15 @@ def _solve(
         x = min(max(x, low), high)
         if ratio(x, fine) <= 1.0:
             return x
-    raise _unreachable(name, what, f"{x:g}", "raise the target.")
+    raise _unreachable(name, target, what, f"{x:g}", ratio(x, fine) * target, "raise the target.")
 
 
-def _most_steps(ratio: Callable[[int], float], name: str) -> int:
+def _most_steps(ratio: Callable[[int], float], name: str, target: float) -> int:
     """The largest number of steps with ratio ≤ 1, exactly."""
-    if ratio(1) > 1.0:
-        raise _unreachable(name, "steps", "1", "raise noise_multiplier, lower sample_rate, or raise the target.")
+    one = ratio(1)
+    if one > 1.0:
+        cure = "raise noise_multiplier, lower sample_rate, or raise the target."
+        raise _unreachable(name, target, "steps", "1", one * target, cure)
     low, high = 1, 2
     while ratio(high) <= 1.0:
         low, high = high, high * 4

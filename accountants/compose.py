@@ -15,7 +15,7 @@ import numpy as np
 from .lattice import Lattice, beyond, choose_edges, dominated, dominating
 from .numeric import root
 from .pairs import Atoms, DiscretePair, Pair
-from .spectrum import Spectrum
+from .spectrum import Spectrum, WindowTooLongError, lower_orders
 
 MAX_SIZE = 1 << 22
 SHADES = (0.85, 0.93, 0.98, 1.0)  # a tilt a little below the optimum: lighter tails, so shorter windows
@@ -54,7 +54,7 @@ def moments(atoms: Atoms, t: float) -> tuple[float, float, float]:
     with np.errstate(divide="ignore"):
         exponent = exponent + np.log(atoms.mass)
     top = float(exponent.max())
-    weight = np.exp(exponent - top)
+    weight = np.exp(np.maximum(exponent - top, -600.0))  # denormal numbers are slow
     total = float(weight.sum())
     mean = float(np.dot(weight, atoms.loss)) / total
     variance = float(np.dot(weight, (atoms.loss - mean) ** 2)) / total
@@ -136,26 +136,21 @@ def _kurtosis(pilots: Sequence[Atoms], counts: Sequence[int], theta: float, vari
     for atoms, n in zip(pilots, counts, strict=True):
         k, m, v = moments(atoms, theta)
         with np.errstate(divide="ignore"):
-            weight = np.exp(theta * atoms.loss + np.log(atoms.mass) - k)
+            weight = np.exp(np.maximum(theta * atoms.loss + np.log(atoms.mass) - k, -600.0))
         fourth += n * (float(np.dot(weight, (atoms.loss - m) ** 4)) - 3.0 * v * v)
-    return fourth / max(variance, 1e-300) ** 2
+    return fourth / max(variance, 1e-150) ** 2
 
 
-def _reach_down(pilots: Sequence[Atoms] | Sequence[Lattice], counts: Sequence[int]) -> float:
-    """How far the composed loss falls below 0 with a probability under Q of more than e^-20 or so."""
-    spread = sum(n * float(np.dot(a.mass * np.exp(-a.loss), a.loss**2)) for a, n in zip(pilots, counts, strict=True))
+def _reach_down(laws: Sequence[Atoms | Lattice], counts: Sequence[int]) -> float:
+    """How far the composed loss falls below 0 with a probability under Q of more than e^-12."""
     best = math.inf
-    for factor in (1.0, 3.0, 6.0, 10.0, 20.0, 60.0, 300.0, 3e3, 3e4):
-        t = factor / math.sqrt(max(spread, 1e-300))
-        exponents = [np.maximum(-t * a.loss, -40.0) for a in pilots]
-        if max(float(x.max()) for x in exponents) > 600.0:
-            break
-        total = sum(
-            n * math.log1p(float(np.dot(a.mass * np.exp(-a.loss), np.expm1(x))))
-            for a, x, n in zip(pilots, exponents, counts, strict=True)
-        )
-        best = min(best, (total + 20.0) / t)
-    return best
+    for t in lower_orders(laws, counts):
+        total = 0.0
+        for law, n in zip(laws, counts, strict=True):
+            power = np.expm1(np.maximum(-t * law.loss, -40.0))
+            total += n * math.log1p(float(np.dot(law.mass * np.exp(-law.loss), power)))
+        best = min(best, (total + 12.0) / t)
+    return best if math.isfinite(best) else 0.0
 
 
 @dataclass(frozen=True)
@@ -174,7 +169,7 @@ def jump_plan(pairs: Sequence[Pair], counts: Sequence[int], plan: Plan, *, epsil
     No tilt brings such a law's mass near epsilon: it turns from no large loss at all to some far beyond. Below the cap
     that is different. With ``epsilon`` given the plan is for that, else for the plan's delta.
     """
-    down = 1.3 * _reach_down(plan.pilots, counts)
+    down = 1.05 * _reach_down(plan.pilots, counts)
     sides = []
     for atoms, n in zip(plan.pilots, counts, strict=True):
         order = np.argsort(atoms.loss)
@@ -210,7 +205,10 @@ def jump_plan(pairs: Sequence[Pair], counts: Sequence[int], plan: Plan, *, epsil
         low = high - 1.0
         while guess(math.exp(low)).log_delta < plan.log_delta and low > high - 30.0:
             low -= 1.0
-        rising = (lambda x: guess(math.exp(x)).log_delta - plan.log_delta)
+
+        def rising(x: float) -> float:
+            return guess(math.exp(x)).log_delta - plan.log_delta
+
         at = root(rising, low, high, xtol=0.01) if rising(high) < 0.0 < rising(low) else high
         epsilon = math.exp(at)
     here, there = guess(epsilon), guess(epsilon * 1.02)
@@ -226,7 +224,6 @@ def jump_plan(pairs: Sequence[Pair], counts: Sequence[int], plan: Plan, *, epsil
         deviation=here.deviation,
         cap=epsilon + max(down, 0.03 * epsilon),
         share=share,
-        log_delta=here.log_delta,
     )
 
 
@@ -279,6 +276,7 @@ def build(
         if spacing > 0.0:  # so that the atoms lie on edges
             step = spacing / max(1, math.floor(spacing / step))
         laws: list[Lattice] = []
+        far = plan.cap
         costs = [0.0, 0.0]
         for pair, n, pilot, (lo, hi) in zip(pairs, counts, plan.pilots, plan.spans, strict=True):
             origin = _origin(pair, pilot, step)
@@ -301,9 +299,9 @@ def build(
         cost = costs[0] * plan.share
         if any(law.beyond[0] > 0.0 for law in laws):
             # the grid widens the law: the cap must lie as far above epsilon as that may fall
-            down = 1.1 * _reach_down(laws, counts)
+            down = _reach_down(laws, counts)
             if plan.epsilon + down > plan.cap:
-                plan = replace(plan, cap=plan.epsilon + 1.2 * down)
+                plan = replace(plan, cap=plan.epsilon + 1.1 * down)
                 continue
         if fixed or cost <= budget * 1.05 or step <= floor or not upper:
             break
@@ -312,21 +310,16 @@ def build(
     # deviation)
     share = 0.02 * budget * (1.0 + plan.theta) / max(1.0, (1.0 + plan.theta) * plan.deviation)
     wrap = min(27.0, max(8.0, -math.log(min(share, 0.1)) + 1.0)) + wider
-    spectrum = Spectrum(
-        laws,
-        list(counts),
-        plan.theta,
-        upper=upper,
-        fewest=None if fewest is None else list(fewest),
-        wrap=wrap,
-        cap=plan.cap,
-    )
+    least = None if fewest is None else list(fewest)
+    try:
+        spectrum = Spectrum(laws, list(counts), plan.theta, upper=upper, fewest=least, wrap=wrap, cap=far)
+    except WindowTooLongError as error:
+        coarser = 1.1 * step * error.length / MAX_SIZE
+        return build(pairs, counts, plan, tolerance, upper=upper, fewest=fewest, step=coarser, wider=wider)
     return spectrum, cost
 
 
-def refine(
-    pairs: Sequence[Pair], plan: Plan, spectrum: Spectrum, counts: tuple[int, ...], epsilon: float
-) -> Plan:
+def refine(pairs: Sequence[Pair], plan: Plan, spectrum: Spectrum, counts: tuple[int, ...], epsilon: float) -> Plan:
     """The plan again, with epsilon and the slope of log delta there as first found."""
     dx = max(1e-3 * epsilon, 2.0 * spectrum.step)
     slope = (spectrum.log_delta(epsilon, counts) - spectrum.log_delta(epsilon + dx, counts)) / dx

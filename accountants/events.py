@@ -385,7 +385,7 @@ def adaptive_clipping(noise_multiplier: float, count_noise: float, groups: int =
 
     Args:
         noise_multiplier: noise of the gradient sum, std / C.
-        count_noise: standard deviation of the noise of each count; a record moves its count by 1/2 (Andrew et al. 2021).
+        count_noise: standard deviation of each count's noise; a record moves its count by 1/2 (Andrew et al. 2021).
         groups: how many counts there are, one a parameter group.
 
     >>> round(adaptive_clipping(1.0, 5.0).noise_multiplier, 6)

@@ -1,40 +1,60 @@
 """Budgets for schedules that depend on the answers so far: filters, which stop in time, and odometers, which report.
 
 A PLD answer is for a schedule fixed in advance. When σ, q or the number of steps are chosen in view of earlier
-releases,
-sum Rényi divergences (Feldman and Zrnic 2021) or squared Gaussian distances (Koskela, Tobaben, Honkela 2023) instead:
-as
-long as the running sum stays within a budget fixed beforehand, the whole is as private as that budget says.
+releases, sum Rényi divergences (Feldman and Zrnic 2021) or squared Gaussian distances (Koskela, Tobaben, Honkela 2023)
+instead: as long as the running sum stays within a budget fixed beforehand, the whole is as private as that budget says.
+Nothing here needs a fixed schedule, ``needs_fixed_schedule`` is False; it is True for every accountant.
 """
 
 from __future__ import annotations
 
 import math
-from typing import SupportsIndex
+from collections.abc import Sequence
+from typing import ClassVar, SupportsIndex
 
 from . import gaussian
-from .accountant import check_delta
+from .accountant import check_delta, check_epsilon
 from .errors import AccountingError
 from .events import Event, _count
 from .mechanisms import judge
 from .rdp import log_mgf
-
-_ORDERS = tuple(1.01 * 1.12**i - 1.0 for i in range(1, 100))
 
 
 class BudgetSpentError(AccountingError):
     """The next release would exceed the budget; it must not be run."""
 
 
+def best_order(event: Event, delta: float, adjacency: str = "add_or_remove_one") -> float:
+    """The Rényi order at which ``event`` (an expected schedule) converts to the least epsilon: one for `RDPFilter`.
+
+    >>> from dpkit.accountants import Gaussian
+    >>> round(best_order(Gaussian(10.0), 1e-5), 1)
+    40.8
+    """
+    log_delta = math.log(check_delta(delta))
+    parts = event.flat()
+
+    def bound(t: float) -> float:
+        moment = sum(n * log_mgf(part, t, adjacency) for part, n in parts)
+        return (moment - log_delta - math.log1p(t)) / t + math.log(t / (1.0 + t))
+
+    grid = [10.0 ** (0.05 * i - 2.0) for i in range(121)]
+    best: float = min(grid, key=bound)
+    return 1.0 + best
+
+
 class RDPFilter:
     """Admits adaptively chosen events as long as the total stays (ε, δ)-DP.
 
-    Guarantee: everything admitted, however it was chosen, is (``epsilon``, ``delta``)-DP together. One Rényi order is
-    fixed
-    at the start, the one at which the budget converts to (ε, δ); the sum at that order never exceeds it.
+    Guarantee: everything admitted, however it was chosen, is (``epsilon``, ``delta``)-DP together. Each order 1 + t has
+    a budget b, the sum of log moments at which it alone converts to (ε, δ/k), k the number of orders; events are
+    admitted as long as one order's sum is within its budget. Proof: stopped where its budget would be exceeded,
+    e^{tL − sum} is a supermartingale, so E[e^{tL}; the sum stayed within b] ≤ e^b. As (1 − e^{ε−L})+ ≤ c e^{t(L−ε)},
+    the runs that end within that order's budget add at most δ/k to delta, and every run ends within one.
 
     Args:
-        order: the Rényi order, > 1; best taken from an expected schedule, see `best_order`.
+        order: the Rényi order, > 1, or several of them; `best_order` finds one for an expected schedule. One order that
+            fits is tightest, several are safer where the schedule is unknown.
 
     >>> from dpkit.accountants import Gaussian
     >>> f = RDPFilter(epsilon=1.0, delta=1e-5, order=30.0)
@@ -42,31 +62,50 @@ class RDPFilter:
     (False, True)
     """
 
+    needs_fixed_schedule: ClassVar[bool] = False
+
     def __init__(
-        self, epsilon: float, delta: float, *, order: float = 20.0, adjacency: str = "add_or_remove_one"
+        self,
+        epsilon: float,
+        delta: float,
+        *,
+        order: float | Sequence[float] = 20.0,
+        adjacency: str = "add_or_remove_one",
     ) -> None:
         check_delta(delta)
-        if not order > 1.0:
+        check_epsilon(epsilon)
+        orders = [float(order)] if isinstance(order, int | float) else [float(x) for x in order]
+        if not orders or not all(x > 1.0 for x in orders):
             raise AccountingError(f"order is {order!r}.", why="a Rényi order is above 1.", cure="pass e.g. 20.")
-        self.adjacency, self._t = adjacency, order - 1.0
-        t = self._t
-        # the conversion of RDPAccountant, solved for the log moment
-        self._budget = t * (epsilon - math.log(t / (1.0 + t))) + math.log(delta) + math.log1p(t)
-        if self._budget <= 0.0:
+        self.adjacency = adjacency
+        share = math.log(delta) - math.log(len(orders))
+        self._levels: list[tuple[float, float, float]] = []  # t, budget, spent
+        for t in (x - 1.0 for x in orders):
+            # the conversion of RDPAccountant, solved for the log moment
+            budget = t * (epsilon - math.log(t / (1.0 + t))) + share + math.log1p(t)
+            if budget > 0.0:
+                self._levels.append((t, budget, 0.0))
+        if not self._levels:
             raise AccountingError(
-                f"({epsilon:g}, {delta:g}) leaves nothing at order {order:g}.",
+                f"({epsilon:g}, {delta:g}) leaves nothing at order {order}.",
                 why="the conversion alone spends the budget.",
                 cure="raise the order, or epsilon, or delta.",
             )
-        self._spent = 0.0
 
-    def _cost(self, event: Event, count: SupportsIndex) -> float:
+    def _after(self, event: Event, count: SupportsIndex) -> list[tuple[float, float, float]]:
+        """The orders that would still be within their budget, with what they would have spent."""
         runs = _count("count", count)
-        return sum(runs * n * log_mgf(part, self._t, self.adjacency) for part, n in event.flat()) * (1.0 + 1e-11)
+        kept = []
+        for t, budget, spent in self._levels:
+            cost = sum(runs * n * log_mgf(part, t, self.adjacency) for part, n in event.flat() if runs)
+            total = spent + cost * (1.0 + 1e-11)
+            if total <= budget:
+                kept.append((t, budget, total))
+        return kept
 
     def admits(self, event: Event, count: SupportsIndex = 1) -> bool:
         """Whether these runs fit into what is left. Asking spends nothing."""
-        return self._spent + self._cost(event, count) <= self._budget
+        return bool(self._after(event, count))
 
     def spend(self, event: Event, count: SupportsIndex = 1) -> None:
         """Take these runs out of the budget; call it before running them.
@@ -74,19 +113,19 @@ class RDPFilter:
         Raises:
             BudgetSpentError: they do not fit; nothing was spent.
         """
-        cost = self._cost(event, count)
-        if self._spent + cost > self._budget:
+        kept = self._after(event, count)
+        if not kept:
             raise BudgetSpentError(
-                f"{event!r} × {_count('count', count)} costs {cost:.4g} of the {self._budget - self._spent:.4g} left.",
+                f"{event!r} × {_count('count', count)} exceeds what is left, {self.left:.4g} of the budget.",
                 why="running it would break the stated (epsilon, delta).",
                 cure="stop, add noise, or lower the sample rate.",
             )
-        self._spent += cost
+        self._levels = kept
 
     @property
     def left(self) -> float:
-        """The share of the budget that is left, in [0, 1]."""
-        return max(0.0, 1.0 - self._spent / self._budget)
+        """The share of the budget that is left at the order that has most, in [0, 1]."""
+        return max(0.0, *(1.0 - spent / budget for _, budget, spent in self._levels))
 
 
 class GDPFilter:
@@ -94,6 +133,8 @@ class GDPFilter:
 
     Guarantee: everything admitted is μ-GDP together; tight, no price for adaptivity.
     """
+
+    needs_fixed_schedule: ClassVar[bool] = False
 
     def __init__(self, mu: float, *, adjacency: str = "add_or_remove_one") -> None:
         if not mu > 0.0:
@@ -104,7 +145,7 @@ class GDPFilter:
         total = 0.0
         for part, n in event.flat():
             term = judge(part, self.adjacency)
-            if term.remove is not None or term.leak > 0.0:
+            if term.terms:
                 raise AccountingError(
                     f"{part!r} is no Gaussian.",
                     why="only Gaussians add up as squared distances.",
@@ -142,6 +183,8 @@ class RDPOdometer:
     exceeds ε_j while Σ costs ≤ t·ε_j − log(1/δ_j) with probability at most δ_j; the δ_j add up to less than delta. What
     is reported is the lowest level whose budget still holds.
     """
+
+    needs_fixed_schedule: ClassVar[bool] = False
 
     def __init__(
         self, delta: float, *, first: float = 0.25, levels: int = 14, adjacency: str = "add_or_remove_one"

@@ -15,15 +15,15 @@ from .mechanisms import reach
 class GDPAccountant(Accountant):
     """An ESTIMATE of epsilon by the central limit theorem for Gaussian DP (Bu, Dong, Long, Su 2020).
 
-    Not a bound: for ordinary settings it lies below the truth, by up to a factor of twenty. `is_estimate` is True,
-    and no
-    guarantee may be quoted from it. Runs of plain Gaussians alone are exact.
+    Not a bound: for ordinary settings it lies below the truth, by up to a factor of twenty. `is_estimate` is True, its
+    kind and its repr say so, and neither the engine nor `calibrate` nor `tradeoff` takes it. Runs of plain Gaussians
+    alone are exact.
 
-    >>> GDPAccountant.is_estimate
-    True
+    >>> GDPAccountant.is_estimate, GDPAccountant()
+    (True, GDPAccountant(ESTIMATE, adjacency='add_or_remove_one', releases=0))
     """
 
-    kind: ClassVar[str] = "gdp"
+    kind: ClassVar[str] = "gdp_estimate"
     is_estimate: ClassVar[bool] = True
 
     def _mu_squared(self, event: Event) -> float:
@@ -56,3 +56,6 @@ class GDPAccountant(Accountant):
 
     def _delta(self, epsilon: float) -> float:
         return math.exp(gaussian.log_delta(epsilon, self.mu))
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("(", "(ESTIMATE, ", 1)

@@ -284,9 +284,7 @@ def _below(q: Array, low: Array, high: Array, pinned: Array, points: Array, slac
     return np.maximum(out, 0.0)
 
 
-def dominated(
-    pair: Pair, edges: Ints, origin: float, step: float, apart: tuple[float, float] = (0.0, 0.0)
-) -> Lattice:
+def dominated(pair: Pair, edges: Ints, origin: float, step: float, apart: tuple[float, float] = (0.0, 0.0)) -> Lattice:
     """The lower law on ``edges``.
 
     Guarantee: dominated by ``pair``. Mass outside the edges is dropped, all rounding is rounded down.

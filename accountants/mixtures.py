@@ -224,8 +224,14 @@ class MixedPair(Pair):
         return sorted({x for _, pair in self.parts for x in pair.breaks()})
 
     def atoms(self, edges: Array) -> Atoms:
-        each = [pair.atoms(edges) for _, pair in self.parts]
-        weighted = [w * atoms.mass for (w, _), atoms in zip(self.parts, each, strict=True)]
+        spans = [pair.span(-745.0, -745.0) for _, pair in self.parts]
+        met = [
+            part for part, (low, high) in zip(self.parts, spans, strict=True) if low <= edges[-1] and high > edges[0]
+        ]
+        if not met:
+            return Atoms(np.zeros(0), np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0))
+        each = [pair.atoms(edges) for _, pair in met]
+        weighted = [w * atoms.mass for (w, _), atoms in zip(met, each, strict=True)]
         return Atoms(
             np.concatenate(weighted),
             np.concatenate([atoms.loss for atoms in each]),

@@ -43,7 +43,7 @@ class Pair(ABC):
     """P(L = ∞)."""
 
     def conserves(self) -> bool:
-        """Whether all of P and of Q lies on finite losses, without an upper end: then far losses may be summed apart."""
+        """Whether P and Q lie on finite losses wholly, without an upper end: then far losses may be summed apart."""
         return False
 
     def supremum(self) -> float:
@@ -57,6 +57,15 @@ class Pair(ABC):
     @abstractmethod
     def atoms(self, edges: Array) -> Atoms:
         """The law of L on [edges[0], edges[-1]]; every atom lies in its cell [edges[c], edges[c + 1]]."""
+
+    def distance(self) -> float:
+        """The total variation between P and Q, rounded up."""
+        low, high = self.span(-745.0, -745.0)
+        if high <= 0.0:
+            return self.infinite
+        atoms = self.atoms(np.array([max(0.0, low), max(high, low, 1e-300)]))
+        loss = np.maximum(atoms.loss, 0.0) + atoms.loss_error
+        return float(np.dot(atoms.mass * (1.0 + atoms.mass_error), -np.expm1(-loss))) * (1.0 + 1e-9) + self.infinite
 
     def breaks(self) -> list[float]:
         """Losses at which the law has true atoms or jumps; grids do well to have edges there."""
@@ -128,7 +137,9 @@ class SmoothPair(Pair):
         forward = -edges[::-1] if self.flipped else edges
         y_edges = self.inverse(forward)
         # near the ends of the support many y share one float: the outer edges take them all
-        ends = self.inverse(np.array([forward[0] - 8.0 * U * abs(forward[0]), forward[-1] + 8.0 * U * abs(forward[-1])]))
+        ends = self.inverse(
+            np.array([forward[0] - 8.0 * U * abs(forward[0]), forward[-1] + 8.0 * U * abs(forward[-1])])
+        )
         y_edges[0], y_edges[-1] = min(y_edges[0], float(ends[0])), max(y_edges[-1], float(ends[1]))
         low, high = self._clip(y_edges)
         y_edges = np.clip(y_edges, low, high)

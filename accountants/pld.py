@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from . import gaussian
+from . import gaussian, single
 from .accountant import Accountant, check_delta, check_epsilon
 from .compose import MAX_SIZE, Chernoff, Plan, build, chernoff, jump_plan, make_plan, refine, solve_epsilon
 from .errors import AccountingError
@@ -36,7 +36,10 @@ class Direction:
         self._built: dict[bool, list[_Built]] = {True: [], False: []}
         self._seen: Counts | None = None
         self._intrinsic = [pair.infinite for pair in pairs]
-        self._quick: Chernoff | None = None
+        self._quick: list[Chernoff] = []
+        self._distances: list[float] | None = None
+        self._last: float | None = None
+        """The last epsilon found: in a training loop the next one is near."""
 
     def _floor(self, counts: Counts) -> float:
         """log of the mechanism's own P(L = ∞)."""
@@ -64,7 +67,7 @@ class Direction:
     def _store(self, built: _Built) -> None:
         kept = self._built[built.spectrum.upper]
         kept.append(built)
-        del kept[:-3]
+        del kept[:-16]
 
     def _fresh(self, counts: Counts, plan: Plan, tolerance: float, upper: bool, room: Counts) -> _Built:
         spectrum, cost = build(self.pairs, room, plan, tolerance, upper=upper, fewest=counts)
@@ -77,6 +80,12 @@ class Direction:
             return counts
         return tuple(2 * b if b > a else b for a, b in zip(seen, counts, strict=True))
 
+    def _apart(self, counts: Counts) -> float:
+        """A bound on the total variation: the sum of the steps'."""
+        if self._distances is None:
+            self._distances = [pair.distance() for pair in self.pairs]
+        return sum(n * d for n, d in zip(counts, self._distances, strict=True))
+
     def pure(self, counts: Counts) -> float:
         """Pure epsilon: the sum of the largest losses; infinite where some loss is unbounded."""
         return sum(n * max(0.0, pair.supremum()) for n, pair in zip(counts, self.pairs, strict=True) if n)
@@ -85,22 +94,39 @@ class Direction:
         """The bound on epsilon at exp(log_delta)."""
         if self._floor(counts) >= log_delta:
             return math.inf
+        if sum(counts) == 1:
+            return single.epsilon(self._only(counts), log_delta, upper=upper)
+        if log_delta > -25.0 and self._apart(counts) <= math.exp(log_delta):
+            return 0.0
         value = self._search(counts, log_delta, tolerance, upper)
         return min(value, self.pure(counts)) if upper and self._floor(counts) == -math.inf else value
 
-    def _search(self, counts: Counts, log_delta: float, tolerance: float, upper: bool) -> float:
+    def _only(self, counts: Counts) -> Pair:
+        """The pair that runs, where one does, once."""
+        return self.pairs[counts.index(1)]
+
+    def _stored(self, counts: Counts, log_delta: float, tolerance: float, upper: bool) -> float | None:
+        """The answer of a spectrum that is there already, if it is good enough."""
         for built in reversed(self._built[upper]):
             if built.spectrum.fits(counts):
-                answer = solve_epsilon(built.spectrum, counts, log_delta, built.plan.epsilon)
+                answer = solve_epsilon(built.spectrum, counts, log_delta, self._last or built.plan.epsilon)
                 if self._good(built, counts, answer, log_delta, tolerance):
+                    if 0.0 < answer < math.inf:
+                        self._last = answer
                     return answer
+        return None
+
+    def _search(self, counts: Counts, log_delta: float, tolerance: float, upper: bool) -> float:
+        stored = self._stored(counts, log_delta, tolerance, upper)
+        if stored is not None:
+            return stored
         room = self._room(counts) if upper else counts
-        plan = self._plan(room, log_delta)
+        plan = self._known_plan(counts, log_delta) or self._plan(room, log_delta)
         best = math.inf if upper else 0.0
         step: float | None = None
-        wider, finest = 0.0, 1.0
+        wider, finest, replans = 0.0, 1.0, 6
         before: tuple[float, float] | None = None
-        for _ in range(5):
+        for _ in range(11):
             spectrum, cost = build(
                 self.pairs, room, plan, tolerance * finest**2, upper=upper, fewest=counts, step=step, wider=wider
             )
@@ -113,6 +139,10 @@ class Direction:
                 step = spectrum.step
                 if 0.0 < answer < math.inf and value > 10.0 * error:
                     plan = refine(self.pairs, plan, spectrum, counts, answer)
+                continue
+            if upper and room == counts and math.isfinite(plan.cap) and 0.0 < answer < 0.97 * plan.epsilon and replans:
+                # the cap lies too far out
+                plan, replans = jump_plan(self.pairs, room, plan, epsilon=answer), replans - 1
                 continue
             if not 0.0 < answer < math.inf:
                 break
@@ -135,16 +165,27 @@ class Direction:
             finest *= finer
         return best
 
+    def _known_plan(self, counts: Counts, log_delta: float) -> Plan | None:
+        """The plan of an upper spectrum for the same question, for the lower one."""
+        for built in reversed(self._built[True]):
+            if built.spectrum.counts == counts and abs(built.plan.log_delta - log_delta) < 1.0:
+                return built.plan
+        return None
+
     def epsilon_beyond(self, counts: Counts, log_delta: float, tolerance: float, known: float) -> float:
         """max(known, the upper bound on epsilon), at less cost where a cruder bound stays within ``known``."""
+        if sum(counts) == 1:
+            return max(known, self.epsilon(counts, log_delta, tolerance, upper=True))
         if self._floor(counts) == -math.inf and self.pure(counts) <= known:
             return known
-        if self._quick is not None and self._quick.epsilon(counts, log_delta) <= known:
+        if any(quick.epsilon(counts, log_delta) <= known for quick in self._quick):
             return known
         if self._floor(counts) >= log_delta:
             return math.inf
-        self._quick = chernoff(self.pairs, counts, self._plan(counts, log_delta))
-        if self._quick.epsilon(counts, log_delta) <= known:
+        stored = self._stored(counts, log_delta, 100.0 * tolerance, upper=True)
+        if stored is not None and stored <= known:
+            return known
+        if self._quick_at(counts, log_delta).epsilon(counts, log_delta) <= known:
             return known
         if self.epsilon(counts, log_delta, 100.0 * tolerance, upper=True) <= known:
             return known
@@ -152,15 +193,21 @@ class Direction:
 
     def log_delta_beyond(self, counts: Counts, epsilon: float, tolerance: float, known: float) -> float:
         """max(known, the upper bound on log delta), at less cost where a cruder bound stays within ``known``."""
-        if self._quick is not None and self._quick.log_delta(counts, epsilon) <= known:
+        if sum(counts) == 1:
+            return max(known, self.log_delta(counts, epsilon, tolerance, upper=True))
+        if any(quick.log_delta(counts, epsilon) <= known for quick in self._quick):
             return known
         if self._floor(counts) < -700.0 and known > -700.0 and math.isfinite(epsilon):
-            self._quick = chernoff(self.pairs, counts, self._plan(counts, known))
-            if self._quick.log_delta(counts, epsilon) <= known:
+            if self._quick_at(counts, known).log_delta(counts, epsilon) <= known:
                 return known
             if self.log_delta(counts, epsilon, 100.0 * tolerance, upper=True) <= known:
                 return known
         return max(known, self.log_delta(counts, epsilon, tolerance, upper=True))
+
+    def _quick_at(self, counts: Counts, log_delta: float) -> Chernoff:
+        quick = chernoff(self.pairs, counts, self._plan(counts, log_delta))
+        self._quick = [*self._quick[-15:], quick]
+        return quick
 
     def _plan(self, counts: Counts, log_delta: float) -> Plan:
         plan = make_plan(self.pairs, counts, log_delta=log_delta)
@@ -172,6 +219,8 @@ class Direction:
         """The bound on log delta at ``epsilon``."""
         if self._floor(counts) >= 0.0 or epsilon >= self.pure(counts):
             return self._floor(counts)  # no finite loss lies beyond
+        if sum(counts) == 1:
+            return single.log_delta(self._only(counts), epsilon, upper=upper)
         for built in reversed(self._built[upper]):
             if built.spectrum.fits(counts):
                 answer = built.spectrum.log_delta(epsilon, counts)

@@ -50,6 +50,7 @@ their moduli.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,10 +58,10 @@ from numpy.typing import NDArray
 
 from .lattice import Lattice
 from .numeric import smooth_length
-from .pairs import Array, Ints, U
+from .pairs import Array, Atoms, Ints, U
 
 Complex = NDArray[np.complex128]
-_FADE = 42.0
+MAX_LENGTH = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,26 @@ class _Kept:
     infinite: float
     apart: tuple[float, float]
     """Σ T log(1 − Q_i), Σ T log(1 − D_i/(1 − Q_i)): see `Spectrum.apart`."""
+
+
+def lower_orders(laws: Sequence[Atoms | Lattice], counts: Sequence[int]) -> list[float]:
+    """Some t for Chernoff bounds on the composed loss from below: from one standard deviation to the very end."""
+    squares = [float(np.dot(law.mass * np.exp(-law.loss), law.loss**2)) for law in laws]
+    spread = sum(n * square for n, square in zip(counts, squares, strict=True))
+    lowest = min(float(law.loss.min()) for law in laws)
+    if lowest >= 0.0:
+        return []
+    last = -500.0 / lowest
+    first = min(last, 0.5 / math.sqrt(max(spread, 1e-300)))
+    return [float(t) for t in np.geomspace(first, last, 10 if last < 1e3 * first else 16)]
+
+
+class WindowTooLongError(ValueError):
+    """The composed law spans ``length`` grid steps, more than memory allows: another attempt needs a coarser grid."""
+
+    def __init__(self, length: float) -> None:
+        super().__init__(f"a window of {length:.3g} steps")
+        self.length = length
 
 
 class Spectrum:
@@ -112,6 +133,7 @@ class Spectrum:
         cap: float = math.inf,
     ) -> None:
         self.wrap, self.cap = wrap, cap
+        self._fade = min(42.0, wrap + 5.0)  # what is dropped of the transform weighs less than what wraps around
         self._low: list[tuple[float, list[float]]] | None = None
         self.laws, self.counts, self.theta, self.upper = laws, tuple(counts), theta, upper
         self.fewest = tuple(counts if fewest is None else fewest)
@@ -125,15 +147,18 @@ class Spectrum:
             wiggle = 4.0 * U * (np.abs(exponent) + abs(log_k) + 4.0)
             weight = law.mass * np.exp(exponent) * (1.0 + wiggle if upper else 1.0 - wiggle)
             mean = float(np.dot(weight, law.loss))
-            # a denormal number would slow every sum down
-            weight = np.where(weight < 1e-280, 1e-280 if upper else 0.0, weight)
+            # denormal numbers would slow every sum down: what is dropped here is part of `outside`
+            weight = np.where(weight < 1e-250, 0.0, weight)
             self._tilted.append(weight)
             self._means.append(mean)
             variance += n * float(np.dot(weight, (law.loss - mean) ** 2))
         self.deviation = math.sqrt(variance)
         self._excess = self._chernoff_table()
         left, right = self._reach(self.counts)
-        self.size = smooth_length(max(64, math.ceil((right + left) / self.step) + 4))
+        length = max(64.0, (right + left) / self.step + 4.0)
+        if length > MAX_LENGTH:
+            raise WindowTooLongError(length)
+        self.size = smooth_length(math.ceil(length))
         self._shifts: list[int] = []
         self._noise: list[float] = []
         spectra: list[Complex] = []
@@ -160,17 +185,17 @@ class Spectrum:
         self._kept: dict[tuple[int, ...], _Kept] = {}
 
     def _alive(self, spectra: list[Complex]) -> tuple[Ints, float]:
-        """The frequencies whose power at the fewest steps exceeds e^-_FADE, and a bound on all others' share in B.
+        """The frequencies whose power at the fewest steps exceeds e^-fade, and a bound on all others' share in B.
 
-        For the others G ≤ e^-_FADE (1 + e_F/|F|)^T, and |1 − ρ e^{−iφ}| ≥ sin(φ/2) ≥ φ/π for 0 ≤ ρ ≤ 1, φ ≤ π, so that
+        For the others G ≤ e^-fade (1 + e_F/|F|)^T, and |1 − ρ e^{−iφ}| ≥ sin(φ/2) ≥ φ/π for 0 ≤ ρ ≤ 1, φ ≤ π, so that
         their share in a sum against D1, or D2, is at most (2/N) Σ_k |G_k| π/φ_k ≤ max|G| (1 + log N).
         """
         if len(spectra) == 1:
             n = max(self.fewest[0], 1)
             f = spectra[0]
             power = f.real**2 + f.imag**2
-            alive = power > math.exp(-2.0 * _FADE / n)
-            ceiling = n * math.log(math.exp(-_FADE / n) + self._noise[0])
+            alive = power > math.exp(-2.0 * self._fade / n)
+            ceiling = n * math.log(math.exp(-self._fade / n) + self._noise[0])
         else:
             total = np.zeros(len(spectra[0]))
             blur = 0.0
@@ -179,8 +204,8 @@ class Spectrum:
                     size = np.sqrt(f.real**2 + f.imag**2)
                     total += n * np.log(size + noise)
                     blur += n * noise
-            alive = total > -_FADE
-            ceiling = -_FADE
+            alive = total > -self._fade
+            ceiling = -self._fade
         alive[0] = True
         if alive.all():
             return np.flatnonzero(alive), 0.0
@@ -266,7 +291,7 @@ class Spectrum:
         base = sum(c * (law.origin + s * h) for c, law, s in zip(counts, self.laws, self._shifts, strict=True))
         spare = n * h - (left + right)
         start = math.floor((mean - left - 0.5 * max(spare, 0.0) - base) / h)
-        outside = 2.0 * math.exp(-self.wrap) if spare > 0.0 else 1.0
+        outside = 2.0 * math.exp(-self.wrap) + 1e-230 * sum(counts) if spare > 0.0 else 1.0
         log_g = np.zeros(len(k), dtype=np.complex128)
         doubt = np.zeros(len(k))
         for c, log_f, slip_f in zip(counts, self._logs, self._doubts, strict=True):
@@ -329,9 +354,9 @@ class Spectrum:
 
         Once a loss has exceeded the cap the total exceeds ε too, but for a little: so those runs add P − e^ε Q to
         delta, in closed form from the mass beyond the cap in one step, Q_i and P_i = Q_i + D_i:
-        ΔP − ΔQ = Π(1 − Q_i)^T − Π(1 − P_i)^T, as P and Q are whole (`Pair.conserves`). Where the rest of the run takes the total below ε again,
-        (P − e^ε Q)+ is larger than that, by e^ε Q(far, L ≤ ε) at most: Chernoff's bound on the lower tail of the rest.
-        A lower bound may leave that out.
+        ΔP − ΔQ = Π(1 − Q_i)^T − Π(1 − P_i)^T, as P and Q are whole (`Pair.conserves`). Where the rest of the run takes
+        the total below ε again, (P − e^ε Q)+ is larger than that, by e^ε E_Q[min(1, (ε − L)+); far] at most, which
+        Chernoff's bound on the rest limits, as x+ ≤ e^{tx}/(et). A lower bound may leave that out.
         """
         stay, gain = self._prepare(counts).apart
         if gain == 0.0:
@@ -345,9 +370,14 @@ class Spectrum:
         short = 0.0
         if self.upper:
             reach = min(
-                sum(c * max(0.0, m) for c, m in zip(counts, moments, strict=True)) - t * (self.cap - epsilon)
-                for t, moments in self._lower_tails()
-            )
+                (
+                    sum(c * m for c, m in zip(counts, moments, strict=True))
+                    - t * (self.cap - epsilon)
+                    - max(0.0, math.log(t) + 1.0)
+                    for t, moments in self._lower_tails()
+                ),
+                default=-math.inf if self.cap >= epsilon else 0.0,
+            )  # of the log of Chernoff's bound
             short = (1.0 + math.expm1(epsilon)) * lost * math.exp(min(0.0, reach)) * (1.0 + 1e-9)
         value = max(0.0, one - two + (slack if self.upper else -slack))
         return value, min(short, max(0.0, most - value))
@@ -355,27 +385,17 @@ class Spectrum:
     def _lower_tails(self) -> list[tuple[float, list[float]]]:
         """log E_Q[e^{−tL} | L ≤ cap] of every law at some t, rounded up."""
         if self._low is None:
-            spread = max(1e-300, math.sqrt(sum(c * v for c, v in zip(self.counts, self._spreads(), strict=True))))
             self._low = []
-            for factor in (0.3, 1.0, 2.0, 3.5, 5.0, 7.0, 10.0, 16.0, 30.0, 100.0, 1e3, 1e4):
-                t, moments = factor / spread, []
+            for t in lower_orders(self.laws, self.counts):
+                moments = []
                 for law in self.laws:
-                    exponent = np.maximum(-t * law.loss, -40.0)
-                    kept = math.log1p(-law.beyond[0])
-                    q = law.mass * np.exp(-law.loss)
-                    if float(exponent.max()) < 300.0:
-                        # E e^x = Q + E x + E(e^x − 1 − x): the digits of a small moment are kept
-                        total = float(q.sum())
-                        small = float(np.dot(q, np.expm1(exponent) - exponent)) + float(np.dot(q, exponent))
-                        moments.append(math.log(total + small) - kept + 1e-14 * (1.0 + float(np.dot(q, np.abs(exponent)))))
-                    else:
-                        moments.append(math.inf)
+                    power = np.expm1(np.maximum(-t * law.loss, -40.0))
+                    q = np.maximum(law.mass * np.exp(-law.loss), 1e-250)
+                    total = float(np.dot(q, power)) + max(0.0, float(q.sum()) - (1.0 - law.beyond[0]))
+                    slip = 1e-14 * (1.0 + float(np.dot(q, np.abs(power)))) + 2e-10 * law.beyond[0]
+                    moments.append(math.log1p(max(0.0, total + slip) / (1.0 - law.beyond[0])))
                 self._low.append((t, moments))
         return self._low
-
-    def _spreads(self) -> list[float]:
-        """E_Q[L²] of every law."""
-        return [float(np.dot(law.mass * np.exp(-law.loss), law.loss**2)) for law in self.laws]
 
     def bracket(self, epsilon: float, counts: tuple[int, ...]) -> tuple[float, float, float, float]:
         """(B, bound on its error, log scale, P(L = ∞)) at ``epsilon``, with what is `apart` in units of B."""

@@ -4,6 +4,8 @@
 
 For each model one real optimizer step is taken without noise (SGD, learning rate 1, summed loss, half of the records
 clipped) and compared with the sum of clipped gradients that a batched vector-Jacobian product gives, all in float64.
+dpkit does so in every variant of `tests.variants` that applies to the model: dropout off and on (the same draw), texts
+padded on either side, as many records as positions. Opacus does the plain one.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,18 +29,20 @@ from torch.utils.data import DataLoader
 import dpkit
 from benchmarks.report import RESULTS, conditions, sentence
 from tests.cases import ModelCase
-from tests.hf_models import HF_CASES
+from tests.hf_models import EXTRA, HF_CASES
 from tests.oracle import Losses, PyTree, batched_vjp_grads, clip, norm, size, take, trainable
 from tests.stepping import private_step
+from tests.variants import VARIANTS, Variant, variants
 
+VERDICTS = ("exact", "wrong", "refused", "crashed", "undefined")
 EXACT = 1e-4
-EXTRA = {"t5_T_equals_n", "clip_vision"}
-"""Variants that are tested and are not among the 54."""
+"""The largest relative error that counts as exact."""
 
 
 @dataclass
 class Outcome:
-    """What a library did with a model: "exact", "wrong", "refused" (an error of its own) or "crashed" (another)."""
+    """What a library did with a model: "exact", "wrong", "refused" (an error of its own) or "crashed" (another);
+    "undefined" where there is nothing to compare with."""
 
     verdict: str
     error: float | None = None
@@ -45,13 +51,14 @@ class Outcome:
 
 @dataclass
 class Row:
-    """One model."""
+    """One model. `variants` are dpkit's outcomes in the others than the plain one."""
 
     name: str
     kind: str
     parameters: int
     dpkit: Outcome
     opacus: Outcome
+    variants: dict[str, Outcome]
 
 
 def opacus_step(model: nn.Module, losses: Losses, batch: PyTree, max_grad_norm: float) -> dict[str, Tensor]:
@@ -100,46 +107,73 @@ def is_refusal(problem: Exception) -> bool:
     return isinstance(problem, (dpkit.PrivacyError, UnsupportedError, NotImplementedError))
 
 
-def audit(case: ModelCase) -> Row:
-    """Both libraries on one model, in train mode (its dropout is 0)."""
-    model, batch, n = case.model(torch.float64, train=True), case.records(dtype=torch.float64), case.n
-    stacked = batched_vjp_grads(copy.deepcopy(model), case.losses, batch, n)
-    grads = [{name: value[i] for name, value in stacked.items()} for i in range(n)]
+def clipped(variant: Variant) -> tuple[dict[str, Tensor], float]:
+    """The sum of clipped gradients, and the threshold that clips half of the records."""
+    stacked = batched_vjp_grads(copy.deepcopy(variant.model), variant.losses, variant.batch, variant.n)
+    grads = [{name: value[i] for name, value in stacked.items()} for i in range(variant.n)]
     max_grad_norm = float(torch.stack([norm(grad) for grad in grads]).median())
-    clipped = [clip(grad, max_grad_norm) for grad in grads]
-    total = {name: torch.stack([grad[name] for grad in clipped]).sum(0) for name in stacked}
-    outcomes = [
-        judge(lambda step=step: step(copy.deepcopy(model), case.losses, batch, max_grad_norm), total)
-        for step in (dpkit_step, opacus_step)
-    ]
-    return Row(case.name, type(model).__name__, sum(value[0].numel() for value in stacked.values()), *outcomes)
+    each = [clip(grad, max_grad_norm) for grad in grads]
+    return {name: torch.stack([grad[name] for grad in each]).sum(0) for name in stacked}, max_grad_norm
+
+
+def audit(case: ModelCase) -> Row:
+    """Both libraries on one model, in train mode; dpkit in every variant."""
+    found: dict[str, Outcome] = {}
+    for variant in variants(case):
+        total, max_grad_norm = clipped(variant)
+        if not math.isfinite(max_grad_norm):
+            found[variant.name] = Outcome("undefined", reason="the model's own gradients are not finite")
+            continue
+        steps = [dpkit_step, opacus_step] if variant.name == "plain" else [dpkit_step]
+        given = (variant.losses, variant.batch, max_grad_norm)
+        outcomes = [judge(partial(step, copy.deepcopy(variant.model), *given), total) for step in steps]
+        found[variant.name] = outcomes[0]
+        if variant.name == "plain":
+            opacus, kind = outcomes[1], type(variant.model).__name__
+            parameters = sum(value.numel() for value in total.values())
+    return Row(case.name, kind, parameters, found.pop("plain"), opacus, found)
 
 
 def markdown(about: dict[str, Any], rows: list[Row]) -> str:
     """The table, its totals above it."""
+    others = VARIANTS[1:]
 
-    def cell(outcome: Outcome) -> str:
+    def cell(outcome: Outcome | None, length: int = 70) -> str:
+        if outcome is None:
+            return "–"
         if outcome.error is not None:
             return f"{outcome.verdict} ({outcome.error:.0e})"
-        return f"{outcome.verdict}: {outcome.reason[:70].replace('|', '/')}"
+        return f"{outcome.verdict}: {outcome.reason[:length].replace('|', '/')}" if length else outcome.verdict
 
-    def totals(library: str) -> str:
-        counts = Counter(getattr(row, library).verdict for row in rows)
-        return ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("exact", "wrong", "refused", "crashed"))
+    def totals(outcomes: list[Outcome]) -> str:
+        counts = Counter(outcome.verdict for outcome in outcomes)
+        return ", ".join(
+            f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict] or verdict != "undefined"
+        )
+
+    def of(name: str) -> list[Outcome]:
+        return [row.variants[name] for row in rows if name in row.variants]
 
     return "\n".join(
         [
             "# Exactness on Hugging Face architectures",
             "",
             sentence(about),
-            f"In brackets the relative error of the clipped sum; exact: below {EXACT:.0e}.",
+            f"In brackets the relative error of the clipped sum; exact: below {EXACT:.0e}. –: does not apply, or no "
+            "same draw of dropout can be made (ViLT); undefined: the model's own gradients are not finite.",
             "",
-            f"- dpkit: {totals('dpkit')}",
-            f"- Opacus, hooks: {totals('opacus')}",
+            f"- dpkit: {totals([row.dpkit for row in rows])}",
+            *(f"- dpkit, {name}: {totals(of(name))}" for name in others),
+            f"- Opacus, hooks: {totals([row.opacus for row in rows])}",
             "",
-            "| model | class | dpkit | Opacus, hooks |",
-            "|---|---|---|---|",
-            *(f"| {row.name} | {row.kind} | {cell(row.dpkit)} | {cell(row.opacus)} |" for row in rows),
+            "| model | class | dpkit | " + " | ".join(others) + " | Opacus, hooks |",
+            "|---|---|---|" + "---|" * len(others) + "---|",
+            *(
+                f"| {row.name} | {row.kind} | {cell(row.dpkit)} | "
+                + " | ".join(cell(row.variants.get(name), 0) for name in others)
+                + f" | {cell(row.opacus)} |"
+                for row in rows
+            ),
             "",
         ]
     )
@@ -157,7 +191,8 @@ def main() -> None:
     for name in args.models or cases:
         row = audit(cases[name])
         rows.append(row)
-        print(f"{name:16} dpkit {row.dpkit.verdict:8} Opacus {row.opacus.verdict:8} {row.dpkit.reason}", flush=True)
+        rest = ", ".join(f"{k}: {v.verdict} {v.reason}".strip() for k, v in row.variants.items())
+        print(f"{name:16} {row.dpkit.verdict:8} ({rest}) Opacus {row.opacus.verdict:8} {row.dpkit.reason}", flush=True)
     about = conditions("benchmarks.audit")
     table = markdown(about, rows)
     print(f"\n{table}")

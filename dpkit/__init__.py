@@ -18,6 +18,7 @@ if not (_here / "accountants").is_dir():
 
 if TYPE_CHECKING:
     from .clipping import AdaptiveClipping, AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
+    from .correlated import BandedNoise, BufferedNoise
     from .engine import PrivacyEngine
     from .errors import (
         BudgetExhaustedError,
@@ -37,11 +38,12 @@ if TYPE_CHECKING:
         UnfinishedStepError,
         UnsupportedModuleError,
     )
-    from .forms import Dense, Outer, Rows
+    from .forms import Dense, Outer, Routed, Rows
     from .rules import register_rule, unregister_rule
 
 _HOMES = {
     "clipping": ["AdaptiveClipping", "AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"],
+    "correlated": ["BandedNoise", "BufferedNoise"],
     "engine": ["PrivacyEngine"],
     "errors": [
         "BudgetExhaustedError",
@@ -61,7 +63,7 @@ _HOMES = {
         "UnfinishedStepError",
         "UnsupportedModuleError",
     ],
-    "forms": ["Dense", "Outer", "Rows"],
+    "forms": ["Dense", "Outer", "Routed", "Rows"],
     "rules": ["register_rule", "unregister_rule"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -69,7 +71,9 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "AdaptiveClipping",
     "AutomaticClipping",
+    "BandedNoise",
     "BudgetExhaustedError",
+    "BufferedNoise",
     "CheckpointError",
     "Clipping",
     "ConfigurationError",
@@ -87,6 +91,7 @@ __all__ = [
     "PrivacyEngine",
     "PrivacyError",
     "ReplayError",
+    "Routed",
     "Rows",
     "SamplingError",
     "UncoveredParameterError",

@@ -31,13 +31,21 @@ TAKEN_APART: dict[Any, Callable[..., Any]] = {
 }
 
 
-def order_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Where each record is in a packed sequence that a recurrent module is given; None: in its own place."""
+def packed_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PackedSequence | None:
+    """The packed sequence that a recurrent module is given, if it is given one."""
     if isinstance(module, nn.RNNBase):
-        for v in (*args, *kwargs.values()):
-            if isinstance(v, PackedSequence):
-                return v.unsorted_indices
+        return next((v for v in (*args, *kwargs.values()) if isinstance(v, PackedSequence)), None)
     return None
+
+
+def brings_back(module: nn.Module) -> bool:
+    """Whether a recurrent module is known to permute records only as it permutes them back: not somebody's subclass."""
+    return type(module) in (nn.LSTM, nn.GRU, nn.RNN, layers.LSTM, layers.GRU, layers.RNN)
+
+
+def is_packed(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a function of torch is a recurrent one that is given packed data, which do not tell in which order."""
+    return func in _RECURRENT and not isinstance(args[3], bool)
 
 
 def take_apart(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], order: Tensor | None) -> Any:

@@ -23,10 +23,7 @@ def accumulates(anchors: Iterable[Tensor]) -> bool:
     asked = False
     for anchor in anchors:
         node = torch.autograd.graph.get_gradient_edge(anchor).node
-        try:
-            if torch._C._will_engine_execute_node(node):
-                return True
-        except RuntimeError:  # autograd.grad for the anchor itself: the examination of a model's losses
+        if torch._C._will_engine_execute_node(node):
             return True
         asked = True
     return not asked

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from numbers import Real
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from dpkit.layers import problems, validate
 
-from .errors import ConfigurationError, UnsupportedModuleError
+from .errors import ConfigurationError, FoldedBatchError, UnsupportedModuleError
 
 
 def with_problems_in_training(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -24,6 +27,31 @@ def refuse_problems(modules: list[tuple[str, nn.Module]]) -> None:
     for path, m in modules:
         for problem in problems(m, path):
             raise UnsupportedModuleError(problem.seen, why=problem.why, cure=problem.cure)
+
+
+def refuse_packed(path: str, arguments: Iterable[object]) -> None:
+    """Raise if the model itself is called on a packed sequence, in which no dimension is the records'."""
+    if any(isinstance(v, PackedSequence) for v in arguments):
+        raise FoldedBatchError(
+            f"{path} is given a PackedSequence",
+            why="it holds as many rows for each record as the record is long; whose they are cannot be measured by "
+            "leaving records out.",
+            cure="give the model the padded batch and the lengths, and call pack_padded_sequence in its forward.",
+        )
+
+
+def refuse_loose_bags(path: str, entries: Tensor, others: list[Any], reached: Callable[[Any], bool]) -> None:
+    """Raise where bags laid end to end come into the model as they are: the batch ``reached`` the offsets, of which a
+    record can be left out, and not the entries."""
+    if reached(entries) or not reached(others):
+        return
+    raise FoldedBatchError(
+        f"{path} is given offsets, and entries [Σ lengths] that come into the model laid end to end",
+        why="there are as many entries for each record as its bag is long; whose they are cannot be measured by "
+        "leaving records out.",
+        cure="give the model one row for each record, padded [n, t] (padding_idx leaves the padding out), or such rows "
+        "and the lengths, and lay them end to end in its forward.",
+    )
 
 
 def validate_model(model: nn.Module) -> None:

@@ -17,16 +17,20 @@ from dpkit.accountants import Accountant, make_accountant
 
 from . import checkpoint, checks
 from .clipping import Clipping, clipping_of
+from .correlated import Correlated, Correlation
 from .errors import CheckpointError, ConfigurationError, NotAttachedError
 from .ledger import Ledger
 from .loader import PrivateDataLoader, refuse_private
 from .noise import Source, source_of
-from .rules import register_optional
+from .optional import register_optional
+from .paced import CyclicPoisson, paced
 from .sampling import checked, sampling_of
 from .scaler import LossScale
 from .secure import SecureNoise
+from .seeds import unforeseeable
 from .spending import Spending
 from .state import Part, Stateful, collect, give_back, refuse_others
+from .statement import Statement, describe
 from .step import PrivateStep
 from .targets import budget_for, noise_multiplier_for
 from .units import PrivacyUnit, refuse_reordering, units_of
@@ -78,6 +82,7 @@ class PrivacyEngine:
         self._step: PrivateStep | None = None
         self._before = 0
         self._target_delta: float | None = None
+        self._cyclic = False  # whether records took turns: then group privacy is not known
 
     @property
     def nonfinite_records(self) -> int:
@@ -110,11 +115,14 @@ class PrivacyEngine:
         unit_reduction: str = "mean",
         augmentations: int = 1,
         grad_scaler: torch.amp.GradScaler | None = None,
+        noise: Correlation | None = None,
     ) -> tuple[M, O, DataLoader[Any]]:
         """Attach to a model, its optimizer and its data; returns the same model and optimizer, and a private loader.
 
         Args:
             module: the model. It stays as it is; hooks observe it while the loader's batches are in the user's hands.
+                Attention, recurrent layers and bags need no conversion: they are taken apart inside the forward. What
+                has to be another function (BatchNorm) is refused; `dpkit.layers.convert` replaces it.
             optimizer: any torch optimizer whose ``step`` needs no closure.
             data_loader: a DataLoader over a map-style dataset; its batch size B gives the sampling rate q = B / N.
             max_grad_norm: C, the bound on each record's gradient norm.
@@ -144,6 +152,8 @@ class PrivacyEngine:
                 views of it); all of them are one unit's, so they cost nothing more.
             grad_scaler: the GradScaler that the loop scales its loss with (fp16): its factor is undone before clipping,
                 and held constant (see `dpkit.scaler`).
+            noise: noise that is correlated from step to step: `BandedNoise` (with Poisson sampling by groups that take
+                turns, or with fixed batches) or `BufferedNoise` (with fixed batches). None: independent noise.
 
         Raises:
             ConfigurationError: an argument out of range, or a combination that says nothing.
@@ -188,7 +198,11 @@ class PrivacyEngine:
         sampling = sampling_of(data_loader, units, poisson=poisson_sampling)
         if not units.records or units.copies > 1:
             refuse_reordering(data_loader.dataset, data_loader.collate_fn)
-        noise = source_of(self._secure, noise_generator, data_loader.generator)
+        source = source_of(self._secure, noise_generator, data_loader.generator)
+        if noise is not None:
+            sampling = paced(sampling, noise, data_loader.generator or unforeseeable())
+            source = Correlated(noise, source)
+            self._cyclic = self._cyclic or isinstance(sampling, CyclicPoisson)
         register_optional(module)
         checks.validate_model(module)
         sigma = noise_multiplier_for(
@@ -201,7 +215,7 @@ class PrivacyEngine:
             optimizer,
             sampling,
             rule,
-            noise,
+            source,
             self._spending,
             noise_multiplier=sigma,
             max_grad_norm=max_grad_norm,
@@ -283,7 +297,21 @@ class PrivacyEngine:
                 "get_epsilon() without delta", why="ε is a function of δ.", cure="pass delta=1e-5, say."
             )
         delta = checks.number("delta", delta, low=0.0, high=1.0)
+        if group_size != 1 and self._cyclic:
+            raise ConfigurationError(
+                f"group_size = {group_size!r} after steps whose records took turns",
+                why="the records of a group take part in different steps, in which correlated noise makes their "
+                "contributions overlap; what they cost together is not known.",
+                cure="use independent noise, or make the group the unit of privacy (privacy_unit=...).",
+            )
         return self._spending.epsilon(delta, checks.count("group_size", group_size))
+
+    def statement(self, delta: float | None = None) -> Statement:
+        """What the run promises at ``delta``, how it came about, what it takes for granted and leaves out, in words."""
+        step, epsilon = self._attached(), self.get_epsilon(delta)
+        at = self._target_delta if delta is None else delta
+        assert at is not None
+        return describe(step, self._spending, self._loader, epsilon, float(at))
 
     @property
     def budget_spent(self) -> bool:

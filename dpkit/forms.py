@@ -8,6 +8,8 @@ form         holds                           the gradient of one record
 ``Dense``    value [n, *shape]               value
 ``Outer``    g [n, *m, t, o], a [n, *m, t, i] sum over t of g ⊗ a:  [*m, o, i]
 ``Rows``     index [n, t], g [n, t, d]       row ``index`` of a [v, d] table gets g
+``Routed``   index [n, t], g [n, t, o],      member ``index`` of a [m, o, i] stack gets
+             a [n, t, i]                     g ⊗ a
 ===========  ==============================  ======================================
 
 Each form offers ``sq_norm() -> [n]``, ``weighted_sum(w) -> flat [p]`` and ``dense()``; ghost, materialised and
@@ -255,6 +257,80 @@ class Rows(Form):
 
 
 @dataclass(frozen=True)
+class Routed(Form):
+    """Outer products that go to one member each of a stack [m, o, i] (the experts that tokens are routed to).
+
+    ``index`` [n, t] (int) names the member, ``g`` [n, t, o] and ``a`` [n, t, i] are the factors.
+    """
+
+    index: Tensor
+    g: Tensor
+    a: Tensor
+    m: int
+
+    @property
+    def n(self) -> int:
+        return self.index.shape[0]
+
+    def _wide(self) -> tuple[Tensor, Tensor]:
+        return wide(self.g), wide(self.a.to(self.g.dtype))
+
+    def grouped(self) -> tuple[Tensor, Outer]:
+        """The rows of one record at one member together: (keys [k] = n·m + member, ascending; `Outer` [k, t, ·])."""
+        keys = (torch.arange(self.n, device=self.index.device).unsqueeze(1) * self.m + self.index).flatten()
+        keys, where, counts = torch.unique(keys, return_inverse=True, return_counts=True)
+        order = where.argsort(stable=True)
+        start = torch.cumsum(counts, 0) - counts
+        slot = torch.arange(len(order), device=order.device) - start[where[order]]
+        most = int(counts.max()) if len(counts) else 1
+
+        def padded(x: Tensor) -> Tensor:
+            out = x.new_zeros(len(keys), most, x.shape[-1])
+            out[where[order], slot] = x.flatten(0, 1)[order]
+            return out
+
+        g, a = self._wide()
+        return keys, Outer(padded(g), padded(a))
+
+    def dense(self) -> Tensor:
+        keys, outer = self.grouped()
+        out = outer.g.new_zeros(self.n * self.m, outer.g.shape[-1], outer.a.shape[-1])
+        out[keys] = outer.dense()
+        return out.view(self.n, self.m, *out.shape[1:])
+
+    def sq_norm(self) -> Tensor:
+        keys, outer = self.grouped()
+        squares = outer.settled().sq_norm()
+        return squares.new_zeros(self.n).index_add_(0, torch.div(keys, self.m, rounding_mode="floor"), squares)
+
+    def lengths(self) -> Tensor:
+        g, a = self._wide()
+        products: Tensor = torch.linalg.vector_norm(g, dim=-1) * torch.linalg.vector_norm(a, dim=-1)
+        return products.sum(1)
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        g, a = self._wide()
+        g = _times(w, g).flatten(0, 1)
+        a, index = a.flatten(0, 1), self.index.flatten()
+        out = g.new_zeros(self.m, g.shape[-1], a.shape[-1])
+        for member in index.unique().tolist():
+            rows = (index == member).nonzero().flatten()
+            out[member] = g[rows].T @ a[rows]
+        return out.flatten()
+
+    def take(self, records: Tensor) -> Routed:
+        return Routed(self.index[records], self.g[records], self.a[records], self.m)
+
+    def folded(self, k: int) -> Routed:
+        index, g, a = (x.reshape(-1, k * x.shape[1], *x.shape[2:]) for x in (self.index, self.g, self.a))
+        return Routed(index, g, a, self.m)
+
+    def scaled(self, w: Tensor) -> Routed:
+        g, a = self._wide()
+        return Routed(self.index, _times(w, g), a, self.m)
+
+
+@dataclass(frozen=True)
 class Joined(Form):
     """The sum of forms of different kinds, with exact cross terms (an embedding tied to the output head)."""
 
@@ -334,4 +410,8 @@ def _merge(same: list[Form]) -> Form:
     if isinstance(first, Rows):
         rows = [f for f in same if isinstance(f, Rows)]
         return Rows(torch.cat([f.index for f in rows], 1), torch.cat([f.g for f in rows], 1), first.v)
+    if isinstance(first, Routed):
+        routed = [f for f in same if isinstance(f, Routed)]
+        index, g, a = (torch.cat([getattr(f, name) for f in routed], 1) for name in ("index", "g", "a"))
+        return Routed(index, g, a, first.m)
     return Dense(reduce(torch.add, (f.dense() for f in same)))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import probe
 from .errors import CoupledRecordsError, DoubleUseError, UncoveredParameterError
 from .forms import Outer
+from .moves import Move, Taint
 from .records import Place, Records
 from .rules import positions, summed, trains
 from .standin import StandIn
@@ -29,15 +30,61 @@ class Live:
     Attributes:
         again: a part of the forward is run again, in the backward (activation checkpointing).
         assumed: calls and operations that the probe had not seen, to be verified when the forward ends.
+        culprit: the layer or parameter that was met last.
     """
 
     def __init__(self, tape: Tape, plan: probe.Plan, batch: Batch, n: int, *, again: bool = False) -> None:
         self.tape, self.plan, self.batch, self.n, self.again = tape, plan, batch, n, again
         self.assumed: list[tuple[Any, str, int, probe.Site]] = []
         self.order: Tensor | None = None
+        self.culprit: nn.Module | nn.Parameter | None = None
+        self.quiet = 0  # inside a rule, an operation on stand-ins or a module that runs on one record at a time
+        self._moves = iter(plan.moves)
+        self._taint: Taint | None = None
         self._called: dict[nn.Module, int] = defaultdict(int)
         self._operated: dict[tuple[nn.Parameter, str], int] = defaultdict(int)
         self._copies: dict[nn.Parameter, Tensor] = {}
+        self._apiece: dict[nn.Parameter, tuple[Tensor, ...]] = {}
+
+    def watch(self, arguments: Any) -> Taint | None:
+        """What checks, while it is entered, that rows stay with their records; None where the data move none."""
+        if not self.plan.moves or self.again:
+            return None
+        self._taint = taint = Taint(self._moved)
+        tensors = [v for v in leaves(arguments) if isinstance(v, Tensor)]
+        taint.mark([v for v, d in zip(tensors, self.plan.inputs, strict=True) if d is not None])
+        return taint
+
+    def _moved(self, move: Move) -> Tensor | None:
+        if self.quiet:
+            return None
+        self.culprit = module = self.tape.stack[-1].module
+        places = next(self._moves, None)
+        if places is None:
+            raise UncoveredParameterError(
+                f"{self.tape.path(module)}: {move.name} moves rows by data, and did not when the model was examined",
+                why="whose rows they are has not been measured.",
+                cure="keep the model's operations the same from batch to batch, or register a rule for the module.",
+            )
+        self.quiet += 1
+        try:
+            return places.check(move, self.n, self.tape.path(module))
+        finally:
+            self.quiet -= 1
+
+    def in_order(self, module: nn.Module | None, values: Any) -> None:
+        """Raise where a parameter would meet records that the data have put into another order."""
+        if self._taint is None or self._taint.order(values) is None:
+            return
+        path = "the loss" if module is None else self.tape.path(module)
+        raise CoupledRecordsError(
+            f"{path}: the records stand in another order, as the data of this batch say",
+            why="each one would be credited to the record whose place it has taken.",
+            cure="put them back before they meet parameters; pack with enforce_sorted=False, which does so.",
+        )
+
+    def without_order(self) -> None:
+        """The probe has seen to it."""
 
     def count(self, layer: nn.Module) -> int:
         """The number of this call of a layer with a rule within the forward."""
@@ -61,14 +108,17 @@ class Live:
 
     def operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = leaves((args, kwargs))
-        origin = next(v for v in values if isinstance(v, StandIn)).origin
+        self.culprit = origin = next(v for v in values if isinstance(v, StandIn)).origin
+        inside = self.tape.stack[-1].module if self.tape.stack else None
+        self.in_order(inside, values)
         name = probe.name_of(func)
         k = self._operated[origin, name]
         self._operated[origin, name] += 1
-        if kwargs.get("out") is not None and not torch.is_grad_enabled():
+        out = kwargs.get("out")
+        if out is not None and not isinstance(out, StandIn) and not torch.is_grad_enabled():
             plain_args, plain_kwargs = tree_map(lambda v: v.value if isinstance(v, StandIn) else v, (args, kwargs))
             func(*plain_args, **plain_kwargs)
-            return kwargs["out"]
+            return out
         known = [s for s in self.plan.ops.get((origin, name, k), []) if s.fits(values, self.n)]
         if known:
             site = known[0]
@@ -78,12 +128,12 @@ class Live:
             site = self._guess(values, name)
         if site.folded is not None:
             probe.refuse_folded(self.tape.name(origin), name, site.folded)
-        if not torch.is_grad_enabled() and not any(isinstance(v, StandIn) and v.records for v in values):
-            return self._constant(func, args, kwargs, site, origin)
-        fast = self._by_rule(func, args, kwargs, site)
-        if fast is not None:
-            return fast
-        return self._by_copies(func, args, kwargs, values, site, name, origin)
+        self.quiet += 1
+        try:
+            fast = self._by_rule(func, args, kwargs, site)
+            return self._by_copies(func, args, kwargs, values, site, name, origin) if fast is None else fast
+        finally:
+            self.quiet -= 1
 
     def _infer(self, values: list[Any], name: str, origin: nn.Parameter, k: int) -> probe.Site:
         """An operation that the probe did not see: the model took another path (another length, no padding)."""
@@ -117,6 +167,7 @@ class Live:
                 measured.calls.get((whose, k)) if isinstance(whose, nn.Module) else measured.ops.get((whose, name, k))
             )
             if not known or not site.agrees(known[0]):
+                self.culprit = whose
                 path = self.tape.path(whose) if isinstance(whose, nn.Module) else self.tape.name(whose)
                 raise UncoveredParameterError(
                     f"{path}: in this batch {name} was used in a way that was not measured before",
@@ -134,9 +185,15 @@ class Live:
         return probe.Site(name, places, [None] * len(values), [Records(0) if met else None], met)
 
     def copies(self, s: StandIn) -> Tensor:
-        if s.copies is not None:
-            return s.copies
-        parameter = s.origin
+        return self._spread(s.origin) if s.copies is None else s.copies
+
+    def apiece(self, parameter: nn.Parameter) -> tuple[Tensor, ...]:
+        """Each record's own copy of a trainable parameter."""
+        if parameter not in self._apiece:
+            self._apiece[parameter] = self._spread(parameter).unbind(0)
+        return self._apiece[parameter]
+
+    def _spread(self, parameter: nn.Parameter) -> Tensor:
         if parameter not in self._copies:
             if trains(parameter):
                 self._copies[parameter] = Spread.apply(self.tape.anchor(parameter), parameter, self.batch, self.n)
@@ -156,11 +213,11 @@ class Live:
             bias = b.origin if isinstance(b, StandIn) else None
             y = F.linear(x, self._seen(weight), b if bias is None else self._seen(bias))
 
-            def emit(a: Tensor | None, g: Tensor) -> Any:
-                return _linear_forms(weight, bias, a, g)
+            def emit(a: tuple[Tensor, ...], g: Tensor) -> Any:
+                return _linear_forms(weight, bias, a[0], g)
 
             if torch.is_grad_enabled():
-                tapped: Tensor = Tap.apply(y, x, self.tape.anchor(y), emit, self.batch, *there)
+                tapped: Tensor = Tap.apply(y, self.tape.anchor(y), emit, self.batch, there[1], (there[0],), x)
                 return tapped
             return y
         if func is F.embedding:
@@ -183,18 +240,6 @@ class Live:
             data = r.join(copies)
             return data if site.data else StandIn.of(data, weight, self, copies=copies, records=r)
         return None
-
-    def _constant(self, func: Any, args: Any, kwargs: Any, site: probe.Site, origin: nn.Parameter) -> Any:
-        """Without gradient, a parameter is its value, the same for all records (spectral norm's power iteration)."""
-        plain_args, plain_kwargs = tree_map(lambda v: v.value if isinstance(v, StandIn) else v, (args, kwargs))
-        out = func(*plain_args, **plain_kwargs)
-
-        def stand(v: Any) -> Any:
-            if site.data or not isinstance(v, Tensor):
-                return v
-            return StandIn.of(v, origin, self, copies=v.detach().expand(self.n, *v.shape))
-
-        return tree_map(stand, out)
 
     def _seen(self, parameter: nn.Parameter) -> Tensor:
         """The parameter as the operation sees it: detached, unless autograd's gradient is wanted for the proof."""
@@ -253,7 +298,8 @@ class Live:
         functorch: Any = torch._C._functorch
         functorch._set_vmap_fallback_warning_enabled(False)  # slow operations are right all the same
         try:
-            out = torch.vmap(single, randomness="same")(*mapped)
+            # chance as in the model itself: one draw for what all records share, one for each where it is their data
+            out = torch.vmap(single, randomness="different" if site.data else "same")(*mapped)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             raise UncoveredParameterError(
                 f"{self.tape.name(origin)} is used in {name}, which cannot run on one copy a record ({error})",
@@ -319,9 +365,9 @@ _SHAPE_PRESERVING = frozenset(["contiguous", "clone", "to", "float", "double", "
 _UNDER_VMAP: dict[Any, Callable[..., Any]] = {F.embedding: _embedding, F.scaled_dot_product_attention: _attention}
 
 
-def _linear_forms(weight: nn.Parameter, bias: nn.Parameter | None, x: Tensor | None, grad: Tensor) -> Any:
+def _linear_forms(weight: nn.Parameter, bias: nn.Parameter | None, x: Tensor, grad: Tensor) -> Any:
     g = positions(grad)
-    if trains(weight) and x is not None:
+    if trains(weight):
         yield weight, Outer(g, positions(x))
     if bias is not None and trains(bias):
         yield bias, summed(g)

@@ -30,6 +30,7 @@ class Draw:
         units: whose its rows are.
         last: whether it completes its logical batch, so that ``optimizer.step()`` releases.
         logical, part: its place: the how-manieth logical batch of the pass, and which part of it.
+        number: how many batches with records were served before it in the pass.
         done: whether it has been worked on, or skipped; then what follows it is next.
     """
 
@@ -37,6 +38,7 @@ class Draw:
     last: bool
     logical: int
     part: int
+    number: int
     done: bool = False
 
     @property
@@ -58,7 +60,7 @@ class _PhysicalBatches:
     def __init__(self, sampling: Sampling, units: UnitIndex, generator: torch.Generator, max_size: int | None) -> None:
         self.sampling, self.units, self.generator, self.max_size = sampling, units, generator, max_size
         self.log: deque[Draw] = deque()
-        self.start = (0, 0)
+        self.start, self.served = (0, 0), 0
 
     def __len__(self) -> int:
         return self.sampling.steps
@@ -66,10 +68,10 @@ class _PhysicalBatches:
     def __iter__(self) -> Iterator[list[int]]:
         self.log = deque()
         drawn = (self.units.drawn(k, self.generator) for k in self.sampling.draws(self.generator))
-        return self._serve(self.log, drawn, *self.start)
+        return self._serve(self.log, drawn, *self.start, self.served)
 
     def _serve(
-        self, log: deque[Draw], draws: Iterator[list[list[int]]], logical: int, part: int
+        self, log: deque[Draw], draws: Iterator[list[list[int]]], logical: int, part: int, number: int
     ) -> Iterator[list[int]]:
         for k, drawn in enumerate(islice(draws, logical, None), logical):
             parts = packed(drawn, self.max_size)
@@ -77,8 +79,11 @@ class _PhysicalBatches:
                 if (k, j) < (logical, part):
                     continue
                 sizes = tuple(len(rows) for rows in mine)
-                log.append(Draw(Units(sizes, self.units.averaged), last=j == len(parts) - 1, logical=k, part=j))
+                log.append(
+                    Draw(Units(sizes, self.units.averaged), last=j == len(parts) - 1, logical=k, part=j, number=number)
+                )
                 if mine:
+                    number += 1
                     yield list(chain(*mine))
 
 
@@ -114,15 +119,18 @@ class PrivateDataLoader(DataLoader[Any]):
             generator = unforeseeable()
         self.completed, self.inside = 0, False
         self._listener: Listener | None = listener
+        self._given = loader.generator
         self._passes = 0
         self._latest: Draw | None = None
-        self._place = (0, 0)  # where a resumed pass goes on
+        self._place, self._served = (0, 0), 0  # where a resumed pass goes on, after how many batches with records
         self._origin: dict[str, torch.Tensor] = {}  # the generators when this pass began
         self._fetched: Draw | None = None
         self._chance: dict[str, Any] = {}  # outside the engine, before that one was fetched
         self._resumed: dict[str, Any] | None = None  # chance at the moment of the checkpoint, until the pass goes on
         workers: dict[str, Any] = {}
+        self._workers: randomness.BatchChance | None = None
         if loader.num_workers > 0:
+            self._workers = randomness.BatchChance(loader.collate_fn, loader.worker_init_fn)
             workers = {
                 "prefetch_factor": loader.prefetch_factor,
                 "persistent_workers": loader.persistent_workers,
@@ -132,11 +140,11 @@ class PrivateDataLoader(DataLoader[Any]):
             loader.dataset,
             batch_sampler=_PhysicalBatches(sampling, units, generator, max_size),
             num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
+            collate_fn=self._workers or loader.collate_fn,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            generator=loader.generator,
+            worker_init_fn=self._workers.begin if self._workers is not None else None,
+            generator=torch.Generator(),  # for the workers' seeds alone
             pin_memory_device=loader.pin_memory_device,
             **workers,
         )
@@ -144,6 +152,16 @@ class PrivateDataLoader(DataLoader[Any]):
     def close(self) -> None:
         """Stop serving: the engine has been detached."""
         self._listener = None
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the draws repeat with a seed that somebody chose."""
+        return self._given is not None
+
+    @property
+    def units(self) -> UnitIndex:
+        """Whose rows are drawn together."""
+        return self._batches.units
 
     @property
     def _batches(self) -> _PhysicalBatches:
@@ -208,12 +226,17 @@ class PrivateDataLoader(DataLoader[Any]):
         chance, self._resumed = self._resumed, None
         if chance is None:
             listener.begin_pass()
-            self._place = (0, 0)
+            self._place, self._served = (0, 0), 0
             self._origin = {"draws": self._batches.generator.get_state(), "torch": torch.get_rng_state()}
         else:
             self._batches.generator.set_state(self._origin["draws"])
             torch.set_rng_state(self._origin["torch"])
-        self.inside, self._latest, self._fetched, self._batches.start = True, None, None, self._place
+        self.inside, self._latest, self._fetched = True, None, None
+        self._batches.start, self._batches.served = self._place, self._served
+        if self._workers is not None:
+            self._workers.first = self._served
+        seed = torch.empty((), dtype=torch.int64).random_(generator=self._given)  # in every pass, as torch does itself
+        self.generator.manual_seed(int(seed))
         inner = super().__iter__()
         if chance is not None:
             randomness.restore(chance)
@@ -254,6 +277,7 @@ class PrivateDataLoader(DataLoader[Any]):
             "completed": self.completed,
             "inside": self.inside,
             "place": list(place),
+            "served": self._served if self._fetched is None else self._fetched.number + self._fetched.done,
             "origin": self._origin if self.inside else {"draws": draws, "torch": torch.get_rng_state()},
             "chance": chance,
         }
@@ -262,7 +286,8 @@ class PrivateDataLoader(DataLoader[Any]):
         """Go on from there: where a pass was under way, the next one iterated is its rest."""
         self._passes += 1  # an iterator that is still about belongs to another life
         self.completed, self.inside = state["completed"], state["inside"]
-        self._place, self._latest, self._origin = tuple(state["place"]), None, state["origin"]
+        self._place, self._served = tuple(state["place"]), state["served"]
+        self._latest, self._fetched, self._origin = None, None, state["origin"]
         self._batches.generator.set_state(state["origin"]["draws"])
         self._resumed = state["chance"] if state["inside"] else None
         randomness.restore(state["chance"])

@@ -12,18 +12,18 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
+from . import randomness
 from .buffers import Buffers
 from .errors import CoupledRecordsError, FoldedBatchError, GradientMismatchError
 from .forms import Form
+from .moves import Move, Places, Taint
 from .records import Folded, Place, Records, Shape, place
 from .standin import StandIn
 from .trees import leaves, tree_map
@@ -61,6 +61,17 @@ class Seen:
             return None
         folded = any(s > n and s % n == 0 for s in v.shape[:2])
         return Seen(tuple(v.shape), v.detach() if folded else None)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A `Move` as the probe saw it, and the module in whose forward it was."""
+
+    name: str
+    module: nn.Module
+    base: Seen | None
+    values: Seen | None
+    out: Seen | None
 
 
 @dataclass
@@ -123,56 +134,74 @@ class Plan:
     bare: set[nn.Parameter] = field(default_factory=set)  # parameters met outside a layer with a rule
     losses: dict[int, str] = field(default_factory=dict)  # scalar outputs that mix records: leaf number -> reason
     crossed: dict[int, list[int]] = field(default_factory=dict)  # outputs on pairs of records: leaf -> dimensions
+    moves: list[Places] = field(default_factory=list)  # rows that are moved as the data say, in order
+    lost: nn.Module | None = None  # where they are moved so that the records can no longer be followed
     gives_records: bool = False  # whether a floating output carries records
 
 
-class Taint(TorchDispatchMode):
-    """Marks every tensor that is computed from the marked ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.marked: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-    def mark(self, tree: Any) -> None:
-        for v in leaves(tree):
-            if isinstance(v, Tensor):
-                self.marked[v] = True
-
-    def has(self, tree: Any) -> bool:
-        return any(isinstance(v, Tensor) and v in self.marked for v in leaves(tree))
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if self.has((args, kwargs or {})):
-            self.mark(out)
-        return out
-
-
 class Recorder:
-    """The router of one probing run: stand-ins give their logical values, and every meeting is written down."""
+    """The router of one probing run: stand-ins give their logical values, and every meeting is written down.
 
-    def __init__(self, n: int) -> None:
-        self.n = n
-        self.taint = Taint()
+    Args:
+        n: the records in this run.
+        inside: tells which module's forward is running.
+        watch: write down the calls of all modules, not only those of layers with a rule.
+    """
+
+    def __init__(self, n: int, inside: Callable[[], nn.Module], *, watch: bool = False) -> None:
+        self.n, self.inside = n, inside
+        self.taint = Taint(self._moved, self.without_order)
+        self.moves: list[Moved] = []
+        self.lost: nn.Module | None = None  # where the order of packed records was forgotten
+        self.quiet = 0  # inside a rule, an operation on stand-ins or a module that runs on one record at a time
         self.calls: dict[tuple[nn.Module, int], Call] = {}
         self.ops: dict[tuple[nn.Parameter, str, int], Call] = {}
+        self.visits: dict[tuple[nn.Module, int], Call] | None = {} if watch else None
         self.bare: set[nn.Parameter] = set()
         self.order: Tensor | None = None
+        self._open: list[tuple[nn.Module, int]] = []
         self._called: dict[nn.Module, int] = defaultdict(int)
         self._operated: dict[tuple[nn.Parameter, str], int] = defaultdict(int)
 
     def _seen(self, tree: Any) -> list[Seen | None]:
         return [Seen.of(v, self.n) for v in leaves(tree)]
 
+    def _moved(self, move: Move) -> Tensor | None:
+        if not self.quiet:
+            seen = [Seen.of(v, self.n) for v in (move.base, move.values, move.out)]
+            self.moves.append(Moved(move.name, self.inside(), *seen))
+        return None
+
+    def without_order(self) -> None:
+        """Packed data are used whose order is not known: were they packed in another one than the records'?"""
+        if self.taint.reordered and not self.quiet:
+            self.lost = self.lost or self.inside()
+
     def call(self, layer: nn.Module, args: Any, kwargs: Any) -> bool:
         """Note a call of a layer with a rule. Returns whether it may use the rule: its input comes from the batch."""
         k = self._called[layer]
         self._called[layer] += 1
-        tainted = self.taint.has((args, kwargs))
-        self.calls[layer, k] = Call(type(layer).__name__, self._seen((args, kwargs)), [], tainted)
-        return tainted and not any(isinstance(v, StandIn) for v in leaves((args, kwargs)))
+        self.calls[layer, k] = call = self._call(layer, args, kwargs)
+        return call.tainted and not any(isinstance(v, StandIn) for v in leaves((args, kwargs)))
+
+    def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Call:
+        numbers = [v if type(v) is int else None for v in leaves((args, kwargs))]
+        return Call(type(module).__name__, self._seen((args, kwargs)), numbers, self.taint.has((args, kwargs)))
+
+    def visit(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note that a module is called."""
+        if self.visits is not None:
+            key = module, sum(m is module for m, _ in self.visits)
+            self._open.append(key)
+            self.visits[key] = self._call(module, args, kwargs)
+
+    def visited(self, module: nn.Module, output: Any) -> None:
+        """Note what it returned; a module that returns what the batch does not reach is none that `apiece` can run."""
+        if self.visits is not None:
+            call = self.visits[self._open.pop()]
+            values = [v for v in leaves(output) if isinstance(v, Tensor)]
+            call.outputs = self._seen(output)
+            call.tainted = call.tainted and bool(values) and not any(isinstance(v, StandIn) for v in values)
 
     def returned(self, layer: nn.Module, output: Any) -> None:
         self.calls[layer, self._called[layer] - 1].outputs = self._seen(output)
@@ -188,7 +217,9 @@ class Recorder:
         tainted = self.taint.has((plain_args, plain_kwargs))
         numbers = [v if type(v) is int else None for v in values]
         arguments = self._seen((args, kwargs))
+        self.quiet += 1
         out = func(*plain_args, **plain_kwargs)
+        self.quiet -= 1
         if kwargs.get("out") is not None:
             out = kwargs["out"]  # the caller's own tensor, which torch would return
         self.ops[origin, name, k] = Call(name, arguments, numbers, tainted, self._seen(out))
@@ -208,6 +239,29 @@ def merge(full: Recorder, part: Recorder, plan: Plan) -> None:
     for op, site in _sites(full.ops, part.ops, full.n, part.n).items():
         plan.ops[op] = [site]
     plan.bare |= full.bare | part.bare
+    plan.lost = full.lost
+    if plan.lost is not None:
+        return
+    for k in range(max(len(full.moves), len(part.moves))):
+        a, b = ((r.moves[k] if k < len(r.moves) else None) for r in (full, part))
+        if a is None or b is None or (a.name, a.module) != (b.name, b.module):
+            plan.lost = (a or b or full.moves[-1]).module
+            return
+        base, values, out = (
+            _place(x, y, full.n, part.n) for x, y in ((a.base, b.base), (a.values, b.values), (a.out, b.out))
+        )
+        plan.moves.append(Places(a.name, base, values, out, written=a.values is not None))
+        if plan.moves[-1].lost:
+            plan.lost = a.module
+            return
+
+
+def refuse_scattered(path: str) -> None:
+    raise FoldedBatchError(
+        f"{path}: rows are moved as the data say, and the records can no longer be followed",
+        why="each row has to be clipped with the record that it came from.",
+        cure="keep the records in a dimension of their own, or register a rule for the module (dpkit.register_rule).",
+    )
 
 
 def extend(plan: Plan, other: Plan) -> None:
@@ -241,12 +295,32 @@ def _sites(full: dict[K, Call], part: dict[K, Call], n: int, m: int) -> dict[K, 
 
 
 def _place(a: Seen | None, b: Seen | None, n: int, m: int) -> Place:
-    return None if a is None or b is None else place(a.shape, b.shape, n, m, (a.value, b.value))
+    if a is None or b is None:
+        return None
+    changed = [(d, s, t) for d, (s, t) in enumerate(zip(a.shape, b.shape, strict=False)) if s != t]
+    if len(a.shape) == len(b.shape) and [(s, t) for _, s, t in changed] == [(n, m)] * 2:
+        return Records(changed[0][0])  # a value for each pair of records: the first one's, see `Pairs`
+    return place(a.shape, b.shape, n, m, (a.value, b.value))
 
 
 def _rows(x: int | None, y: int | None, n: int, m: int) -> int | None:
     """k, if an integer argument is k·n in one run and k·m in the other."""
     return x // n if x is not None and y is not None and x != y and x % n == 0 and x // n * m == y else None
+
+
+def splittable(full: Recorder, part: Recorder) -> set[nn.Module]:
+    """The modules that can run on one record at a time: records have a place in all that enters and leaves them."""
+    assert full.visits is not None
+    assert part.visits is not None
+    sites = _sites(full.visits, part.visits, full.n, part.n)
+    bad = {m for m, _ in full.visits.keys() ^ sites.keys()} | {m for m, _ in part.visits.keys() ^ sites.keys()}
+    for (m, _), site in sites.items():
+        carried = any(isinstance(r, Records) for r in site.arguments) and any(
+            isinstance(r, Records) for r in site.outputs
+        )
+        if not site.data or site.folded is not None or not carried:
+            bad.add(m)
+    return {m for m, _ in sites} - bad
 
 
 def cut(tree: Any, dims: list[int | None], n: int, m: int) -> Any:
@@ -281,17 +355,35 @@ def last(tree: Any, dims: list[int | None], n: int) -> Any:
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[Buffers]:
     """Run the model aside: random state, buffers and train flags are put back. Gives the buffers."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    chance = randomness.capture()
     flags = [(m, m.training) for m in model.modules()]
     buffers = Buffers(model)
     try:
-        with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[d.index for d in devices]):
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             yield buffers
     finally:
         for m, flag in flags:
             m.training = flag
         buffers.put_back()
+        randomness.restore(chance)
+
+
+@contextlib.contextmanager
+def opened(model: nn.Module) -> Iterator[None]:
+    """Shake the parameters, and put them back: what a zero hides (a gate, an adapter, a residual branch that starts at
+    zero) would pass every test unseen and open later. Signs are kept. Autocast must not remember the shaken weights."""
+    kept = [(p, p.data) for p in model.parameters() if p.is_floating_point() and p.layout == torch.strided]
+    try:
+        for p, value in kept:
+            noise = torch.randn_like(value)
+            p.data = torch.where(value == 0, 0.01 + 0.02 * noise.abs(), value * (1 + 0.05 * noise.clamp(-2, 2)))
+        torch.clear_autocast_cache()
+        yield
+    finally:
+        for p, value in kept:
+            p.data = value
+        torch.clear_autocast_cache()
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -309,11 +401,11 @@ def same(full: Any, part: Any, n: int, m: int) -> str | None:
             continue
         where = place(tuple(a.shape), tuple(b.shape), n, m)
         if isinstance(where, Records):
-            found = [_gap(where.split(a), where.split(b), min(n, m))]
+            found = [gap(where.split(a), where.split(b), min(n, m))]
         elif isinstance(where, Folded) and where.factor == where.factor // 1 and _grew(a, b) == [where.dim]:
             # rows of a record in either order: the records that stayed must be found unchanged in one of them
             orders = (Records(where.dim, int(where.factor), inner) for inner in (False, True))
-            found = [_gap(r.split(a), r.split(b), min(n, m)) for r in orders]
+            found = [gap(r.split(a), r.split(b), min(n, m)) for r in orders]
         else:
             continue
         if all(found):
@@ -321,8 +413,22 @@ def same(full: Any, part: Any, n: int, m: int) -> str | None:
     return None
 
 
-def _gap(x: Tensor, y: Tensor, kept: int) -> str:
-    """How the shared records' values [n, ...] differ; nothing if they do not."""
+def same_alone(full: Any, part: Any, alone: Any, n: int) -> str | None:
+    """None if the last record's outputs are the same with all others left out, else what differs."""
+    for k, (a, b, c) in enumerate(zip(leaves(full), leaves(part), leaves(alone), strict=False)):
+        if not all(isinstance(v, Tensor) and not isinstance(v, StandIn) and v.is_floating_point() for v in (a, b, c)):
+            continue
+        where = place(tuple(a.shape), tuple(b.shape), n, n - 1, (a, b))
+        if isinstance(where, Records) and c.ndim == a.ndim and c.shape[where.dim] == where.factor:
+            mine, own = where.split(a)[n - 1 :], where.split(c)
+            found = gap(mine, own) if mine.shape == own.shape else ""
+            if found:
+                return f"output {k} of the last record {found}"
+    return None
+
+
+def gap(x: Tensor, y: Tensor, kept: int | None = None) -> str:
+    """How the first ``kept`` records' values [n, ...] (all by default) differ; nothing if they do not."""
     tolerance = 5e-2 if x.dtype in (torch.float16, torch.bfloat16) else 1e-3
     x, y = x[:kept].double(), y[:kept].double()
     finite = torch.isfinite(x) & torch.isfinite(y)
@@ -349,11 +455,17 @@ def crossed(full: Any, part: Any) -> dict[int, list[int]]:
     return {k: dims for k, dims in found.items() if len(dims) > 1}
 
 
+def paired(v: Tensor, dims: list[int] | None, n: int) -> bool:
+    """Whether v holds one value for each pair of n records, in these two dimensions."""
+    return dims is not None and len(dims) == 2 and all(v.shape[d] == n for d in dims)
+
+
 def mixed_losses(full: Any, part: Any, alone: Any, n: int, m: int, arguments: Any) -> dict[int, str]:
     """Scalar outputs that are neither the mean nor the sum of one value a record: leaf number -> reason."""
     found: dict[int, str] = {}
     names = arguments[1] if isinstance(arguments, tuple) and len(arguments) == 2 else {}
     labels = names.get("labels") if isinstance(names, dict) else None
+    keys = [key for key, v in full.items() for _ in leaves(v)] if isinstance(full, Mapping) else []
     for k, (a, b, c) in enumerate(zip(leaves(full), leaves(part), leaves(alone), strict=False)):
         if not all(
             isinstance(v, Tensor) and v.numel() == 1 and v.ndim == 0 and v.is_floating_point() for v in (a, b, c)
@@ -361,7 +473,9 @@ def mixed_losses(full: Any, part: Any, alone: Any, n: int, m: int, arguments: An
             continue
         x, y, z = float(a), float(b), float(c)
         scale = 1e-3 * max(abs(n * x), abs(m * y), abs(z), 1e-6)
-        if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
+        if k < len(keys) and "aux" in str(keys[k]):
+            found[k] = f"{keys[k]} balances the experts over the tokens of the whole batch"
+        elif isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
             found[k] = "it averages over the labelled tokens of the whole batch"
         elif abs(n * x - (m * y + z)) > scale and abs(x - (y + z)) > scale:
             found[k] = "it is neither the mean nor the sum of one loss a record"
@@ -370,7 +484,7 @@ def mixed_losses(full: Any, part: Any, alone: Any, n: int, m: int, arguments: An
 
 def refuse_coupling(path: str, what: str) -> None:
     raise CoupledRecordsError(
-        f"{path}: {what} when another record was left out of the batch",
+        f"{path}: {what} when other records were left out of the batch",
         why="a record then acts through the other records' gradients too, which clipping its own does not bound.",
         cure="remove what mixes records: BatchNorm (use GroupNorm), statistics over the batch, balancing losses.",
     )
@@ -386,29 +500,25 @@ def refuse_folded(path: str, what: str, folded: Folded) -> None:
 
 
 def refuse_misattributed(
-    name: str, form: Form, expected: Tensor | None, record: int, floor: float, tolerance: float
+    name: str, form: Form, expected: Tensor | None, weights: Tensor, floor: float, tolerance: float
 ) -> None:
-    """Raise unless ``form`` gives the whole gradient of one record's outputs to that record, and nothing to others.
+    """Raise unless the sum of ``form`` with the weights [n] is the gradient of the losses' sum with these weights.
 
     What is below ``floor`` may be rounding alone; ``tolerance`` is relative.
     """
     norms = form.sq_norm().sqrt()
-    ours = form.weighted_sum(torch.ones_like(norms))
+    ours = form.weighted_sum(weights.to(norms))
     theirs = torch.zeros_like(ours) if expected is None else expected.to_dense().to(ours).flatten()
     size = float(theirs.norm())
     if not (size < float("inf") and bool(torch.isfinite(norms).all())):
         return
-    tolerance *= max(size, float(norms.max()), floor)
-    if float((ours - theirs).norm()) > tolerance:
+    gap = float((ours - theirs).norm())
+    if gap > tolerance * max(size, float(norms.max()), floor):
         raise GradientMismatchError(
-            f"{name}: the gradient of record {record} is found as {float(ours.norm()):.4g}, autograd says {size:.4g}",
-            why="what is not clipped per record is not covered by the guarantee.",
-            cure="correct the layer's rule (dpkit.register_rule), or freeze the parameter.",
-        )
-    others = float(norms.sum() - norms[record])
-    if others > tolerance:
-        raise CoupledRecordsError(
-            f"{name}: a part ({others:.3g} of {size:.3g}) of the gradient of record {record} is found at other records",
-            why="each record's part would be clipped with the wrong record's norm.",
-            cure="keep records in a dimension of their own all through the model, or register a rule for the module.",
+            f"{name}: its per-record gradients, weighted by record, add up to {float(ours.norm()):.4g}, autograd says "
+            f"{size:.4g} (they differ by {gap:.3g})",
+            why="a part of a record's gradient is missing or is found at another record, and would be clipped with the "
+            "wrong norm.",
+            cure="keep records in a dimension of their own all through the model; correct the layer's rule "
+            "(dpkit.register_rule), or freeze the parameter.",
         )

@@ -26,7 +26,7 @@ def prove(tape: Tape, batch: Batch) -> None:
             ours = form.weighted_sum(torch.ones(batch.n, device=p.device))
             theirs = torch.zeros_like(ours) if grad is None else grad.to_dense().to(ours.dtype).flatten()
             compared.append((p, ours, theirs, float(form.sq_norm().sqrt().sum())))
-        elif p in batch.forms:
+        elif p in batch.forms and not tape.rules_of(p):
             tape.proven.add(p)
     largest = max((scale for *_, scale in compared), default=0.0)
     if not math.isfinite(largest):
@@ -42,7 +42,8 @@ def prove(tape: Tape, batch: Batch) -> None:
                 "is not clipped per record is not covered by the guarantee.",
                 cure="correct the rule (dpkit.register_rule), or freeze the parameter.",
             )
-        tape.proven.add(p)
+        if max(scale, size) > 0:  # zero gradients (behind a gate or an adapter that starts at zero) prove nothing
+            tape.proven.add(p)
 
 
 def _refuse_uncovered(tape: Tape, batch: Batch, p: nn.Parameter) -> None:

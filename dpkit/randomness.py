@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.data import get_worker_info
 
 
 def capture() -> dict[str, Any]:
@@ -40,3 +42,48 @@ def restore(state: dict[str, Any]) -> None:
     if numpy is not None and "numpy" in state:
         key, pos, has_gauss, cached = state["numpy"]
         numpy.random.set_state(("MT19937", key.numpy().astype("uint32"), pos, has_gauss, cached))
+
+
+class BatchChance:
+    """Collates as the user does, and makes what a worker process draws at random depend on the batch alone.
+
+    A batch's chance is then the same whichever worker fetches it, and whenever: a pass that was interrupted goes on as
+    it would have. It holds for workers that are begun anew with every pass; persistent ones draw on from where they
+    are.
+
+    Args:
+        collate: the user's ``collate_fn``.
+        init: the user's ``worker_init_fn``.
+
+    Attributes:
+        first: the number in its pass of the first batch that the workers will fetch.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], init: Callable[[int], None] | None) -> None:
+        self.collate, self.init, self.first = collate, init, 0
+        self._number = 0
+
+    def begin(self, worker: int) -> None:
+        """The ``worker_init_fn``."""
+        if self.init is not None:
+            self.init(worker)
+        self._number = self.first + worker
+        self._seed()
+
+    def __call__(self, rows: list[Any]) -> Any:
+        batch = self.collate(rows)
+        about = get_worker_info()
+        if about is not None:
+            self._number += about.num_workers  # workers take turns
+            self._seed()
+        return batch
+
+    def _seed(self) -> None:
+        about = get_worker_info()
+        assert about is not None
+        seed = (about.seed - about.id + 0x9E3779B97F4A7C15 * (self._number + 1)) % (1 << 63)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            numpy.random.seed(seed % (1 << 32))

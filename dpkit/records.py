@@ -35,6 +35,12 @@ class Records:
             return x.squeeze(self.dim + 1).movedim(0, self.dim)
         return x.movedim(0, self.dim + self.inner).flatten(self.dim, self.dim + 1)
 
+    def owners(self, shape: Shape, n: int, device: torch.device) -> Tensor:
+        """The number of the record that each element belongs to, in ``shape`` (expanded)."""
+        rows = torch.arange(n * self.factor, dtype=torch.int32, device=device)
+        rows = rows % n if self.inner else torch.div(rows, self.factor, rounding_mode="floor")
+        return rows.view(*[1] * self.dim, -1, *[1] * (len(shape) - self.dim - 1)).expand(shape)
+
     def lead(self, x: Tensor) -> Tensor:
         """The rows first, record-major: [n·k, ...]."""
         x = x.movedim(self.dim, 0) if self.dim else x
@@ -47,6 +53,10 @@ class Folded:
 
     dim: int
     factor: float
+
+    def shares(self, other: Place) -> bool:
+        """Whether the other holds as many rows a record in the same dimension, in an order that is known."""
+        return isinstance(other, Records) and (self.dim, self.factor) == (other.dim, other.factor)
 
 
 Place = Records | Folded | None

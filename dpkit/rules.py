@@ -27,11 +27,22 @@ RuleFunction = Callable[[Any, Any, Tensor], Iterable[tuple[Tensor | None, Form]]
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule function, the class it was written for, and the parameters whose form needs the layer's input."""
+    """A rule function, the class it was written for, and what it needs of the layer's call.
+
+    Attributes:
+        input_for: the parameters whose form needs the layer's input; None: all of them.
+        all_inputs: whether it takes all tensors that the layer was called with, not the first alone.
+    """
 
     function: RuleFunction
     kind: type[nn.Module]
-    input_for: frozenset[str] | None  # None: all of them
+    input_for: frozenset[str] | None
+    all_inputs: bool = False
+
+    @property
+    def built_in(self) -> bool:
+        """Whether it is one of dpkit's own."""
+        return self.function.__module__.startswith("dpkit.")
 
     def needs_input(self, parameters: Mapping[str, nn.Parameter | None]) -> bool:
         """Whether the layer's input has to be kept, given its parameters by name."""
@@ -51,7 +62,7 @@ _BOOKKEEPING = {
 
 
 def register_rule(
-    *kinds: type[nn.Module], input_for: Iterable[str] | None = None
+    *kinds: type[nn.Module], input_for: Iterable[str] | None = None, all_inputs: bool = False
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a rule for module classes; a duplicate raises.
 
@@ -59,9 +70,15 @@ def register_rule(
         kinds: the classes. A subclass is covered as long as it does not override the arithmetic.
         input_for: names of the parameters whose form needs the layer's input; where only others train, the engine
             keeps no input. All by default (the rule may rely on ``x``).
+        all_inputs: the layer takes several tensors, and the rule gets them all.
 
     The rule is called as ``rule(layer, x, grad)`` with the layer's first input ``x`` [n, ...] and the gradient at its
     output ``grad`` [n, ...], and yields ``(parameter, form)`` for each of its parameters (None parameters are skipped).
+    With ``all_inputs`` it is ``rule(layer, inputs, grad)``, where ``inputs`` is the tuple of the tensors in the order
+    of the call, keywords last; one without records (a mask [t, t]) comes as it is.
+
+    Where the layer sees rows, [n·t, ...], the rule gets them as if each were a record, and the engine puts the forms of
+    one record's rows together. `dpkit.testing.check_rule` tests a rule by itself.
 
     >>> @register_rule(Scale)                                   # y = weight * x            # doctest: +SKIP
     ... def scale(layer, x, grad):
@@ -75,7 +92,7 @@ def register_rule(
             if kind in _RULES:
                 raise ValueError(f"{kind.__qualname__} already has a rule: {_RULES[kind].function.__qualname__}")
         for kind in kinds:
-            _RULES[kind] = Rule(function, kind, None if input_for is None else frozenset(input_for))
+            _RULES[kind] = Rule(function, kind, None if input_for is None else frozenset(input_for), all_inputs)
         return function
 
     return register
@@ -84,6 +101,11 @@ def register_rule(
 def unregister_rule(kind: type[nn.Module]) -> None:
     """Forget the rule of a class (for tests and notebooks)."""
     del _RULES[kind]
+
+
+def has_rule(kind: type[nn.Module]) -> bool:
+    """Whether a rule is registered for exactly this class."""
+    return kind in _RULES
 
 
 def rule_for(layer: nn.Module) -> Rule | None:
@@ -106,6 +128,8 @@ def rule_for(layer: nn.Module) -> Rule | None:
 
 def _describes(rule: Rule, layer: nn.Module) -> bool:
     """Options that change the arithmetic beyond what a built-in rule says."""
+    if getattr(layer, "_is_expert_parallel", False):
+        return False  # some of the experts that tokens are routed to are elsewhere
     # With running statistics in use, instance norm is no longer a function of the record alone.
     return not (isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats)
 
@@ -138,27 +162,6 @@ def summed(g: Tensor) -> Dense:
         return Dense(g)
     narrow = g.dtype in (torch.float16, torch.bfloat16)
     return Dense(g.sum(1, dtype=torch.float32 if narrow else None))
-
-
-def _register_conv1d_of_transformers() -> None:
-    from transformers.pytorch_utils import Conv1D
-
-    @register_rule(Conv1D, input_for=["weight"])
-    def transposed_linear(layer: Any, x: Tensor, grad: Tensor) -> Yields:
-        """y = x W + b with W [i, o] (GPT-2)."""
-        g = positions(grad)
-        if trains(layer.weight):
-            yield layer.weight, Outer(positions(x), g)
-        if trains(layer.bias):
-            yield layer.bias, summed(g)
-
-
-def register_optional(module: nn.Module) -> None:
-    """Register rules for classes of optional packages that the model uses (and has therefore already imported)."""
-    for layer in module.modules():
-        kind = type(layer)
-        if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" and kind not in _RULES:
-            _register_conv1d_of_transformers()
 
 
 # ---------------------------------------------------------------- convolutions

@@ -16,9 +16,12 @@ It is proven as far as these hold:
   rounding (one entry in 2^19, the tails and the centre apart), it is decided in decimal arithmetic of any precision.
 
 Not covered: the sensitivity of the sum s itself. Gradients, norms and sums are computed in floating point, and rounding
-may let a record move s by a little more than C (the margins are in `dpkit.forms`; the tests hold it to C (1 + 1e-5)).
-Nor is how long a release takes, or what else a machine lets be seen. See Jin et al., "Are We There Yet? Timing and
-Floating-Point Attacks on Differential Privacy Systems" (2022).
+may let a record move s by a little more than C: the tests hold it to C (1 + 1e-5) for small batches, and for n records
+whose gradients all point one way the rounding of a float32 sum alone is of the order of n · 2⁻²⁴ C.
+
+Nor who is drawn: that is left to torch's generator, in a state drawn from the operating system, whose output nobody
+sees. Nor how long a release takes, or what else a machine lets be seen: Jin et al. 2022, "Are We There Yet? Timing and
+Floating-Point Attacks on Differential Privacy Systems".
 """
 
 from __future__ import annotations

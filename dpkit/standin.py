@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .apart import TAKEN_APART, take_apart
+from .apart import TAKEN_APART, is_packed, take_apart
 from .records import Records
 from .trees import leaves
 
@@ -40,11 +40,16 @@ class Router(Protocol):
 
     Attributes:
         order: where each record is in the packed sequence that a recurrent module was called with last.
+        quiet: above 0 where rows are moved by operations that are known to keep them with their records.
     """
 
     order: Tensor | None
+    quiet: int
 
     def operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+    def without_order(self) -> None:
+        """A recurrent function is given packed data, and no order of the records is known."""
 
 
 class StandIn(Tensor):
@@ -101,5 +106,11 @@ class StandIn(Tensor):
             return func(*plain, **kwargs)
         router = next(v for v in leaves((args, kwargs)) if isinstance(v, StandIn)).router
         if func in TAKEN_APART:
-            return take_apart(func, args, kwargs, router.order)
+            if router.order is None and is_packed(func, args):
+                router.without_order()
+            router.quiet += 1
+            try:
+                return take_apart(func, args, kwargs, router.order)
+            finally:
+                router.quiet -= 1
         return router.operate(func, args, kwargs)

@@ -15,11 +15,13 @@ from torch.optim import Optimizer
 
 from dpkit.accountants import Event, Gaussian
 
-from .clipping import Clipping, noises_of
+from .clipping import Clipping, Learning, noises_of
+from .correlated import Correlated
 from .errors import ConfigurationError, DoubleUseError, UncoveredParameterError, UnfinishedStepError
 from .forms import joined
 from .loader import Draw
 from .noise import Source
+from .paced import Paced
 from .proof import prove, refuse_coupled_losses
 from .sampling import Sampling
 from .scaler import LossScale, placeholders
@@ -38,6 +40,7 @@ class PrivateStep:
     Attributes:
         noise_multiplier, max_grad_norm: σ and C of the next logical batch.
         nonfinite_records: records left out because their gradient was not finite.
+        strictly_examined: whether losses were given one by one, and seen to be each of its own record.
     """
 
     def __init__(
@@ -60,13 +63,19 @@ class PrivateStep:
         self.noise_multiplier, self.max_grad_norm = noise_multiplier, max_grad_norm
         self.loss_reduction = loss_reduction
         self._loss_scale, self._factor = loss_scale, 1.0
+        if isinstance(clipping, Learning) and isinstance(noise, Correlated):
+            raise ConfigurationError(
+                "adaptive clipping with correlated noise",
+                why="what sum and count cost together is known for independent noise only.",
+                cure="use another clipping, or noise=None.",
+            )
         noises_of(clipping, noise_multiplier, sampling.expected_batch_size)  # raises where they cannot amount to sigma
         self.nonfinite_records = 0
         self._given = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm}
         self._draw: Draw | None = None
         self._sum: ClippedSum | None = None
         self._charged: float | None = None  # fixed batches: the least σ charged for in this pass
-        self._strictly_examined = False
+        self.strictly_examined = False
         self.tape = Tape(model, batch_first=batch_first)
         try:
             self._trainable()
@@ -94,6 +103,8 @@ class PrivateStep:
         """A new pass over the data: what an abandoned one left unfinished is dropped; it was never released."""
         self.drop()
         self._charged = None
+        if isinstance(self.sampling, Paced) and self.sampling.begin_pass() and isinstance(self.noise, Correlated):
+            self.noise.restart()
 
     def admits(self) -> bool:
         """Whether the budget allows for the next logical batch; the rest of one that was begun always is."""
@@ -113,6 +124,12 @@ class PrivateStep:
             self.tape.open(draw.n, placeholders(list(self._trainable())))
 
     def _begin_sum(self) -> ClippedSum:
+        if isinstance(self.noise, Correlated) and self.noise_multiplier != self._given["noise_multiplier"]:
+            raise ConfigurationError(
+                f"noise_multiplier was changed to {self.noise_multiplier:g} under correlated noise",
+                why="a step's noise takes back that of the steps before; what a changing one costs is not known.",
+                cure="keep it as it was given, or use independent noise (noise=None).",
+            )
         batch = self.sampling.expected_batch_size
         return ClippedSum(self.clipping, self.noise_multiplier, self.max_grad_norm, batch)
 
@@ -131,6 +148,12 @@ class PrivateStep:
         self._close(draw)
         if draw.last:
             self.drop()
+            if isinstance(self.sampling, Paced):
+                raise UnfinishedStepError(
+                    "a batch was drawn and no step was taken on it, under correlated noise",
+                    why="how far apart two participations of a record are is counted in steps.",
+                    cure="call optimizer.step() on every batch, or leave the pass (break) and begin another.",
+                )
 
     def empty_draw(self, draw: Draw) -> None:
         """Nobody was drawn: the noisy step is taken, and accounted, all the same."""
@@ -173,8 +196,8 @@ class PrivateStep:
                 why="each record that was drawn enters the step once.",
                 cure="compute the losses of the batch that the private loader has just yielded.",
             )
-        if not self._strictly_examined and batch.n > 1:
-            self._strictly_examined = refuse_coupled_losses(self.tape, batch, losses)
+        if not self.strictly_examined and batch.n > 1:
+            self.strictly_examined = refuse_coupled_losses(self.tape, batch, losses)
         (losses.mean() if self.loss_reduction == "mean" else losses.sum()).backward()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -245,6 +268,8 @@ class PrivateStep:
         self.spending.record(event, [*grads, *observed])
         if event is not None:
             self._charged = clipped.noise_multiplier
+        if isinstance(self.sampling, Paced):
+            self.sampling.advance()
         if observed and self.max_grad_norm == clipped.max_grad_norm:  # else it was set by hand meanwhile
             self.max_grad_norm = clipped.learned(float(observed[0]))
         for p, grad in zip(trainable, grads, strict=True):
@@ -276,6 +301,8 @@ class PrivateStep:
         parts: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer, "noise": self.noise}
         if isinstance(self.clipping, Stateful):
             parts["clipping"] = self.clipping
+        if isinstance(self.sampling, Stateful):
+            parts["sampling"] = self.sampling
         parts["step"] = Part(lambda: self._state(inside), self._load)
         return parts
 
@@ -284,6 +311,7 @@ class PrivateStep:
         model = self.model.state_dict()
         return {
             **self._given,
+            "noise": repr(self.noise.correlation) if isinstance(self.noise, Correlated) else "independent",
             "clipping": repr(self.clipping) if is_dataclass(self.clipping) else type(self.clipping).__name__,
             "loss_reduction": self.loss_reduction,
             "optimizer": type(self.optimizer).__name__,
@@ -296,6 +324,8 @@ class PrivateStep:
         self.drop()
         self._charged = None
         self.noise.reseed()
+        if isinstance(self.sampling, Paced):
+            self.sampling.restart()
 
     def _state(self, inside: bool) -> dict[str, Any]:
         names = self.tape.parameters()

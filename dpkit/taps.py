@@ -17,28 +17,28 @@ from .forms import Dense, Form, Outer
 from .records import Records
 from .rules import looked_up
 
-Emit = Callable[[Tensor | None, Tensor], Iterable[tuple[Tensor | None, Form]]]
+Emit = Callable[[tuple[Tensor, ...], Tensor], Iterable[tuple[Tensor | None, Form]]]
 
 
 class Tap(torch.autograd.Function):
-    """Identity whose backward hands (input, gradient) to a rule.
+    """Identity whose backward hands (inputs, gradient) to a rule.
 
-    The input is kept by ``save_for_backward``, so activation checkpointing keeps its saving and a later in-place change
-    is an error. The output is no view, so in-place operations on it stay possible.
+    The inputs that it needs are kept by ``save_for_backward``, so activation checkpointing keeps its saving and a later
+    in-place change is an error. The output is no view, so in-place operations on it stay possible.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         y: Tensor,
-        x: Tensor | None,
         anchor: Tensor,
         emit: Emit,
         batch: Batch,
-        x_records: Records,
         y_records: Records,
+        x_records: tuple[Records | None, ...],
+        *inputs: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(*inputs)
         ctx.emit, ctx.batch, ctx.x_records, ctx.y_records = emit, batch, x_records, y_records
         ctx.set_materialize_grads(False)
         return y.detach()
@@ -47,15 +47,17 @@ class Tap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is not None:
-            (x,) = ctx.saved_tensors
-            rows = ctx.y_records.lead(grad)
+            inputs = ctx.saved_tensors
+            rows, factor = ctx.y_records.lead(grad), ctx.y_records.factor
             if ctx.batch.examined is not None:
-                ctx.batch.examine(rows, ctx.y_records.factor)
+                ctx.batch.examine(rows, factor)
             else:
-                factor = ctx.y_records.factor
-                for parameter, form in ctx.emit(None if x is None else ctx.x_records.lead(x.detach()), rows):
+                led = tuple(
+                    x.detach() if r is None else r.lead(x.detach()) for x, r in zip(inputs, ctx.x_records, strict=True)
+                )
+                for parameter, form in ctx.emit(led, rows):
                     ctx.batch.add(parameter, form if factor == 1 else form.folded(factor), tapped=True)
-        return grad, None, None, None, None, None, None
+        return grad, *[None] * (5 + len(ctx.x_records))
 
 
 class Spread(torch.autograd.Function):

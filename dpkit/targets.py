@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dpkit.accountants import Accountant, Gaussian, calibrate
+from collections.abc import Callable
+
+from dpkit.accountants import Accountant, Event, Gaussian, calibrate, dpsgd
 
 from . import checks
 from .budget import Budget, kind_of
 from .errors import ConfigurationError
+from .paced import Paced
 from .sampling import FixedBatches, Sampling
 
 
@@ -49,7 +52,10 @@ def noise_multiplier_for(
         )
     checks.number("target_epsilon", target_epsilon, low=0.0)
     total = checks.count("steps", steps) if steps is not None else checks.count("epochs", epochs) * sampling.steps
-    if isinstance(sampling, FixedBatches):
+    build: Callable[[float, float, int], Event] = dpsgd
+    if isinstance(sampling, Paced):
+        build = lambda sigma, _, steps: sampling.planned(sigma, steps)  # noqa: E731
+    elif isinstance(sampling, FixedBatches):
         total = -(-total // sampling.steps)
     sigma: float = calibrate(
         target_epsilon=target_epsilon,
@@ -57,6 +63,7 @@ def noise_multiplier_for(
         sample_rate=sampling.sample_rate,
         steps=total,
         accountant=kind_of(accountant),
+        build=build,
     )
     return sigma
 

@@ -4,8 +4,9 @@ A case builds a model, draws a batch of n records, and says what each record's l
 train and eval mode compute the same. ``tests/hf_models.py`` has the Hugging Face architectures in the same form.
 
 Tags: "loop_only": the second oracle (batched VJP) does not apply. "may_refuse": a stated refusal is as good as the
-exact answer. "recurrent", "bag", "hard", "checkpoint": kinds of model. "time_first": inside, the batch is the second
-dimension. "float32_inside": the model itself casts to float32, so float64 cannot agree to 1e-10.
+exact answer. "recurrent", "bag", "hard", "checkpoint": kinds of model. "apiece": runs on one record at a time.
+"time_first": inside, the batch is the second dimension.
+"float32_inside": the model itself casts to float32, so float64 cannot agree to 1e-10.
 """
 
 from __future__ import annotations
@@ -371,6 +372,9 @@ def _interfaces() -> list[ModelCase]:
 
 
 def _hard() -> list[ModelCase]:
+    def padding(n: int, generator: Generator) -> Tensor:
+        return torch.arange(6) >= torch.randint(1, 7, (n, 1), generator=generator)
+
     rnn = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
     return [
         *(
@@ -393,12 +397,17 @@ def _hard() -> list[ModelCase]:
             for name, kind in {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}.items()
         ),
         plain("cross-attention", m.CrossAttention, normal(3, 8), normal(4, 6), normal(4, 5), tags="hard"),
-        plain("shared-row", m.SharedRow, normal(6, 4), tags="hard may_refuse"),
-        plain("shared-row-T-equals-n", m.SharedRow, normal(5, 4), tags="hard may_refuse"),
-        plain("learned-queries", m.LearnedQueries, normal(6, 4), tags="hard may_refuse"),
-        plain("windows", m.Windows, normal(6, 3), tags="hard may_refuse"),
-        plain("flattened", m.Flattened, normal(6, 3), tags="hard may_refuse"),
-        plain("experts", m.Experts, normal(6, 3), tags="hard may_refuse"),
+        plain("shared-row", m.SharedRow, normal(6, 4), tags="hard"),
+        plain("shared-row-T-equals-n", m.SharedRow, normal(5, 4), tags="hard"),
+        plain("learned-queries", m.LearnedQueries, normal(6, 4), tags="hard"),
+        plain("windows", m.Windows, normal(6, 3), tags="hard"),
+        plain("flattened", m.Flattened, normal(6, 3), tags="hard"),
+        plain("experts", m.Experts, normal(6, 3), tags="hard apiece"),
+        plain("expert-list", m.ExpertList, normal(6, 3), tags="hard apiece"),
+        plain("shuffled", m.Shuffled, normal(6, 3), tags="hard apiece"),
+        plain("unpadded", m.Unpadded, normal(6, 3), padding, tags="hard apiece"),
+        plain("by-hand", m.ByHand, normal(4), tags="hard apiece loop_only"),
+        plain("looping", m.Looping, normal(6, 3), padding, tags="hard apiece"),
     ]
 
 

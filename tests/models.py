@@ -462,6 +462,121 @@ class Experts(nn.Module):
         return out.reshape(y.shape)
 
 
+class ExpertList(nn.Module):
+    """Experts that are layers with a rule; an expert may see no token at all."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.embed, self.router = nn.Linear(3, width), nn.Linear(width, 3)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 3), nn.Tanh(), nn.Linear(3, width)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x)
+        tokens = y.flatten(0, 1)
+        share, choice = self.router(tokens).softmax(-1).max(-1)
+        out = torch.zeros_like(tokens)
+        for e, expert in enumerate(self.experts):
+            rows = (choice == e).nonzero()[:, 0]
+            if len(rows):
+                out = out.index_add(0, rows, share[rows, None] * expert(tokens[rows]))
+        return out.view(y.shape)
+
+
+class Shuffled(nn.Module):
+    """A layer on all tokens of all records in an order of its own, put back afterwards."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Linear(3, width), nn.Linear(width, width), nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x)
+        rows = y.flatten(0, 1)
+        order = rows.detach().sum(-1).argsort()
+        z = torch.empty_like(rows).index_copy(0, order, torch.tanh(self.inner(rows[order])))
+        return self.head(z.view(y.shape)).mean(1)
+
+
+class Unpadded(nn.Module):
+    """Runs its middle on the tokens that are no padding, packed into one list, as ModernBERT's fused path does."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(3, width), nn.Linear(width, 2)
+        self.middle = nn.Sequential(nn.Linear(width, width), LayerScale(width), nn.LayerNorm(width))
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        y = torch.tanh(self.embed(x))
+        z = torch.zeros_like(y)
+        z[~padding] = self.middle(y[~padding])
+        return self.head(z).mean(1)
+
+
+class Looping(nn.Module):
+    """Goes through its records in a Python loop, each cut to its own length, as models of images of all sizes do."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.embed, self.table, self.head = (
+            nn.Linear(3, width),
+            nn.Parameter(torch.randn(6, width)),
+            nn.Linear(width, 2),
+        )
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        rows = []
+        for one, hidden in zip(x, padding, strict=True):
+            kept = self.embed(one[~hidden])
+            rows.append(torch.tanh(kept + self.table[: len(kept)]).mean(0))
+        return self.head(torch.stack(rows))
+
+
+class Triples(torch.autograd.Function):
+    """3 x weight, with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return 3 * x * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return 3 * grad * weight, (3 * grad * x).sum(0)
+
+
+class ByHand(nn.Module):
+    """A parameter that enters a function with a hand-written backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(4)), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = Triples.apply(x, self.weight)
+        return self.head(y)
+
+
+class Gated(nn.Module):
+    """A branch behind a gate that starts at zero: on the first batch it has no gradient to be proven with."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.embed, self.branch, self.head = nn.Linear(3, width), branch(width), nn.Linear(width, 2)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x)
+        return self.head(y + torch.tanh(self.gate) * self.branch(y))
+
+
+def branch(width: int) -> nn.Module:
+    """A branch with a layer and a stray parameter."""
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), LayerScale(width))
+
+
 class Bag(nn.Module):
     """An EmbeddingBag on a list of tokens per record, with a head."""
 

@@ -266,6 +266,19 @@ def test_what_is_refused() -> None:
     assert torch.equal(weights(run.model), before)
 
 
+def test_the_count_is_part_of_the_release() -> None:
+    """What is recorded before anybody sees it holds the noisy count too, so that a repeated run must repeat it."""
+    run = private(noise_multiplier=1.0)
+    sizes: list[list[int]] = []
+    spending = run.engine._step.spending
+    with (
+        mock.patch.object(spending, "record", lambda event, release: sizes.append([r.numel() for r in release])),
+        drawing([0, 1]),
+    ):
+        train(run)
+    assert sizes == [[*(p.numel() for p in run.model.parameters()), 1]]
+
+
 def test_others_do_not_learn() -> None:
     """Flat, automatic and per-layer clipping see no second noise and keep C."""
     for name in ("flat", "automatic", "per_layer"):

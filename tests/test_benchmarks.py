@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("opacus")
 
-from benchmarks import audit, steps
+from benchmarks import audit, noise, steps
 from benchmarks.report import conditions
 from benchmarks.workloads import WORKLOADS
 from tests.hf_models import HF_CASES
@@ -30,3 +31,12 @@ def test_audit() -> None:
     assert (vit.dpkit.verdict, vit.opacus.verdict) == ("exact", "exact")
     assert (convnext.dpkit.verdict, convnext.opacus.verdict) == ("exact", "wrong")
     assert "1 wrong" in audit.markdown(conditions("benchmarks.audit"), [vit, convnext])
+
+
+def test_noise() -> None:
+    """A row with both times and their ratio."""
+    pytest.importorskip("cryptography")
+    row = noise.compare(5_000, torch.float32, rounds=3)
+    assert row.plain_ns > 0
+    assert row.ratio_quartiles[0] <= row.ratio <= row.ratio_quartiles[1]
+    assert "| 5,000 | float32 |" in noise.markdown({**conditions("benchmarks.noise"), "rounds": 3}, [row])

@@ -92,6 +92,31 @@ def test_a_schedule_follows() -> None:
     assert count(life) == 3 + steps < 8
 
 
+def test_a_louder_step_is_asked_about_at_once() -> None:
+    """What was found for one σ says nothing of the next."""
+    life = begin(max_epsilon=spent(8))
+
+    def change(life: Life) -> None:
+        if life.steps == 2:
+            life.engine.noise_multiplier = 0.3
+
+    assert make_accountant("rdp").compose(STEP, 2).compose(PoissonSampled(0.2, Gaussian(0.3))).epsilon(1e-5) > spent(8)
+    assert life.train(change).steps == 2
+    life.engine.noise_multiplier = 1.0
+    assert not life.engine.budget_spent
+    assert life.train().steps == 8
+
+
+def test_other_noise_beside(tmp_path: Path) -> None:
+    """What another run releases with another σ counts as soon as it is in the ledger."""
+    first = begin(ledger=tmp_path / "l", max_epsilon=spent(8))
+    second = begin(ledger=tmp_path / "l", noise_multiplier=0.3)
+    first.train(lambda life: life.steps == 2)
+    second.train(lambda life: life.steps == 1)
+    assert first.engine.budget_spent
+    assert first.train().steps == 2
+
+
 @pytest.mark.parametrize("stop", [0, 2, 3])
 def test_runs_share_a_budget(stop: int, tmp_path: Path) -> None:
     """The limit is on everything in the ledger, before and beside."""

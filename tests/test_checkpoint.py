@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import os
 import pickle
+import random
 import stat
 import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fixed, in parts": {"poisson_sampling": False, "batch_size": 5, "max_physical_batch_size": 2},
     "often nobody": {"batch_size": 1},
     "units": {"privacy_unit": [k // 2 for k in range(20)], "max_rows_per_unit": 1, "max_physical_batch_size": 2},
+    "learned C": {"clipping": dpkit.AdaptiveClipping(count_noise=6.0), "max_physical_batch_size": 2},
     "per layer": {"clipping": "per_layer", "kind": torch.optim.AdamW},
 }
 
@@ -49,9 +53,9 @@ def assert_same(one: Life, other: Life) -> None:
 def test_chance_is_everywhere() -> None:
     """The run that these tests repeat does depend on every generator."""
     whole = begin().train()
-    for k in range(3):
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
         life = begin()
-        (torch.manual_seed, __import__("random").seed, __import__("numpy").random.seed)[k](1)
+        seed(1)
         assert not torch.equal(life.train().weights(), whole.weights())
 
 
@@ -105,18 +109,53 @@ def test_saved_with_a_batch_in_hand(moment: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [{"num_workers": 2}, {"num_workers": 1, "persistent_workers": True}])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 def test_workers_run_ahead(workers: dict[str, Any], tmp_path: Path) -> None:
-    """What is saved is what was served, not what the workers have fetched in advance."""
+    """What is saved is what was served, not what the workers have fetched in advance; their chance repeats with it.
+
+    Persistent workers keep chance of their own from pass to pass: with them, for records that draw nothing.
+    """
 
     class Plain(Noisy):
         def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
             return self.x[k], self.y[k]
 
-    options = {"dataset": Plain(), "loader": workers, "max_physical_batch_size": 3}
+    options = {
+        "dataset": Plain() if "persistent_workers" in workers else Noisy(),
+        "loader": workers,
+        "max_physical_batch_size": 3,
+    }
     whole = begin(**options).train(lambda life: life.save(tmp_path / str(life.steps)))
-    for at in (1, 2, 7):
+    for at in (1, 2, 9):
         resumed = begin(**options)
         resumed.load(tmp_path / str(at))
         assert_same(resumed.train(), whole)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_workers_draw_differently(tmp_path: Path) -> None:
+    """No two batches have the same chance, whichever worker fetched them, in whichever pass; the user's init runs."""
+
+    class Chance(Noisy):
+        def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
+            drawn = torch.tensor([random.random(), float(np.random.rand()), float(torch.rand(())), 0.0])  # noqa: NPY002
+            return drawn, self.y[k]
+
+    begun = tmp_path / "begun"
+
+    def init(worker: int) -> None:
+        with begun.open("a") as file:
+            file.write(f"{worker}\n")
+
+    seen: list[Tensor] = []
+    life = begin(dataset=Chance(), loader={"num_workers": 2, "worker_init_fn": init})
+    for _ in range(2):
+        for x, _y in life.loader:
+            seen += list(x[:, :3])
+            life.optimizer.step()
+    drawn = torch.stack(seen)
+    assert len(drawn) > 20
+    for column in drawn.T:
+        assert len(column.unique()) == len(column)
+    assert sorted(begun.read_text().split()) == ["0", "0", "1", "1"]
 
 
 def test_between_passes_and_left_passes(tmp_path: Path) -> None:
@@ -225,12 +264,40 @@ def test_a_learning_clipping_is_saved(tmp_path: Path) -> None:
     assert_same(life.train(), whole)
 
 
-def test_unseeded_runs_go_on_too(tmp_path: Path) -> None:
-    """Generators seeded from the operating system are saved as well."""
-    whole = begin(seeds=False).train(lambda life: life.save(tmp_path / str(life.steps)))
-    life = begin(seeds=False)
-    life.load(tmp_path / "3")
-    assert_same(life.train(), whole)
+class Skipping(nn.Sequential):
+    """Layers that Python's and numpy's chance may leave out, as LayerDrop does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self[0](x)
+        if self.training:
+            x = self[2](x) if random.random() < 0.5 else x
+            x = x * torch.from_numpy(1.0 + np.random.rand(x.shape[1])).float()  # noqa: NPY002
+        return self[3](x)
+
+
+def test_a_model_with_chance_of_its_own(tmp_path: Path) -> None:
+    """What is examined anew after a resume takes nothing from the generators that the model draws from."""
+
+    def life() -> Life:
+        made = begin()
+        made.model.__class__ = Skipping
+        return made
+
+    whole = life().train(lambda life: life.save(tmp_path / str(life.steps)))
+    for at in (2, 7):
+        resumed = life()
+        resumed.load(tmp_path / str(at))
+        assert_same(resumed.train(), whole)
+
+
+@pytest.mark.parametrize("options", [{}, {"poisson_sampling": False, "loader": {"shuffle": True}}])
+def test_unseeded_runs_go_on_too(options: dict[str, Any], tmp_path: Path) -> None:
+    """Generators seeded from the operating system, or drawn from torch's own, are saved as well."""
+    whole = begin(seeds=False, **options).train(lambda life: life.save(tmp_path / str(life.steps)))
+    for at in (3, 8):
+        life = begin(seeds=False, **options)
+        life.load(tmp_path / str(at))
+        assert_same(life.train(), whole)
 
 
 # --- other runs are refused, and nothing is loaded ---
@@ -323,7 +390,12 @@ def test_without_replay_everything_is_drawn_anew(tmp_path: Path) -> None:
     ends = []
     for _ in range(2):
         life = begin(max_physical_batch_size=2)
+        life.load(tmp_path / "c")
+        noise, draws = (part.state_dict() for part in (life.engine._attached().noise, life.engine._loader))
+        life = begin(max_physical_batch_size=2)
         life.load(tmp_path / "c", replay=False)
+        assert not torch.equal(life.engine._attached().noise.state_dict()["given"], noise["given"])
+        assert not torch.equal(life.engine._loader.state_dict()["origin"]["draws"], draws["origin"]["draws"])
         ends.append(life.train().weights())
         assert sum(n for _, n in life.engine.accountant.ledger) == 15
     assert not torch.equal(ends[0], ends[1])
@@ -373,7 +445,7 @@ def test_only_plain_values(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         torch.save({"state": Evil()}, payload)
     for body in (payload.getvalue(), pickle.dumps(Evil())):
-        header = files._header(len(body), __import__("hashlib").sha256(body).hexdigest())
+        header = files._header(len(body), hashlib.sha256(body).hexdigest())
         (tmp_path / "evil").write_bytes(header + body)
         with refused(dpkit.CheckpointError):
             life.load(tmp_path / "evil")

@@ -186,16 +186,17 @@ def test_fresh_randomness_counts_everything(tmp_path: Path) -> None:
 def test_secure_noise_cannot_be_repeated(tmp_path: Path) -> None:
     """Nobody keeps its keys: a batch that was released is not released again, others are drawn."""
     pytest.importorskip("cryptography")
-    interrupted(tmp_path, seeds=False, secure=True)
-    life = begin(ledger=tmp_path / "l", seeds=False, secure=True)
-    with refused(dpkit.CheckpointError, "5 releases", "replay=False"):
+    options: dict[str, Any] = {"secure": True, "seeds": False, "batch_size": 20, "ledger": tmp_path / "l"}
+    begin(**options).train(lambda life: (life.steps == 1 and life.save(tmp_path / "c")) or life.steps == 2)
+    life = begin(**options)
+    with refused(dpkit.CheckpointError, "1 releases", "replay=False"):
         life.load(tmp_path / "c")
     life.load(tmp_path / "c", replay=False)
-    assert count(life.train()) == 9 + 11
-    life.save(tmp_path / "c")
-    life = begin(ledger=tmp_path / "l", seeds=False, secure=True)
+    life.train(lambda life: life.save(tmp_path / "c"))
+    assert count(life) == 2 + 2
+    life = begin(**options)
     life.load(tmp_path / "c")  # nothing was released since: the run goes on
-    assert count(life) == 20
+    assert count(life) == 4
 
 
 def test_a_checkpoint_from_the_repetition(tmp_path: Path) -> None:
@@ -230,6 +231,22 @@ def test_the_ledger_has_to_be_the_runs(tmp_path: Path) -> None:
     begin().train(lambda life: life.steps == 2 and (life.save(tmp_path / "without") or True))
     with refused(dpkit.LedgerError, "does not match"):
         begin(ledger=tmp_path / "l").load(tmp_path / "without")
+
+
+def test_a_ledger_with_another_past(tmp_path: Path) -> None:
+    """The same run and as many releases, but others: the file was put back, and the run went on differently."""
+    interrupted(tmp_path)
+    young = begin(ledger=tmp_path / "l")
+    text = (tmp_path / "l").read_bytes()
+    young.load(tmp_path / "c", replay=False)
+    young.train(lambda life: life.steps == 7 and life.save(tmp_path / "later"))
+    (tmp_path / "l").write_bytes(text)
+    other = begin(ledger=tmp_path / "l")
+    other.load(tmp_path / "c", replay=False)
+    other.train()
+    life = begin(ledger=tmp_path / "l")
+    with refused(dpkit.LedgerError, "does not match"):
+        life.load(tmp_path / "later")
 
 
 def test_two_processes_with_one_run(tmp_path: Path) -> None:
@@ -367,6 +384,18 @@ def test_lines_that_were_tampered_with(how: str, tmp_path: Path) -> None:
         with refused(dpkit.LedgerError, "line " + ("5" if how == "double" else "4"), "damaged"):
             Ledger(tmp_path / "l", adjacency)
     assert (tmp_path / "l").read_bytes() == b"".join(lines)
+
+
+def test_a_run_cannot_be_taken_out(tmp_path: Path) -> None:
+    """All of its lines, so that every other run's numbers are right; the lines after it tell."""
+    for _ in range(3):
+        begin(ledger=tmp_path / "l").train(lambda life: life.steps == 2)
+    lines = (tmp_path / "l").read_bytes().splitlines(keepends=True)
+    taken = b"".join(lines[:4] + lines[7:])
+    assert Ledger(tmp_path / "l", None).totals() == {PoissonSampled(0.2, Gaussian(1.0)): 6}
+    (tmp_path / "l").write_bytes(taken)
+    with refused(dpkit.LedgerError, "line 5", "damaged"):
+        Ledger(tmp_path / "l", None)
 
 
 def test_a_torn_line_is_of_a_release_that_nobody_saw(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
+import dpkit
 from dpkit.layers import Embedding, EmbeddingBag, embedding_bag
 from tests.cases import squared
 from tests.oracle import clipped_sum, norm
@@ -170,6 +172,43 @@ def test_private_step_is_exact(
     total = clipped_sum(twin, losses, batch, n, bound)
     step = private_step(model, losses, batch, bound)
     assert norm({k: step[k] + total[k] / n for k in total}) <= 1e-10 * norm(total) / n
+
+
+def test_the_longest_bag_is_as_long_as_there_are_records() -> None:
+    """Without the last record bags are one shorter as well: the records are still found."""
+    model = Bags(nn.EmbeddingBag, "offsets", mode="sum")
+    batch = (torch.randint(0, 7, (3, 5)), torch.tensor([1, 2, 3]), torch.randn(3, 5), torch.randn(3))
+    private_step(model, lambda m, b: squared(m(*b[:-1]), b[-1]), batch, 1.0)
+
+
+class EndToEnd(nn.Module):
+    """Called on bags that were laid end to end by the collate function, as torch's tutorial does."""
+
+    def __init__(self, kind: type[nn.EmbeddingBag]) -> None:
+        super().__init__()
+        self.bag, self.head = kind(7, 4), nn.Linear(4, 2)
+
+    def forward(self, entries: Tensor, offsets: Tensor) -> Tensor:
+        return self.head(self.bag(entries, offsets))
+
+
+def end_to_end(bags: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Entries and offsets."""
+    lengths = torch.tensor([len(bag) for bag in bags])
+    return torch.cat(bags), lengths.cumsum(0) - lengths
+
+
+@pytest.mark.parametrize("kind", [nn.EmbeddingBag, EmbeddingBag])
+def test_bags_laid_end_to_end_outside_are_refused(kind: type[nn.EmbeddingBag]) -> None:
+    """A record cannot be left out of them; the error says to lay them inside."""
+    model = EndToEnd(kind)
+    loader = DataLoader([torch.randint(0, 7, (k,)) for k in (3, 1, 4)], batch_size=3, collate_fn=end_to_end)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = dpkit.PrivacyEngine()
+    _, _, private = engine.make_private(model, optimizer, loader, noise_multiplier=1.0, max_grad_norm=1.0)
+    with pytest.raises(dpkit.PrivacyError, match="bag is given offsets, and entries") as refusal:
+        model(*next(iter(private)))
+    assert "in its forward" in refusal.value.cure
 
 
 class Largest(TorchDispatchMode):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpkit.forms import Dense, Form, Joined, Outer, Rows, joined
+from dpkit.forms import Dense, Form, Joined, Outer, Routed, Rows, joined
 
 SIZES = st.integers(1, 5)
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -28,6 +28,12 @@ def reference(form: Form) -> Tensor:
                 for t in range(index.shape[1]):
                     out[n, index[n, t]] += g[n, t].double()
             return out.flatten(1)
+        case Routed(index, g, a, m):
+            out = torch.zeros(len(index), m, g.shape[-1], a.shape[-1], dtype=torch.float64)
+            for n in range(index.shape[0]):
+                for t in range(index.shape[1]):
+                    out[n, index[n, t]] += torch.outer(g[n, t].double(), a[n, t].double())
+            return out.flatten(1)
         case Joined(parts):
             return torch.stack([reference(p) for p in parts]).sum(0)
     raise TypeError(form)
@@ -40,14 +46,16 @@ def terms(form: Form) -> Tensor:
             return (g.double().norm(dim=-1) * a.double().norm(dim=-1)).flatten(1).sum(1)
         case Rows(_, g, _):
             return g.double().norm(dim=-1).sum(1)
+        case Routed(_, g, a, _):
+            return (g.double().norm(dim=-1) * a.double().norm(dim=-1)).sum(1)
         case Joined(parts):
             return torch.stack([terms(p) for p in parts]).sum(0)
     return reference(form).norm(dim=1)
 
 
 @st.composite
-def forms(draw: st.DrawFn, kinds: str = "dorsmj", n: int | None = None, shape: tuple[int, int] | None = None) -> Form:
-    """A form of one of the kinds d(ense), o(uter), r(ows), s(tacked outer), m(erged), j(oined)."""
+def forms(draw: st.DrawFn, kinds: str = "dorsxmj", n: int | None = None, shape: tuple[int, int] | None = None) -> Form:
+    """A form of one of the kinds d(ense), o(uter), r(ows), s(tacked outer), x (routed), m(erged), j(oined)."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     n = draw(SIZES) if n is None else n
     o, i = (draw(SIZES), draw(SIZES)) if shape is None else shape
@@ -75,6 +83,16 @@ def forms(draw: st.DrawFn, kinds: str = "dorsmj", n: int | None = None, shape: t
         index = torch.randint(0, o, (n, t), generator=generator)
         index[:, t // 2 : 2 * (t // 2)] = index[:, : t // 2]
         return Rows(index, cancelling(normal(n, t, i)), o)
+    if kind == "x":
+        m = draw(SIZES)
+        a = normal(n, t, i)
+        a[:, t // 2 : 2 * (t // 2)] = a[:, : t // 2]
+        index = torch.randint(0, m, (n, t), generator=generator)
+        index[:, t // 2 : 2 * (t // 2)] = index[:, : t // 2]
+        same = [Routed(index, cancelling(normal(n, t, o)), a, m)]
+        if draw(st.booleans()):
+            same.append(Routed(index.flip(1), normal(n, t, o), normal(n, t, i), m))
+        return joined(same)
     merged = draw(st.lists(forms(kinds="dor" if kind == "j" else "o", n=n, shape=(o, i)), min_size=2, max_size=3))
     if draw(st.booleans()) and isinstance(merged[0], Outer):
         merged.append(Outer(-merged[0].g, merged[0].a))  # the first use is cancelled by another
@@ -138,7 +156,7 @@ def test_weighted_sum(form: Form, seed: int) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(form=forms(kinds="dors"), k=st.integers(1, 3))
+@given(form=forms(kinds="dorsx"), k=st.integers(1, 3))
 def test_folded(form: Form, k: int) -> None:
     """`folded(k)`: each k rows in a row are one record."""
     many = form.take(torch.arange(form.n).repeat_interleave(k))

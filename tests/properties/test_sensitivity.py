@@ -7,7 +7,6 @@ on purpose), tied and stray parameters; so are the losses' scales: tiny, huge, n
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from dpkit.testing import ModuleCase, clipping_cases, modules
 from tests import models as m
-from tests.cases import language_loss, squared
 from tests.training import attach, drawing
-
-WIDTH = st.integers(1, 5)
-ACTIVATION = st.sampled_from([nn.Tanh, nn.GELU, nn.Sigmoid])
 
 
 @dataclass(frozen=True)
@@ -78,79 +74,6 @@ class Problem:
         return moved * run.engine.expected_batch_size, run.engine.nonfinite_records
 
 
-def squared_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return squared(model(x), y[:, 0].double())
-
-
-def token_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return language_loss(model(x), y)
-
-
-@st.composite
-def mlps(draw: st.DrawFn) -> tuple[Callable[[], nn.Module], tuple[int, ...]]:
-    """Linear layers over 0 to 2 dimensions of positions, norms in between."""
-    widths = draw(st.lists(WIDTH, min_size=2, max_size=4))
-    bias, act = draw(st.booleans()), draw(ACTIVATION)
-    norm = draw(st.sampled_from([nn.Identity, nn.LayerNorm, nn.RMSNorm, m.LayerScale, m.OnePlusRMSNorm]))
-    first = draw(st.sampled_from([nn.Linear, m.EinsumLinear]))
-
-    def build() -> nn.Module:
-        layers: list[nn.Module] = [first(widths[0], widths[1])]
-        for i, o in itertools.pairwise(widths[1:]):
-            layers += [norm(i), act(), nn.Linear(i, o, bias=bias)]
-        return nn.Sequential(*layers)
-
-    return build, (*draw(st.sampled_from([(), (3,), (2, 3)])), widths[0])
-
-
-@st.composite
-def convolutions(draw: st.DrawFn) -> tuple[Callable[[], nn.Module], tuple[int, ...]]:
-    """Convolutions of 1 or 2 dimensions, with group or instance norm."""
-    d, groups, channels = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
-    kernel, stride, padding = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(0, 1))
-    side, transposed, act = draw(st.integers(3, 6)), draw(st.booleans()), draw(ACTIVATION)
-    conv = ((nn.ConvTranspose1d, nn.ConvTranspose2d) if transposed else (nn.Conv1d, nn.Conv2d))[d - 1]
-    instance = (nn.InstanceNorm1d, nn.InstanceNorm2d)[d - 1]
-    how = draw(st.sampled_from(["none", "group", "instance"]))
-
-    def build() -> nn.Module:
-        width = 2 * groups
-        norms = {"none": nn.Identity(), "group": nn.GroupNorm(2, width), "instance": instance(width, affine=True)}
-        first = conv(channels * groups, width, kernel, stride, padding, groups=groups)
-        second = (nn.Conv1d, nn.Conv2d)[d - 1](width, 2, 1)
-        return nn.Sequential(first, nn.Identity() if side < 5 else norms[how], act(), second)
-
-    return build, (channels * groups, *[side] * d)
-
-
-class TokenModel(nn.Module):
-    """Tokens, learned positions (a table, an embedding or none), a class token, attention, a head that may be tied."""
-
-    def __init__(
-        self, vocab: int, width: int, length: int, positions: str, token: bool, tied: bool, bias: bool
-    ) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(vocab, width, padding_idx=0 if bias else None)
-        self.table = nn.Parameter(torch.randn(length, width)) if positions == "table" else None
-        self.embedded = nn.Embedding(length, width) if positions == "embedding" else None
-        self.cls_token = nn.Parameter(torch.randn(1, 1, width)) if token else None
-        self.attention = m.Attention(width, heads=1, causal=not bias, reach=length + token if bias else 0)
-        self.head = nn.Linear(width, vocab, bias=False)
-        if tied:
-            self.head.weight = self.tokens.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens)
-        if self.table is not None:
-            x = x + self.table
-        if self.embedded is not None:
-            x = x + self.embedded(torch.arange(tokens.shape[1]))
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
-        x = x + self.attention(x)
-        return self.head(x if self.cls_token is None else x[:, 1:])
-
-
 SHARED: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
     (m.TwoNames, (5,)),
     (m.TwoNames, (4, 5)),
@@ -164,37 +87,21 @@ SHARED: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
 ]
 
 
+SHARED_CASES = st.sampled_from(SHARED).map(
+    lambda pair: ModuleCase(
+        pair[0], lambda n, generator: torch.randn(n, *pair[1], generator=generator, dtype=torch.float64)
+    )
+)
+
+
 @st.composite
 def problems(draw: st.DrawFn, least: int = 1, most: int = 6, wild: bool = True) -> Problem:
     """Any model with least to most records; `wild`: some records' losses are scaled by up to a million."""
-    n, seed = draw(st.integers(least, most)), draw(st.integers(0, 2**16))
-    generator = torch.Generator().manual_seed(seed)
-    kind = draw(st.sampled_from(["mlp", "convolution", "sequence", "shared"]))
-    losses = squared_losses
-    if kind == "sequence":
-        length = draw(st.sampled_from([n, max(n - 1, 1), 2, 4]))  # T == B with and without the one record more
-        vocab, width = draw(st.integers(2, 7)), draw(st.integers(1, 4))
-        arguments = draw(
-            st.tuples(st.sampled_from(["table", "embedding", "none"]), st.booleans(), st.booleans(), st.booleans())
-        )
-        build: Callable[[], nn.Module] = lambda: TokenModel(vocab, width, length, *arguments)  # noqa: E731
-        inputs = torch.randint(0, vocab, (n, length), generator=generator)
-        targets = inputs.roll(-1, 1).masked_fill(torch.rand(n, length, generator=generator) < 0.3, -100)
-        losses = token_losses
-    else:
-        kinds = {"mlp": mlps(), "convolution": convolutions(), "shared": st.sampled_from(SHARED)}
-        build, shape = draw(kinds[kind])
-        inputs = torch.randn(n, *shape, generator=generator, dtype=torch.float64)
-        targets = torch.randn(n, 1, generator=generator, dtype=torch.float64)
-    sizes = st.sampled_from([1.0, 0.0, 1e-9, 1e-3, 1e3, 1e6, -1e6]) if wild else st.just(1.0)
-    options = {
-        "clipping": draw(st.sampled_from(["flat", "automatic", "per_layer"])),
-        "loss_reduction": draw(st.sampled_from(["mean", "sum"])),
-        "max_physical_batch_size": draw(st.sampled_from([None, None, 1, 2, 3])),
-        "max_grad_norm": draw(st.sampled_from([1.0, 0.01, 30.0])),
-    }
-    scales = torch.tensor(draw(st.lists(sizes, min_size=n, max_size=n)), dtype=torch.float64)
-    return Problem(build, inputs, targets, scales, losses, options, draw(st.booleans()), seed)
+    case = draw(clipping_cases(modules=st.one_of(modules(), SHARED_CASES), least=least, most=most, wild=wild))
+    given = case.module
+    return Problem(
+        given.build, case.inputs, case.targets, case.scales, given.losses, case.options, case.strict, case.seed
+    )
 
 
 relaxed = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -1,0 +1,322 @@
+"""The examination of a model before its first private forward of a kind: probe it, and attribute one record's gradient.
+
+Where the records cannot be followed through a module, the smallest module around it that can be run on one record at a
+time is (`dpkit.apiece`), and the model is examined again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import probe
+from .buffers import Buffers, differing, refuse_written
+from .errors import PrivacyError, UncoveredParameterError
+from .forms import joined
+from .live import Live
+from .records import Records, place
+from .taps import Batch
+from .trees import leaves, tree_map
+
+if TYPE_CHECKING:
+    from .tape import Tape
+
+log = logging.getLogger("dpkit")
+
+
+class _Lost(Exception):
+    """The records could not be followed: the refusal, and the layer or parameter where."""
+
+    def __init__(self, refusal: PrivacyError, where: nn.Module | nn.Parameter | None) -> None:
+        super().__init__(str(refusal))
+        self.refusal, self.where = refusal, where
+
+
+def examine_any(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[int | None], n: int) -> probe.Plan:
+    """Examine; where the model cannot run on fewer records, one argument may only happen to be as long as the batch
+    (positions [t] or a mask [t, t] with t = n). Then each is tried as carrying no records.
+
+    A refusal is final: only a crash is followed by another try, and a try counts only if outputs carry records.
+    """
+    try:
+        return examine(tape, module, args, kwargs, dims, n)
+    except PrivacyError:
+        raise
+    except Exception:
+        matching = [k for k, d in enumerate(dims) if d is not None]
+        for k in reversed(matching if len(matching) > 1 else []):
+            others = [None if j == k else d for j, d in enumerate(dims)]
+            try:
+                plan = examine(tape, module, args, kwargs, others, n)
+            except Exception:  # the first crash is the one to tell
+                continue
+            if plan.gives_records:
+                return plan
+        raise
+
+
+def examine(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[int | None], n: int) -> probe.Plan:
+    """Measure; where records are lost in a module, have a module around it run on one record at a time."""
+    before, first, able = set(tape.apiece), None, None
+    while True:
+        try:
+            return _measure(tape, module, args, kwargs, dims, n)
+        except _Lost as lost:
+            first = first or lost.refusal
+            if able is None:
+                able = _splittable(tape, module, args, kwargs, dims, n)
+            more = _around(tape, module, lost.where, able) - tape.apiece
+            if not more:
+                tape.apiece = before
+                raise first from None
+            tape.apiece |= more
+            paths = sorted(tape.path(m) for m in more)
+            log.warning(
+                "%s%s: run on one record at a time, which is exact but slow; a rule (register_rule) is faster. (%s)",
+                ", ".join(paths[:3]),
+                f" and {len(paths) - 3} more" if len(paths) > 3 else "",
+                lost.refusal.seen,
+            )
+
+
+def _around(
+    tape: Tape, root: nn.Module, where: nn.Module | nn.Parameter | None, able: set[nn.Module]
+) -> set[nn.Module]:
+    """The smallest module around ``where`` that can run on one record at a time, with all others of its class.
+
+    A module that already runs so is passed over: what was lost is lost around it.
+    """
+    owners = (
+        {m for m, name in tape.owners if m._parameters.get(name) is where}
+        if isinstance(where, nn.Parameter)
+        else {where}
+    )
+    path = {m for m in root.modules() if any(o in set(m.modules()) for o in owners)}
+    candidates = [m for m in path if m in able and m not in tape.apiece and all(o in set(m.modules()) for o in owners)]
+    if not candidates:
+        return set()
+    smallest = min(candidates, key=lambda m: sum(1 for _ in m.modules()))
+    if type(smallest).__module__.startswith("torch."):  # a container says nothing of its like
+        return {smallest}
+    return {m for m in able if type(m) is type(smallest) and (m is smallest or m not in path)}
+
+
+class _Run:
+    """One call aside of the model, on arguments of the probe's choosing."""
+
+    def __init__(self, tape: Tape, module: nn.Module, dims: list[int | None], buffers: Buffers) -> None:
+        self.tape, self.module, self.dims, self.buffers = tape, module, dims, buffers
+
+    def recorded(self, what: Any, rows: int, *, watch: bool = False) -> tuple[Any, probe.Recorder]:
+        recorder = probe.Recorder(rows, lambda: self.tape.stack[-1].module, watch=watch)
+        tensors = [v for v in leaves(what) if isinstance(v, Tensor)]
+        recorder.taint.mark([v for v, d in zip(tensors, self.dims, strict=True) if d is not None])
+        return self.routed(recorder, what), recorder
+
+    def routed(self, router: probe.Recorder | Live, what: Any) -> Any:
+        tape = self.tape
+        self.buffers.put_back()
+        tape.router = router
+        try:
+            frame = tape.push(self.module)
+            what = tape.enter(frame, *what) or what
+            args, kwargs = what
+            watch = router.taint if isinstance(router, probe.Recorder) else router.watch(what)
+            with watch or contextlib.nullcontext():
+                out = self.module.forward(*args, **kwargs)
+            return tape.leave(frame, args, kwargs, out)
+        finally:
+            tape.restore()
+
+    def plain(self, what: Any) -> Any:
+        args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, what)
+        self.buffers.put_back()
+        self.tape.push(self.module)
+        try:
+            return self.module.forward(*args, **kwargs)
+        finally:
+            self.tape.restore()
+
+
+def _splittable(
+    tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[int | None], n: int
+) -> set[nn.Module]:
+    """The modules through whose calls the records can be followed from outside."""
+    m, kept = n - 1 if n > 1 else 2, tape.apiece
+    tape.apiece = set()
+    try:
+        with probe.undisturbed(tape.model) as buffers, probe.opened(tape.model):
+            run = _Run(tape, module, dims, buffers)
+            probe.without_dropout(tape.model)
+            _, full = run.recorded(probe.cut((args, kwargs), dims, n, n), n, watch=True)
+            _, part = run.recorded(probe.cut((args, kwargs), dims, n, m), m, watch=True)
+    finally:
+        tape.apiece = kept
+    return probe.splittable(full, part)
+
+
+def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[int | None], n: int) -> probe.Plan:
+    """Run the call aside on all and on all but one of the records; see `dpkit.probe`."""
+    m = n - 1 if n > 1 else 2
+    plan, arguments = probe.Plan(inputs=dims), (args, kwargs)
+    with probe.undisturbed(tape.model) as buffers, probe.opened(tape.model):
+        run = _Run(tape, module, dims, buffers)
+        probe.without_dropout(tape.model)
+        full, seen_full = run.recorded(probe.cut(arguments, dims, n, n), n)
+        written, held = buffers.reached(seen_full.taint), buffers.released()
+        part, seen_part = run.recorded(probe.cut(arguments, dims, n, m), m)
+        changed = differing(held, buffers.released()) - written
+        if changed:
+            run.recorded(probe.cut(arguments, dims, n, n), n)
+            written |= changed - differing(held, buffers.released())  # the rest changes by chance
+        refuse_written(written)
+        difference = probe.same(full, part, n, m)
+        if difference is not None:
+            again, _ = run.recorded(probe.cut(arguments, dims, n, n), n)
+            if not _differ(full, again):
+                probe.refuse_coupling(tape.path(module), difference)
+            tape.model.eval()  # random by design: judge it without chance
+            full, seen_full = run.recorded(probe.cut(arguments, dims, n, n), n)
+            part, seen_part = run.recorded(probe.cut(arguments, dims, n, m), m)
+            difference = probe.same(full, part, n, m)
+            if difference is not None:
+                probe.refuse_coupling(tape.path(module), difference)
+        if n > 1:
+            alone = _alone(run, arguments, dims, n, full)
+            difference = None if alone is None else probe.same_alone(full, part, alone, n)
+            if difference is not None:
+                probe.refuse_coupling(tape.path(module), difference)
+            if alone is not None:
+                plan.losses = probe.mixed_losses(full, part, alone, n, m, arguments)
+        plan.crossed = probe.crossed(full, part)
+        probe.merge(seen_full, seen_part, plan)
+        if plan.lost is not None:
+            try:
+                probe.refuse_scattered(tape.path(plan.lost))
+            except PrivacyError as refusal:
+                raise _Lost(refusal, plan.lost) from refusal
+        where = [_where(a, b, n, m) for a, b in zip(leaves(full), leaves(part), strict=False)]
+        plan.gives_records = n > 1 and any(r is not None for r in where)
+        with torch.enable_grad():
+            _attribute(tape, run, probe.cut(arguments, dims, n, n), where, plan, n)
+    return plan
+
+
+def _alone(run: _Run, arguments: Any, dims: list[int | None], n: int, full: Any) -> Any:
+    """The outputs for the last record alone. Some models cannot run on one record; that matters for a loss only."""
+    try:
+        return run.recorded(probe.last(arguments, dims, n), 1)[0]
+    except Exception:
+        if any(isinstance(v, Tensor) and v.ndim == 0 and v.is_floating_point() for v in leaves(full)):
+            raise
+        return None
+
+
+def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None], plan: probe.Plan, n: int) -> None:
+    """Every record's gradient is where it belongs: shown for all of them by one weighted sum.
+
+    Each record has a loss of its own, made of its outputs. Autograd differentiates the sum of w[i] times loss i; the
+    forms are those of the unweighted sum, and their sum with the weights w must be the same. The weights are random, so
+    what is credited to another record changes the result (a sum with equal weights would not show it).
+    """
+    trainable = [p for p in tape.names if p.requires_grad]
+    device = next((v.device for v in leaves(arguments) if isinstance(v, Tensor)), torch.device("cpu"))
+    weights = (0.5 + torch.rand(n, device=device)) * torch.where(torch.rand(n, device=device) < 0.5, -1.0, 1.0)
+
+    def losses(out: Any) -> Tensor | None:
+        terms = []
+        for k, (v, r) in enumerate(zip(leaves(out), where, strict=False)):
+            if not isinstance(v, Tensor) or not v.requires_grad:
+                continue
+            if r is not None:
+                rows = r.split(v).flatten(1)
+            elif probe.paired(v, plan.crossed.get(k), n):
+                rows = v.diagonal(0, *plan.crossed[k]).movedim(-1, 0).reshape(n, -1)
+            else:
+                continue
+            terms.append((rows * torch.linspace(-1.0, 1.3, rows.shape[1], device=v.device).cos()).sum(1))
+        return torch.stack([t.to(terms[0].dtype) for t in terms]).sum(0) if terms else None
+
+    plain = run.plain(arguments)
+    theirs = losses(plain)
+    if theirs is None:
+        return
+    trial = Batch(n)
+    router = Live(tape, plan, trial, n)
+    tape.latest = plan
+    try:
+        out = run.routed(router, tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, arguments))
+        router.verify(plan)
+        out = tape.finished(router, out)
+    except PrivacyError as refusal:
+        raise _Lost(refusal, router.culprit) from refusal
+    except Exception as crash:  # the plain forward did not: it does something that stand-ins cannot do
+        cannot = UncoveredParameterError(
+            f"{tape.path(run.module)} cannot run with one copy of its parameters a record ({crash})",
+            why="what is not clipped per record is not covered by the guarantee.",
+            cure="register a rule for the module that does it (dpkit.register_rule), or freeze its parameters.",
+        )
+        raise _Lost(cannot, router.culprit) from crash
+    try:
+        weighted = (theirs * weights.to(theirs.dtype)).sum()
+        expected = torch.autograd.grad(weighted, trainable, allow_unused=True)
+        ours = losses(out)
+        if ours is not None:
+            torch.autograd.grad(ours.sum(), tape.anchors(), allow_unused=True)
+    except RuntimeError as error:
+        if "checkpoint" in str(error):  # reentrant checkpointing allows .backward() only
+            return
+        raise
+    finally:
+        trial.closed = True
+    with torch.no_grad():
+        _refuse_another_function(tape, run, arguments, plain, out)
+        largest = max((float(g.to_dense().norm()) for g in expected if g is not None), default=0.0)
+        tolerance = trial.tolerance
+        for p, grad in zip(trainable, expected, strict=True):
+            try:
+                if p in trial.forms:
+                    form = joined(trial.forms[p])
+                    probe.refuse_misattributed(tape.name(p), form, grad, weights, 1e-3 * largest, tolerance)
+                elif grad is not None and float(grad.to_dense().norm()) > tolerance * largest:
+                    raise UncoveredParameterError(
+                        f"{tape.name(p)} {list(p.shape)} has a gradient in ordinary training and none in a private one",
+                        why="it is used by an operation that the engine cannot follow, such as an autograd.Function.",
+                        cure="freeze it, or register a rule for the module that uses it (dpkit.register_rule).",
+                    )
+            except PrivacyError as refusal:
+                if any(not rule.built_in for rule in tape.rules_of(p)):  # a wrong rule is not to be hidden
+                    raise
+                raise _Lost(refusal, p) from refusal
+
+
+def _refuse_another_function(tape: Tape, run: _Run, arguments: Any, plain: Any, out: Any) -> None:
+    """Raise where a module computes something else on one record at a time than on the batch."""
+    if tape.apiece and _differ(plain, out) and not _differ(plain, run.plain(arguments)):
+        refusal = UncoveredParameterError(
+            f"{tape.path(run.module)} gives other outputs when a part of it runs on one record at a time",
+            why="the private forward would train another model than this.",
+            cure="register a rule for the module whose rows are not the records' (dpkit.register_rule).",
+        )
+        raise _Lost(refusal, next(iter(tape.apiece)))
+
+
+def _where(a: Any, b: Any, n: int, m: int) -> Records | None:
+    """Where a floating output has its records."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point()):
+        return None
+    where = place(tuple(a.shape), tuple(b.shape), n, m)
+    return where if isinstance(where, Records) else None
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two runs on the same input gave different outputs."""
+    pairs = [(a, b) for a, b in zip(leaves(one), leaves(other), strict=False) if isinstance(a, Tensor)]
+    return any(
+        a.is_floating_point() and (a.shape != b.shape or bool(probe.gap(a.detach().flatten(), b.detach().flatten())))
+        for a, b in pairs
+    )
