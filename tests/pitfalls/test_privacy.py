@@ -315,6 +315,7 @@ def test_pitfall_29_tied_weights_and_forwards_in_between() -> None:
         return m.LanguageModel(tied=True)
 
     assert 0.5 < difference(tied, losses, ids, 3) <= 1.0 + 1e-5
+    assert_exact(next(c for c in dpkit_cases() if c.name == "lm-tied"), torch.float64)
     plain = step(tied, losses, ids, range(3))
     assert torch.equal(step(tied, lambda net, part: losses(net, part, True), ids, range(3)), plain)
     assert bool((plain != 0).any())
