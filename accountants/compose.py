@@ -141,7 +141,7 @@ def _kurtosis(pilots: Sequence[Atoms], counts: Sequence[int], theta: float, vari
     return fourth / max(variance, 1e-150) ** 2
 
 
-def _reach_down(laws: Sequence[Atoms] | Sequence[Lattice], counts: Sequence[int]) -> float:
+def _reach_down(laws: Sequence[Atoms | Lattice], counts: Sequence[int]) -> float:
     """How far the composed loss falls below 0 with a probability under Q of more than e^-12."""
     best = math.inf
     for t in lower_orders(laws, counts):
@@ -205,7 +205,10 @@ def jump_plan(pairs: Sequence[Pair], counts: Sequence[int], plan: Plan, *, epsil
         low = high - 1.0
         while guess(math.exp(low)).log_delta < plan.log_delta and low > high - 30.0:
             low -= 1.0
-        rising = lambda x: guess(math.exp(x)).log_delta - plan.log_delta
+
+        def rising(x: float) -> float:
+            return guess(math.exp(x)).log_delta - plan.log_delta
+
         at = root(rising, low, high, xtol=0.01) if rising(high) < 0.0 < rising(low) else high
         epsilon = math.exp(at)
     here, there = guess(epsilon), guess(epsilon * 1.02)

@@ -43,7 +43,7 @@ class Pair(ABC):
     """P(L = ∞)."""
 
     def conserves(self) -> bool:
-        """Whether all of P and of Q lies on finite losses, without an upper end: then far losses may be summed apart."""
+        """Whether P and Q lie on finite losses wholly, without an upper end: then far losses may be summed apart."""
         return False
 
     def supremum(self) -> float:

@@ -88,7 +88,7 @@ class _Kept:
     """Σ T log(1 − Q_i), Σ T log(1 − D_i/(1 − Q_i)): see `Spectrum.apart`."""
 
 
-def lower_orders(laws: Sequence[Lattice] | Sequence[Atoms], counts: Sequence[int]) -> list[float]:
+def lower_orders(laws: Sequence[Atoms | Lattice], counts: Sequence[int]) -> list[float]:
     """Some t for Chernoff bounds on the composed loss from below: from one standard deviation to the very end."""
     squares = [float(np.dot(law.mass * np.exp(-law.loss), law.loss**2)) for law in laws]
     spread = sum(n * square for n, square in zip(counts, squares, strict=True))
@@ -354,9 +354,9 @@ class Spectrum:
 
         Once a loss has exceeded the cap the total exceeds ε too, but for a little: so those runs add P − e^ε Q to
         delta, in closed form from the mass beyond the cap in one step, Q_i and P_i = Q_i + D_i:
-        ΔP − ΔQ = Π(1 − Q_i)^T − Π(1 − P_i)^T, as P and Q are whole (`Pair.conserves`). Where the rest of the run takes the total below ε again,
-        (P − e^ε Q)+ is larger than that, by e^ε E_Q[min(1, (ε − L)+); far] at most, which Chernoff's bound on the rest
-        limits, as x+ ≤ e^{tx}/(et). A lower bound may leave that out.
+        ΔP − ΔQ = Π(1 − Q_i)^T − Π(1 − P_i)^T, as P and Q are whole (`Pair.conserves`). Where the rest of the run takes
+        the total below ε again, (P − e^ε Q)+ is larger than that, by e^ε E_Q[min(1, (ε − L)+); far] at most, which
+        Chernoff's bound on the rest limits, as x+ ≤ e^{tx}/(et). A lower bound may leave that out.
         """
         stay, gain = self._prepare(counts).apart
         if gain == 0.0:

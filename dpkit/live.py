@@ -40,6 +40,7 @@ class Live:
         self.culprit: nn.Module | nn.Parameter | None = None
         self.quiet = 0  # inside a rule, an operation on stand-ins or a module that runs on one record at a time
         self._moves = iter(plan.moves)
+        self._taint: Taint | None = None
         self._called: dict[nn.Module, int] = defaultdict(int)
         self._operated: dict[tuple[nn.Parameter, str], int] = defaultdict(int)
         self._copies: dict[nn.Parameter, Tensor] = {}
@@ -49,14 +50,14 @@ class Live:
         """What checks, while it is entered, that rows stay with their records; None where the data move none."""
         if not self.plan.moves or self.again:
             return None
-        taint = Taint(self._moved)
+        self._taint = taint = Taint(self._moved)
         tensors = [v for v in leaves(arguments) if isinstance(v, Tensor)]
         taint.mark([v for v, d in zip(tensors, self.plan.inputs, strict=True) if d is not None])
         return taint
 
-    def _moved(self, move: Move) -> None:
+    def _moved(self, move: Move) -> Tensor | None:
         if self.quiet:
-            return
+            return None
         self.culprit = module = self.tape.stack[-1].module
         places = next(self._moves, None)
         if places is None:
@@ -67,9 +68,20 @@ class Live:
             )
         self.quiet += 1
         try:
-            places.check(move, self.n, self.tape.path(module))
+            return places.check(move, self.n, self.tape.path(module))
         finally:
             self.quiet -= 1
+
+    def in_order(self, module: nn.Module | None, values: Any) -> None:
+        """Raise where a parameter would meet records that the data have put into another order."""
+        if self._taint is None or self._taint.order(values) is None:
+            return
+        path = "the loss" if module is None else self.tape.path(module)
+        raise CoupledRecordsError(
+            f"{path}: the records stand in another order, as the data of this batch say",
+            why="each one would be credited to the record whose place it has taken.",
+            cure="put them back before they meet parameters; pack with enforce_sorted=False, which does so.",
+        )
 
     def without_order(self) -> None:
         """The probe has seen to it."""
@@ -97,6 +109,8 @@ class Live:
     def operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = leaves((args, kwargs))
         self.culprit = origin = next(v for v in values if isinstance(v, StandIn)).origin
+        inside = self.tape.stack[-1].module if self.tape.stack else None
+        self.in_order(inside, values)
         name = probe.name_of(func)
         k = self._operated[origin, name]
         self._operated[origin, name] += 1

@@ -159,3 +159,15 @@ def simple_test_epsilon(q: float, sigma: float, steps: int, delta: float) -> flo
         if caught > delta and false > 0.0:
             best = max(best, math.log(caught - delta) - math.log(false))
     return best
+
+
+def two_steps_delta(q: float, sigma: float, epsilon: float, spacing: float = 1e-4) -> float:
+    """delta of two Poisson steps: the closed form of one step, averaged over the loss of the other."""
+    y = np.arange(-12.0, max(14.0, 2.0 / sigma + 30.0), spacing)
+    loss = _loss(y, q, sigma)
+    left = epsilon - loss
+    inner = np.log1p(np.maximum(np.expm1(np.minimum(left, 30.0)) / q, -1.0 + 1e-15))
+    inner = np.where(left > 30.0, left - math.log(q), inner)
+    a, b = log_ndtr(0.5 / sigma - inner * sigma), inner + log_ndtr(-0.5 / sigma - inner * sigma)
+    one = np.where(left <= math.log1p(-q), -np.expm1(left), q * np.exp(a) * -np.expm1(np.minimum(b - a, 0.0)))
+    return float(np.sum(np.exp(loss - 0.5 * y * y) * one)) * spacing / math.sqrt(2.0 * math.pi)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -107,3 +109,13 @@ def test_large_delta_gives_zero_never_negative(cls: type[Accountant]) -> None:
     assert acc.epsilon(0.5) == 0.0
     assert 0.0 <= acc.delta(0.0) < 0.01
     assert acc.delta(math.inf) == 0.0
+
+
+def test_a_first_answer_needs_no_scipy() -> None:
+    # importing it takes longer than the answer
+    code = (
+        "import sys; from dpkit.accountants import epsilon;"
+        "epsilon(noise_multiplier=1.1, sample_rate=0.01, steps=100, delta=1e-5);"
+        "sys.exit('scipy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import pytest
@@ -60,11 +59,10 @@ def test_calibration_meets_the_target_from_below() -> None:
         calibrate(target_epsilon=1e-9, delta=1e-12, sample_rate=1.0, steps=10**8, accountant="rdp")
 
 
-def test_a_training_loop_is_cheap() -> None:
+def test_a_training_loop_is_one_composition() -> None:
     acc = RDPAccountant()
     acc.compose(PoissonSampled(0.01, Gaussian(1.0))).epsilon(1e-5)
-    start = time.perf_counter()
     for _ in range(1000):
         acc.compose(PoissonSampled(0.01, Gaussian(1.0)))
         acc.epsilon(1e-5)
-    assert (time.perf_counter() - start) / 1000 < 5e-3  # 0.6 ms here; room for a busy machine
+    assert acc.epsilon(1e-5) == pytest.approx(RDPAccountant().compose(dpsgd(1.0, 0.01, 1001)).epsilon(1e-5), rel=1e-9)

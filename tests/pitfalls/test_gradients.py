@@ -138,6 +138,24 @@ def test_pitfall_22_leaving_a_logical_batch() -> None:
     assert sum(n for _, n in run.engine.accountant.ledger) == 2
 
 
+def test_pitfall_23_the_loss_scale_is_undone_before_clipping() -> None:
+    """A GradScaler's factor of 2^16 does not bring every record to the bound; the step is that without it."""
+    steps = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**16)):
+        run = attach(mlp(), max_grad_norm=100.0, grad_scaler=scaler)
+        for batch in run.loader:
+            loss = squared_loss(run.model, batch)
+            if scaler is None:
+                loss.backward()
+                run.optimizer.step()
+            else:
+                scaler.scale(loss).backward()
+                scaler.step(run.optimizer)
+                scaler.update()
+        steps.append(weights(run.model))
+    torch.testing.assert_close(steps[1], steps[0])
+
+
 def test_pitfall_24_a_new_sigma_keeps_the_history() -> None:
     run = attach(mlp(), noise_multiplier=2.0)
     spent = []

@@ -7,6 +7,7 @@ gradients or crash.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -220,6 +221,19 @@ def test_pitfall_11_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         make_private(loader)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     make_private(loader)
+
+
+@pytest.mark.parametrize("physical", [None, 1, 2])
+def test_pitfall_12_adaptive_clipping_in_parts_and_on_nobody(physical: int | None) -> None:
+    """C moves once an accounted step, however it is served, and a step on nobody is one."""
+    clipping = dpkit.AdaptiveClipping(learning_rate=0.1)
+    run = attach(mlp(), data(8), 4, clipping=clipping, max_physical_batch_size=physical, noise_multiplier=0.5)
+    bounds = [run.engine.max_grad_norm]
+    run.optimizer.register_step_post_hook(lambda *args: bounds.append(run.engine.max_grad_norm))
+    with drawing([0, 1, 2, 3, 4], [], [5, 6], []):
+        train(run)
+    assert sum(a != b for a, b in itertools.pairwise(bounds)) == 4
+    assert run.engine.accountant.ledger == ((PoissonSampled(0.5, Gaussian(0.5)), 4),)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
