@@ -247,10 +247,8 @@ class PLDAccountant(Accountant):
 
     Guarantee: `epsilon` and `delta` are upper bounds, and with `epsilon_bounds` the truth is bracketed. Discretisation
     (`lattice`), truncation, wrap-around and floating-point error (`spectrum`) are all inside the bounds. Both
-    directions,
-    removing a record and adding one, are composed separately. The schedule of events must be fixed in advance; for
-    one that
-    depends on earlier answers use `dpkit.accountants.filters`.
+    directions, removing a record and adding one, are composed separately. The schedule of events must be fixed in
+    advance; for one that depends on earlier answers use `dpkit.accountants.filters`.
 
     Args:
         adjacency: see `Accountant`.
