@@ -303,6 +303,7 @@ class PrivacyEngine:
                 "get_epsilon() without delta", why="ε is a function of δ.", cure="pass delta=1e-5, say."
             )
         delta = checks.number("delta", delta, low=0.0, high=1.0)
+        group_size = checks.count("group_size", group_size)
         if group_size != 1 and self._cyclic:
             raise ConfigurationError(
                 f"group_size = {group_size!r} after steps whose records took turns",
@@ -310,7 +311,7 @@ class PrivacyEngine:
                 "contributions overlap; what they cost together is not known.",
                 cure="use independent noise, or make the group the unit of privacy (privacy_unit=...).",
             )
-        return self._spending.epsilon(delta, checks.count("group_size", group_size))
+        return self._spending.epsilon(delta, group_size)
 
     def statement(self, delta: float | None = None) -> Statement:
         """What the run promises at ``delta``, how it came about, what it takes for granted and leaves out, in words."""

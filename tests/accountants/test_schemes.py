@@ -436,3 +436,11 @@ def test_one_run_is_exact_to_rounding(q: float, sigma: float) -> None:
         assert exact * (1 - 1e-9) <= max(low, below)
         assert below <= exact * (1 + 1e-11)
         assert exact * (1 - 1e-11) <= high <= exact * (1 + 1e-9) + 1e-290
+
+
+def test_an_equal_gaussian_beside_an_allocation_is_counted_too() -> None:
+    """Two of three rounds, as one round for certain and one of two, beside a Gaussian of the same noise."""
+    scheme = RandomAllocation(3, Gaussian(1.0), selected=2)
+    together = PLDAccountant().compose(scheme).compose(Gaussian(1.0)).epsilon(1e-5)
+    almost = PLDAccountant().compose(scheme).compose(Gaussian(1.0 + 1e-9)).epsilon(1e-5)
+    assert together == pytest.approx(almost, rel=1e-4)
