@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .lattice import Lattice, beyond, choose_edges, dominated, dominating
-from .numeric import root
+from .numeric import dot, root
 from .pairs import Atoms, DiscretePair, Pair
 from .spectrum import Spectrum, WindowTooLongError, lower_orders
 
 MAX_SIZE = 1 << 22
+_LARGEST_CAP = 30.0  # beyond it a loss's Q-mass may underflow
 SHADES = (0.85, 0.93, 0.98, 1.0)  # a tilt a little below the optimum: lighter tails, so shorter windows
 
 
@@ -56,8 +57,8 @@ def moments(atoms: Atoms, t: float) -> tuple[float, float, float]:
     top = float(exponent.max())
     weight = np.exp(np.maximum(exponent - top, -600.0))  # denormal numbers are slow
     total = float(weight.sum())
-    mean = float(np.dot(weight, atoms.loss)) / total
-    variance = float(np.dot(weight, (atoms.loss - mean) ** 2)) / total
+    mean = float(dot(weight, atoms.loss)) / total
+    variance = float(dot(weight, (atoms.loss - mean) ** 2)) / total
     return top + math.log(total), mean, variance
 
 
@@ -137,7 +138,7 @@ def _kurtosis(pilots: Sequence[Atoms], counts: Sequence[int], theta: float, vari
         k, m, v = moments(atoms, theta)
         with np.errstate(divide="ignore"):
             weight = np.exp(np.maximum(theta * atoms.loss + np.log(atoms.mass) - k, -600.0))
-        fourth += n * (float(np.dot(weight, (atoms.loss - m) ** 4)) - 3.0 * v * v)
+        fourth += n * (float(dot(weight, (atoms.loss - m) ** 4)) - 3.0 * v * v)
     return fourth / max(variance, 1e-150) ** 2
 
 
@@ -148,7 +149,7 @@ def _reach_down(laws: Sequence[Atoms | Lattice], counts: Sequence[int]) -> float
         total = 0.0
         for law, n in zip(laws, counts, strict=True):
             power = np.expm1(np.maximum(-t * law.loss, -40.0))
-            total += n * math.log1p(float(np.dot(law.mass * np.exp(-law.loss), power)))
+            total += n * math.log1p(float(dot(law.mass * np.exp(-law.loss), power)))
         best = min(best, (total + 12.0) / t)
     return best if math.isfinite(best) else 0.0
 
@@ -169,6 +170,8 @@ def jump_plan(pairs: Sequence[Pair], counts: Sequence[int], plan: Plan, *, epsil
     No tilt brings such a law's mass near epsilon: it turns from no large loss at all to some far beyond. Below the cap
     that is different. With ``epsilon`` given the plan is for that, else for the plan's delta.
     """
+    if plan.epsilon > 300.0:
+        return plan  # far beyond any use of a cap
     down = 1.05 * _reach_down(plan.pilots, counts)
     sides = []
     for atoms, n in zip(plan.pilots, counts, strict=True):
@@ -201,7 +204,9 @@ def jump_plan(pairs: Sequence[Pair], counts: Sequence[int], plan: Plan, *, epsil
         return _Guess(total, chernoff, theta, deviation)
 
     if epsilon is None:
-        high = math.log(plan.epsilon * 1.1)
+        if plan.epsilon > _LARGEST_CAP and guess(_LARGEST_CAP).log_delta > plan.log_delta:
+            return plan
+        high = math.log(min(plan.epsilon * 1.1, _LARGEST_CAP))
         low = high - 1.0
         while guess(math.exp(low)).log_delta < plan.log_delta and low > high - 30.0:
             low -= 1.0
@@ -213,7 +218,7 @@ def jump_plan(pairs: Sequence[Pair], counts: Sequence[int], plan: Plan, *, epsil
         epsilon = math.exp(at)
     here, there = guess(epsilon), guess(epsilon * 1.02)
     slope = max((here.log_delta - there.log_delta) / (0.02 * epsilon), 1e-3 * here.theta)
-    if epsilon + down > 30.0:
+    if epsilon + down > _LARGEST_CAP:
         return plan
     share = math.exp(max(-12.0, min(0.0, here.log_within - here.log_delta)))
     return replace(
@@ -239,7 +244,7 @@ def _origin(pair: Pair, pilot: Atoms, step: float) -> float:
     near = np.abs(loss - middle) < 0.5 * step
     if float(mass[near].sum()) < 0.3:
         return 0.0
-    return middle - math.log(float(np.dot(mass[near], np.exp(middle - loss[near]))) / float(mass[near].sum()))
+    return middle - math.log(float(dot(mass[near], np.exp(middle - loss[near]))) / float(mass[near].sum()))
 
 
 def build(
@@ -306,8 +311,7 @@ def build(
         if fixed or cost <= budget * 1.05 or step <= floor or not upper:
             break
         step *= min(0.9, max(0.3, math.sqrt(0.85 * budget / cost)))
-    # the mass outside the window may cost a fiftieth of the tolerance: weigh it against B ≈ 1 / (2.5 θ (1 + θ)
-    # deviation)
+    # the mass outside the window may cost a fiftieth of the tolerance of B ≈ 1 / (2.5 θ (1 + θ) deviation)
     share = 0.02 * budget * (1.0 + plan.theta) / max(1.0, (1.0 + plan.theta) * plan.deviation)
     wrap = min(27.0, max(8.0, -math.log(min(share, 0.1)) + 1.0)) + wider
     least = None if fewest is None else list(fewest)

@@ -2,12 +2,10 @@
 
 Upper (connect the dots; Doroshenko, Ghazi, Kamath, Kumar, Manurangsi 2022): every atom is split on the two edges of its
 cell so that its P-mass and its Q-mass are both kept. In the likelihood ratio R under Q that is a mean-preserving
-spread,
-and delta(epsilon) = E_Q[(R − e^epsilon)+] is convex in R, so delta can only grow, and does so again under composition.
+spread, and delta(epsilon) = E_Q[(R − e^epsilon)+] is convex in R, so delta can only grow, and does so again under
+composition.
 
-Lower (after the same paper's optimistic construction): the highest polygon below that convex function with corners on
-the
-edges. Both bounds are second order in the cell width.
+Lower: a polygon below that convex function with corners on the edges. Both bounds are second order in the cell width.
 
 Not every grid point is an edge: cells are narrow where the tilted law has its mass and wide in the tails, which is what
 keeps long-tailed steps on fine grids affordable.
@@ -21,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .numeric import dot
 from .pairs import Array, Atoms, Ints, Pair, U
 
 MAX_CELLS = 40_000
@@ -47,7 +46,7 @@ class Lattice:
         """log E[e^{tL}; L < ∞]."""
         exponent = t * self.loss
         top = float(exponent.max())
-        return top + float(np.log(np.dot(self.mass, np.exp(exponent - top))))
+        return top + float(np.log(dot(self.mass, np.exp(exponent - top))))
 
 
 def choose_edges(
@@ -60,13 +59,11 @@ def choose_edges(
     widest: float,
     breaks: Sequence[float] = (),
 ) -> Ints:
-    """Grid indices of cell edges covering [lo, hi]: about one step apart where the tilted law is dense, wider
-    elsewhere.
+    """Grid indices of cell edges covering [lo, hi]: a step apart where the tilted law is dense, wider elsewhere.
 
     A cell of width w and tilted mass f·w adds about f·w·w²/12 to the log moment, so w grows like f^(-1/3), by a factor
     that lets all the wide cells together cost a third of what cells of one step everywhere would; f is the larger of
-    the
-    densities at the given tilts.
+    the densities at the given tilts.
     """
     first = math.floor((lo - origin) / step) - 1
     last = math.ceil((hi - origin) / step) + 1
@@ -85,7 +82,7 @@ def choose_edges(
     density = np.maximum(density, np.maximum(np.roll(density, 1), np.roll(density, -1)))
     density = np.maximum(density, 1e-30 * density.max())
     root = np.cbrt(density)
-    scale = step / math.sqrt(3.0 * float(np.dot(root, width)))
+    scale = step / math.sqrt(3.0 * float(dot(root, width)))
     want = np.maximum(step, np.minimum(scale / root, min(widest, 0.25 / (1.0 + max(thetas)))))
     want *= max(1.0, float(np.sum(width / want)) / MAX_CELLS)  # looser, never wrong
     count = np.concatenate([[0.0], np.cumsum(width / want)])
@@ -118,8 +115,8 @@ def beyond(pair: Pair, low: float, high: float, *, upper: bool) -> tuple[float, 
     loss = atoms.loss + sign * (atoms.loss_error + 4.0 * U * np.abs(atoms.loss))
     mass = atoms.mass * (1.0 + sign * atoms.mass_error)
     # the two sides of ``low`` may overlap by a rounding of it
-    gain = float(np.dot(mass, -np.expm1(-loss))) * (1.0 + sign * 1e-10)
-    return float(np.dot(atoms.mass, np.exp(-atoms.loss))) * (1.0 - sign * 1e-10), gain
+    gain = float(dot(mass, -np.expm1(-loss))) * (1.0 + sign * 1e-10)
+    return float(dot(atoms.mass, np.exp(-atoms.loss))) * (1.0 - sign * 1e-10), gain
 
 
 def dominating(
@@ -307,7 +304,7 @@ def dominated(pair: Pair, edges: Ints, origin: float, step: float, apart: tuple[
     if not pair.breaks() and float(mass[bulk].sum()) > 0.3:
         # merge it into one atom, and move the grid to where that lies
         weight = float(mass[bulk].sum())
-        mean = origin - math.log(float(np.dot(mass[bulk], np.exp(origin - loss[bulk]))) / weight)
+        mean = origin - math.log(float(dot(mass[bulk], np.exp(origin - loss[bulk]))) / weight)
         mean -= 8.0 * U * (abs(mean) + bulk.sum() * step)
         points, origin = points + (mean - origin), mean
         mass, loss = np.append(mass[~bulk], weight * (1.0 - bulk.sum() * U)), np.append(loss[~bulk], mean)

@@ -5,8 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
+
 _ROOT2 = math.sqrt(2.0)
 _LOG_ROOT_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+def dot(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Σ a b by pairwise summation; BLAS would start threads for it, which costs more than the sum."""
+    return float((a * b).sum())
 
 
 def log_ndtr(x: float) -> float:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .numeric import normal_reach
+from .numeric import dot, normal_reach
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -65,7 +65,7 @@ class Pair(ABC):
             return self.infinite
         atoms = self.atoms(np.array([max(0.0, low), max(high, low, 1e-300)]))
         loss = np.maximum(atoms.loss, 0.0) + atoms.loss_error
-        return float(np.dot(atoms.mass * (1.0 + atoms.mass_error), -np.expm1(-loss))) * (1.0 + 1e-9) + self.infinite
+        return float(dot(atoms.mass * (1.0 + atoms.mass_error), -np.expm1(-loss))) * (1.0 + 1e-9) + self.infinite
 
     def breaks(self) -> list[float]:
         """Losses at which the law has true atoms or jumps; grids do well to have edges there."""
@@ -84,11 +84,9 @@ class SmoothPair(Pair):
 
     Quadrature. A cell of losses is a cell of y, cut until it is no wider than 0.75 / slope(y), where slope bounds the
     logarithmic derivative of both densities at distance ≤ 3 / slope in the complex plane (there both are analytic and
-    at
-    most e^3.5 times their value on the cell). On the Bernstein ellipse with half-axis 3 / slope, rho ≥ 16, so the n = 8
-    Gauss rule errs by at most (64/15) e^4 rho^-16 / (1 − rho^-2) < 2e-17 of the cell's mass; cells 16 times narrower
-    have
-    rho ≥ 256 and need only n = 4. Both lie below one rounding.
+    at most e^3.5 times their value on the cell). On the Bernstein ellipse with half-axis 3 / slope, rho ≥ 16, so the
+    n = 8 Gauss rule errs by at most (64/15) e^4 rho^-16 / (1 − rho^-2) < 2e-17 of the cell's mass; cells 16 times
+    narrower have rho ≥ 256 and need only n = 4. Both lie below one rounding.
     """
 
     flipped: bool = False

@@ -5,45 +5,39 @@ The law of one step is tilted, w_j = p_j e^{θ l_j − K(θ)}, so that the compo
     delta(ε) = e^{ΣTK − θε} · B + P(L = ∞),    B = Σ_{L > ε} r(L) (e^{−θ(L−ε)} − e^{−(1+θ)(L−ε)}),
 
 with r = w^{*T} the composed tilted law. B is a sum over an N-periodic index and is taken in the Fourier domain
-(Parseval):
-B = (1/N) Σ_k conj(W_k) Π_i F_ik^{T_i}, with W the transform of the two geometric weights in closed form. The powers
-of F
-die out after a few hundred frequencies, so one spectrum answers any epsilon, and any number of steps, in microseconds.
+(Parseval): B = (1/N) Σ_k conj(W_k) Π_i F_ik^{T_i}, with W the transform of the payoff in closed form, written without a
+difference of its two geometric series. The powers of F die out after a few hundred frequencies, so one spectrum answers
+any epsilon, and any number of steps, in a fraction of a millisecond.
 
 What is bounded, u = 2^-53 (one rounding):
 
-Wrap-around and window. The index is periodic with period N, the window is [j0, j0 + N). Mass of r outside it is read
-at a
-wrong place, where a weight is at most c = θ^θ/(1+θ)^{1+θ} ≤ 1, just as its own weight is. Chernoff at θ ± t on the
-lattice law itself bounds that mass by τ, so the error is at most c·τ.
+Wrap-around and window. The index is periodic with period N, the window is [j0, j0 + N). Mass of r outside it is read at
+a wrong place, where the payoff is at most c = θ^θ/(1+θ)^{1+θ} ≤ 1, just as its own is. Chernoff at θ ± t on the lattice
+law itself bounds that mass by τ, so the error is at most c·τ.
 
 FFT round-off. In a Cooley-Tukey transform of length N = Π radices, every output is a sum over the inputs of products
-along
-one path through the stages. A computed complex product is xy(1 + e) with |e| ≤ √5 u (Brent, Percival, Zimmermann
-2007), a
-stored root of unity has relative error ≤ u (rounded from extended accuracy), a computed sum is (x + y)(1 + e), |e| ≤
-u, and
-its e goes to both terms. So the computed output is Σ_j x_j ω^{jk} Π(1 + e), with, per stage of radix 2, one sum, one
-product and one root: |e| ≤ (1 + √5 + 1)u(1 + O(u)) < 5u; of radix 4, two sums and one product and root, < 6u ≤ 2·5u; of
-radix 3 and 5 the inner sums have two and four terms and one constant factor in real arithmetic: < (2 + 2 + √5 + 1)u <
-8u ≤
-log2(3)·8u and < (4 + 2 + √5 + 1)u < 10u ≤ log2(5)·8u. Whatever the mix of radices 2 to 5, hence, with ‖x‖₁ = Σ|x_j|,
+along one path through the stages. A computed complex product is xy(1 + e) with |e| ≤ √5 u (Brent, Percival, Zimmermann
+2007), a stored root of unity has relative error ≤ u (rounded from extended accuracy), a computed sum is (x + y)(1 + e),
+|e| ≤ u, and its e goes to both terms. So the computed output is Σ_j x_j ω^{jk} Π(1 + e_j), with, per stage of radix 2,
+one sum, one product and one root: |e| ≤ (1 + √5 + 1)u(1 + O(u)) < 5u; of radix 4, two sums and one product and root,
+< 6u ≤ 2·5u; of radix 3 and 5 the inner sums have two and four terms and one constant factor in real arithmetic, in
+either half of a real pair: < (2 + 2 + √5 + 1)u < 8u ≤ log2(3)·8u and < (4 + 2 + √5 + 1)u < 10u ≤ log2(5)·8u. Whatever
+the mix of radices 2 to 5, hence, with ‖x‖₁ = Σ|x_j| and one stage more for whatever recombines a real transform,
 
-    |F̂_k − F_k| ≤ e_F = 8u · log2(N) · (1 + 1e-10) · ‖x‖₁      for every k.
+    |F̂_k − F_k| ≤ e_F = 8u · (log2(N) + 1) · (1 + 1e-10) · ‖x‖₁      for every k.
 
-The real-input transform computes half of the same outputs by the same butterflies. N is chosen 5-smooth.
+N is chosen 5-smooth: for other lengths pocketfft, which numpy uses, takes generic radices or Bluestein's convolution,
+and neither is covered. The bound is in the 1-norm, so it holds for each frequency and not only on average; it is some
+fifty times what is seen.
 
-Powers. Ĝ = exp(ΣT_i log F̂_i) has relative error at most expm1(ΣT_i e_i + 4u(1 + |log Ĝ|)), e_i = e_F/(|F̂_i| − e_F)
-+ 4u(1 +
-|log F̂_i|) the error of log F̂_i. Where F̂_i < 2 e_F, F_i is at most 3 e_F: e_F is put in its place and e_i = 100
-stands for
-"anything up to e^100 times that". Where few frequencies count, 1 − F is summed directly instead (`_direct`): its
-error is a
-few roundings of 1 − F itself, about 1/T, so that the error of the power does not grow with T.
+Powers. Ĝ = exp(ΣT_i log F̂_i) has relative error at most expm1(ΣT_i e_i + 4u(1 + |log Ĝ|)), where
+e_i = e_F/(|F̂_i| − e_F) + 4u(1 + |log F̂_i|) is the error of log F̂_i. Where F̂_i < 2 e_F, F_i is at most 3 e_F: e_F is
+put in its place and e_i = 100 stands for "anything up to e^100 times that". Where few frequencies count, 1 − F is
+summed directly instead (`_direct`): its error is a few roundings of 1 − F itself, about 1/T, so that the error of the
+power does not grow with T.
 
-Weights, sums. The geometric sums have relative error ≤ 32u each; the phases are reduced in exact integers; a sum of K
-terms
-by numpy's pairwise rule errs by at most (log2 K + 128)u of the sum of moduli. Dropped frequencies are bounded by
+Weights, sums. The closed forms have relative error ≤ 32u each; the phases are reduced in exact integers; a sum of K
+terms by numpy's pairwise rule errs by at most (log2 K + 128)u of the sum of moduli. Dropped frequencies are bounded by
 their moduli.
 """
 
@@ -57,7 +51,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .lattice import Lattice
-from .numeric import smooth_length
+from .numeric import dot, smooth_length
 from .pairs import Array, Atoms, Ints, U
 
 Complex = NDArray[np.complex128]
@@ -90,7 +84,7 @@ class _Kept:
 
 def lower_orders(laws: Sequence[Atoms | Lattice], counts: Sequence[int]) -> list[float]:
     """Some t for Chernoff bounds on the composed loss from below: from one standard deviation to the very end."""
-    squares = [float(np.dot(law.mass * np.exp(-law.loss), law.loss**2)) for law in laws]
+    squares = [float(dot(law.mass * np.exp(-law.loss), law.loss**2)) for law in laws]
     spread = sum(n * square for n, square in zip(counts, squares, strict=True))
     lowest = min(float(law.loss.min()) for law in laws)
     if lowest >= 0.0:
@@ -146,12 +140,12 @@ class Spectrum:
             exponent = theta * law.loss - log_k
             wiggle = 4.0 * U * (np.abs(exponent) + abs(log_k) + 4.0)
             weight = law.mass * np.exp(exponent) * (1.0 + wiggle if upper else 1.0 - wiggle)
-            mean = float(np.dot(weight, law.loss))
+            mean = float(dot(weight, law.loss))
             # denormal numbers would slow every sum down: what is dropped here is part of `outside`
             weight = np.where(weight < 1e-250, 0.0, weight)
             self._tilted.append(weight)
             self._means.append(mean)
-            variance += n * float(np.dot(weight, (law.loss - mean) ** 2))
+            variance += n * float(dot(weight, (law.loss - mean) ** 2))
         self.deviation = math.sqrt(variance)
         self._excess = self._chernoff_table()
         left, right = self._reach(self.counts)
@@ -225,8 +219,7 @@ class Spectrum:
         """log F and a bound on its error by plain sums of 1 − F, where those are few; None where they are not.
 
         1 − F = Σ w (1 − e^{−iφ}) is of the order of 1/T where it counts, and known to a relative rounding or so: then
-        the
-        error of F^T no longer grows with T.
+        the error of F^T no longer grows with T.
         """
         if len(self._k) * len(index) > 3_000_000:
             return None
@@ -265,7 +258,7 @@ class Spectrum:
                 top = float(power.max())
                 out.append(top + math.log(float(np.exp(power - top).sum())) + 1e-12)
             else:  # keep the digits of a small moment: E[e^x − 1 − x], and E[x] is rounding only
-                small = float(np.dot(weight, np.expm1(exponent) - exponent))
+                small = float(dot(weight, np.expm1(exponent) - exponent))
                 out.append(math.log1p(small * (1.0 + 1e-12)) + 1e-14 * (1.0 + abs(t) * float(np.abs(law.loss).max())))
         return out
 
@@ -325,8 +318,8 @@ class Spectrum:
             start=start,
             base=base,
             log_scale=scale,
-            slip_near=float(np.dot(slip, np.abs(self._near))) + ratio * self._rest,
-            slip_far=float(np.dot(slip, np.abs(self._far))) + self._rest,
+            slip_near=float(dot(slip, np.abs(self._near))) + ratio * self._rest,
+            slip_far=float(dot(slip, np.abs(self._far))) + self._rest,
             outside=outside * largest,
             infinite=-math.expm1(survive),
             apart=self._apart(counts),
@@ -391,8 +384,8 @@ class Spectrum:
                 for law in self.laws:
                     power = np.expm1(np.maximum(-t * law.loss, -40.0))
                     q = np.maximum(law.mass * np.exp(-law.loss), 1e-250)
-                    total = float(np.dot(q, power)) + max(0.0, float(q.sum()) - (1.0 - law.beyond[0]))
-                    slip = 1e-14 * (1.0 + float(np.dot(q, np.abs(power)))) + 2e-10 * law.beyond[0]
+                    total = float(dot(q, power)) + max(0.0, float(q.sum()) - (1.0 - law.beyond[0]))
+                    slip = 1e-14 * (1.0 + float(dot(q, np.abs(power)))) + 2e-10 * law.beyond[0]
                     moments.append(math.log1p(max(0.0, total + slip) / (1.0 - law.beyond[0])))
                 self._low.append((t, moments))
         return self._low

@@ -127,13 +127,15 @@ def test_pitfall_21_a_parameter_that_this_step_does_not_use() -> None:
 
 def test_pitfall_22_leaving_a_logical_batch() -> None:
     """What was begun is dropped; the next pass takes every one of its steps."""
-    run = attach(mlp(), data(), 4, max_physical_batch_size=2)
+    run, fresh = (attach(mlp(), data(), 4, max_physical_batch_size=2) for _ in range(2))
     with drawing([0, 1, 2, 3, 4], [5]):
         for batch in run.loader:
             work(run, batch)
             break
         assert run.engine.accountant.ledger == ()
         moved = [bool((released(run, batch) != 0).any()) for batch in run.loader]
+        train(fresh)
+    assert torch.equal(weights(run.model), weights(fresh.model))
     assert moved == [False, False, True, True]
     assert sum(n for _, n in run.engine.accountant.ledger) == 2
 

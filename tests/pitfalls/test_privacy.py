@@ -175,6 +175,12 @@ def test_pitfall_08_tokens_as_records() -> None:
     tokens = torch.randn(3, 5, 4, dtype=torch.float64)
     moved = difference(Folds, lambda net, x: (1e3 * net(x)).mean().backward(), tokens, 3)
     assert 0.5 < moved <= 1.0 + 1e-5
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        twin = Folds().double()
+    total = clipped_sum(twin, lambda net, b: 1e3 * net(b), tokens, 3, 1.0)
+    whole = step(Folds, lambda net, x: (1e3 * net(x)).mean().backward(), tokens, range(3))
+    torch.testing.assert_close(whole, torch.cat([v.flatten() for v in total.values()]))
 
 
 def test_pitfall_09_fixed_batches_are_not_poisson() -> None:
@@ -309,6 +315,7 @@ def test_pitfall_29_tied_weights_and_forwards_in_between() -> None:
         return m.LanguageModel(tied=True)
 
     assert 0.5 < difference(tied, losses, ids, 3) <= 1.0 + 1e-5
+    assert_exact(next(c for c in dpkit_cases() if c.name == "lm-tied"), torch.float64)
     plain = step(tied, losses, ids, range(3))
     assert torch.equal(step(tied, lambda net, part: losses(net, part, True), ids, range(3)), plain)
     assert bool((plain != 0).any())
