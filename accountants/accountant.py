@@ -59,6 +59,7 @@ class Accountant(ABC):
             )
         self._adjacency = adjacency
         self._ledger: list[tuple[Event, int]] = []
+        self._said: dict[float, float] = {}  # epsilon by delta: the same question has the same answer
 
     @property
     def adjacency(self) -> str:
@@ -96,6 +97,7 @@ class Accountant(ABC):
     def _append(self, event: Event, n: int) -> None:
         if n == 0:
             return
+        self._said.clear()
         if self._ledger and self._ledger[-1][0] == event:
             self._ledger[-1] = (self._ledger[-1][0], self._ledger[-1][1] + n)
         else:
@@ -125,8 +127,12 @@ class Accountant(ABC):
             AccountingError: delta outside (0, 1).
         """
         delta = check_delta(delta)
-        value = self._epsilon(delta) if self._ledger else 0.0
-        return math.inf if math.isnan(value) else max(0.0, float(value))
+        if not self._ledger:
+            return 0.0
+        if delta not in self._said:
+            value = self._epsilon(delta)
+            self._said[delta] = math.inf if math.isnan(value) else max(0.0, float(value))
+        return self._said[delta]
 
     def delta(self, epsilon: float) -> float:
         """The smallest delta this accountant can vouch for at ``epsilon``; in [0, 1].
@@ -175,7 +181,7 @@ class Accountant(ABC):
         fresh = type(self)(adjacency=self._adjacency)
         for data, n in state["ledger"]:
             fresh.compose(Event.from_json(data), n)
-        self._ledger = fresh._ledger
+        self._ledger, self._said = fresh._ledger, {}
 
     def __repr__(self) -> str:
         n = sum(count for _, count in self._ledger)
