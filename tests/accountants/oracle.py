@@ -57,11 +57,11 @@ def contour_deltas(steps: list[tuple[float, float, int]], epsilons: list[float],
 
     def chernoff(log_t: float) -> float:
         t = np.array([math.exp(log_t) + 0j])
-        return float(k(t, spacing)[0].real) - math.exp(log_t) * epsilons[0]
+        return min(float(k(t, spacing)[0].real) - math.exp(log_t) * epsilons[0], 1e100)
 
     def by_delta(log_t: float) -> float:
         t = np.array([math.exp(log_t) + 0j])
-        return float((k(t, spacing)[0].real - log_delta) / t[0].real)
+        return min(float((k(t, spacing)[0].real - log_delta) / t[0].real), 1e100)
 
     saddle = minimize_scalar(chernoff if epsilons[0] > 0.0 else by_delta, bounds=(-8.0, 20.0), method="bounded")
     theta = math.exp(float(saddle.x))

@@ -379,13 +379,13 @@ def test_two_steps_by_quadrature(q: float, sigma: float, delta: float) -> None:
 
 RANGE = [
     (0.05, 1.0, 1, 1e-5),
-    (0.05, 1e-8, 10**8, 1e-5),
+    pytest.param(0.05, 1e-8, 10**8, 1e-5, marks=pytest.mark.slow),
     (1e4, 1.0, 10**8, 1e-10),
     (1e4, 1e-8, 1, 1e-100),
     (1e4, 0.5, 10**6, 1e-100),
-    (0.5, 1e-8, 10**8, 1e-100),
+    pytest.param(0.5, 1e-8, 10**8, 1e-100, marks=pytest.mark.slow),
     (0.05, 0.01, 300, 1e-100),
-    (0.7, 0.5, 10**8, 1e-5),
+    (5.0, 0.01, 10**8, 1e-5),
 ]
 
 
@@ -398,8 +398,8 @@ def test_the_whole_range(sigma: float, q: float, steps: int, delta: float) -> No
     assert high <= rdp * (1 + 1e-9) + 1e-12
 
 
-def test_a_fixed_number_of_cells_tells_the_same_from_both_sides() -> None:
-    # whatever the cap, the bounds hold and agree
+def test_one_accountant_answers_all_deltas_tightly() -> None:
+    # a spectrum built for one delta is not used where another lies beyond its cap
     acc = PLDAccountant().compose(dpsgd(0.6, 1e-4, 50))
     for delta in (1e-3, 1e-6, 1e-9, 1e-15, 1e-30, 1e-60):
         low, high = acc.epsilon_bounds(delta)
