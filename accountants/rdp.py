@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import ClassVar
 
@@ -180,7 +181,7 @@ class RDPAccountant(Accountant):
         return min(best, math.sqrt(-math.expm1(-float(np.min(grid / _ORDERS)))))
 
     @staticmethod
-    def _refine(values: Array, bound: object) -> float:
+    def _refine(values: Array, bound: Callable[[float], float]) -> float:
         """The least of ``bound`` near the best of the fixed orders."""
         from scipy.optimize import minimize_scalar  # here, not above: it doubles the import time
 
@@ -190,5 +191,5 @@ class RDPAccountant(Accountant):
             return math.inf
         logs = np.log(_ORDERS)
         ends = (float(logs[max(best - 1, 0)]), float(logs[min(best + 1, len(logs) - 1)]))
-        found = minimize_scalar(bound, bounds=ends, method="bounded", options={"xatol": 1e-4})
+        found = minimize_scalar(lambda x: min(bound(x), 1e100), bounds=ends, method="bounded", options={"xatol": 1e-4})
         return min(low, float(found.fun))
