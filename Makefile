@@ -20,7 +20,7 @@ test-slow: $(VENV)/.ready $(VENV)/.weights ## the long sweeps
 	$(PY) -m pytest -q -m slow
 
 stress: $(VENV)/.ready ## what runs have to survive: kills, damaged files, long random lives; prints its tables
-	$(PY) -m pytest -q -s -m slow tests/test_kill.py tests/test_damage.py
+	$(PY) -m pytest -q -s -m slow tests/test_kill.py tests/test_damage.py tests/properties/test_life.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -32,6 +32,7 @@ typecheck: $(VENV)/.ready
 bench: $(VENV)/.ready ## training steps beside ordinary training and Opacus; writes benchmarks/results/
 	$(PY) -m benchmarks.steps
 	$(PY) -m benchmarks.accounting
+	$(PY) -m benchmarks.durable
 	$(PY) -m benchmarks.noise
 
 audit: $(VENV)/.ready ## 54 Hugging Face architectures, dpkit and Opacus, against the definition

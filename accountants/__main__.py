@@ -44,15 +44,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _steps(arguments: argparse.Namespace, rate: float) -> int:
     """The number of steps, given or from --epochs."""
+    given: int = arguments.steps
     if arguments.epochs is None:
-        return int(arguments.steps)
-    if not (arguments.epochs > 0.0 and rate > 0.0):
+        return given
+    epochs: float = arguments.epochs
+    if not (epochs > 0.0 and rate > 0.0):
         raise AccountingError(
-            f"--epochs {arguments.epochs:g} at sample rate {rate:g}.",
+            f"--epochs {epochs:g} at sample rate {rate:g}.",
             why="both must be positive to give a number of steps.",
             cure="pass --steps.",
         )
-    return max(1, math.ceil(arguments.epochs / rate - 1e-9))
+    return max(1, math.ceil(epochs / rate - 1e-9))
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def _plot(arguments: argparse.Namespace, sigma: float, rate: float, steps: int) 
         axes.set_ylabel("true-positive rate")
         axes.legend()
     else:
-        counts = sorted({max(1, round(steps * i / 40)) for i in range(1, 41)})
+        counts = sorted({max(1, round(steps * i / 40)) for i in range(41)})
         values, done = [], 0
         for count in counts:
             accountant.compose(dpsgd(sigma, rate, count - done))

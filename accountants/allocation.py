@@ -151,7 +151,8 @@ def _merge(x: Array, q: Array, grid: Array) -> _Law:
     total = np.bincount(cell, weights=q, minlength=n)
     first = np.bincount(cell, weights=q * x, minlength=n)
     keep = total > 0.0
-    return _Law(first[keep] / total[keep], total[keep] * (1.0 - 2.0 * (len(x) + 8.0) * U))
+    mass: Array = (total[keep] * (1.0 - 2.0 * (len(x) + 8.0) * U)).astype(np.float64)
+    return _Law(first[keep] / total[keep], mass)
 
 
 def _coarse(law: _Law, groups: int) -> _Law:

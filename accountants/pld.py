@@ -61,10 +61,12 @@ class Direction:
         spent = infinite - (math.exp(own) if own > -700.0 else 0.0)
         if spent > 0.0 and math.log(spent) > log_delta - 13.0:
             return False
+        away = abs(log_delta - built.plan.log_delta)
+        if not built.spectrum.upper and away > 1.0:
+            return False  # a lower law drops what lies far from the losses that it was built for
         cost = built.cost * sum(counts) / max(1, sum(built.spectrum.counts))
-        return cost <= 2.0 * tolerance * max(epsilon, 0.1 / built.plan.slope) and abs(
-            log_delta - built.plan.log_delta
-        ) <= 5.0 + 0.5 * abs(built.plan.log_delta)
+        fine = cost <= 2.0 * tolerance * max(epsilon, 0.1 / built.plan.slope)
+        return fine and away <= 5.0 + 0.5 * abs(built.plan.log_delta)
 
     def _store(self, built: _Built) -> None:
         kept = self._built[built.spectrum.upper]
@@ -290,8 +292,8 @@ class PLDAccountant(Accountant):
                 both[key] = both.get(key, 0) + n * term.runs
         if both and 0.0 < mu_squared < math.inf:
             # all Gaussians are one Gaussian, exactly
-            sigma = 1.0 / math.sqrt(mu_squared)
-            both[(GaussianPair(sigma=sigma), GaussianPair(sigma=sigma))] = 1
+            whole = GaussianPair(sigma=1.0 / math.sqrt(mu_squared))
+            both[whole, whole] = both.get((whole, whole), 0) + 1  # a block of an allocation may be the same Gaussian
         return mu_squared, tuple(a for a, _ in both), tuple(b for _, b in both), tuple(both.values())
 
     def _direction(self, pairs: tuple[Pair, ...]) -> Direction:

@@ -75,32 +75,36 @@ def log_mgf(event: Event, t: float, adjacency: str) -> float:
     return total
 
 
-_CELLS = 6000
+_CELLS = 3000
 
 
 @lru_cache(maxsize=64)
-def _law(pair: Pair) -> tuple[Array, Array, float]:
-    """Masses and losses of the whole law, rounded up, and the width of its cells."""
+def _law(pair: Pair) -> tuple[Array, Array, Array, float]:
+    """Masses, their logarithms and losses of the whole law, rounded up, and the width of its cells."""
     low, high = pair.span(-745.0, -745.0)
     edges = np.linspace(low, max(high, low + 1e-9), _CELLS + 1)
     atoms = pair.atoms(edges)
     discrete = isinstance(pair, DiscretePair | AtomsPair)
     width = 0.0 if discrete else float(edges[1] - edges[0])
-    return atoms.mass * (1.0 + atoms.mass_error), atoms.loss + atoms.loss_error, width
+    live = atoms.mass > 0.0
+    mass = atoms.mass[live] * (1.0 + atoms.mass_error[live])
+    return mass, np.log(mass), atoms.loss[live] + atoms.loss_error[live], width
 
 
 def _pair_log_mgf(pair: Pair, t: float) -> float:
     """log E_P[e^{tL}] by the pair's own quadrature, on cells over which e^{tL} changes by a factor e^{1/2} at most."""
-    mass, loss, width = _law(pair)
+    mass, log_mass, loss, width = _law(pair)
     if t * width > 0.5:
         return math.inf
     exponent = t * loss
-    top = float(exponent.max())
-    if top > 1.0:
-        weight = mass * np.exp(exponent - top)
+    if float(exponent.max()) > 1.0:
+        exponent += log_mass
+        top = float(exponent.max())
+        weight = np.exp(exponent - top)
         total = float(weight.sum())
-        # where the law ends in rounding, e^{tL} must not still count
-        if width > 0.0 and float(weight[loss > loss.max() - 0.02 * (loss.max() - loss.min())].sum()) > 1e-13 * total:
+        # where the law's tail ends in rounding, e^{tL} must not still count
+        last = loss > loss.max() - 0.02 * (loss.max() - loss.min())
+        if width > 0.0 and math.isinf(pair.supremum()) and float(weight[last].sum()) > 1e-13 * total:
             return math.inf
         return top + math.log(total)
     return math.log1p(max(0.0, float(np.dot(mass, np.expm1(exponent))) + float(mass.sum()) - 1.0))

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NoReturn, cast
 import torch
 
 from .errors import CheckpointError
-from .files import sync_directory
+from .files import sync, sync_directory
 from .state import refuse_unsafe
 
 VERSION = 1
@@ -46,7 +46,7 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
             file.seek(0)
             file.write(_header(hashed.size, hashed.digest.hexdigest()))
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(partial, target)
         sync_directory(target.parent)
     except (OSError, RuntimeError) as error:

@@ -77,31 +77,51 @@ def refuse_other_processes() -> None:
 
 def number(name: str, value: object, *, low: float, strict: bool = True, high: float = math.inf) -> float:
     """``value`` as a float within (low, high) or [low, high]; raises `ConfigurationError` else."""
-    ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
-    ok = ok and (low < float(value) < high if strict else low <= float(value) <= high)  # type: ignore[arg-type]
-    if not ok:
+    try:
+        x = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        x = math.inf
+    if not (math.isfinite(x) and (low < x < high if strict else low <= x <= high)):
         lower, upper = ("(", ")") if strict else ("[", "]")
         raise ConfigurationError(
-            f"{name} = {value!r}",
+            f"{name} = {_short(value)}",
             why=f"it has to be a finite number in {lower}{low:g}, {high:g}{upper}.",
             cure=f"pass a valid {name}.",
         )
-    return float(value)  # type: ignore[arg-type]
+    return x
 
 
 def count(name: str, value: object) -> int:
-    """``value`` as an int >= 1; raises `ConfigurationError` else."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    """``value`` as an int from 1 to 2^31 - 1; raises `ConfigurationError` else."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
         raise ConfigurationError(
-            f"{name} = {value!r}", why="it has to be an integer of at least 1.", cure=f"pass a valid {name}."
+            f"{name} = {_short(value)}", why="it has to be an integer of at least 1.", cure=f"pass a valid {name}."
+        )
+    return value
+
+
+def flag(name: str, value: object) -> bool:
+    """``value`` if it is True or False; raises `ConfigurationError` else (0 and None would say False by accident)."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(
+            f"{name} = {_short(value)}", why="the guarantee depends on it.", cure="pass True or False."
         )
     return value
 
 
 def choice(name: str, value: object, known: tuple[str, ...]) -> str:
     """``value`` if it is one of the known names; raises `ConfigurationError` else."""
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ConfigurationError(
-            f"{name} = {value!r}", why="it is not known.", cure=f"use one of {', '.join(map(repr, known))}."
+            f"{name} = {_short(value)}", why="it is not known.", cure=f"use one of {', '.join(map(repr, known))}."
         )
     return str(value)
+
+
+def _short(value: object) -> str:
+    """A value as an error can show it."""
+    try:
+        shown = repr(value)
+    except ValueError:  # integers of more than 4,300 digits
+        shown = f"an {type(value).__name__}"
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -68,8 +68,20 @@ class PrivacyEngine:
         secure_mode: bool = False,
         ledger: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._secure = SecureNoise() if secure_mode else None
+        self._secure = SecureNoise() if checks.flag("secure_mode", secure_mode) else None
+        if not isinstance(accountant, str | Accountant):
+            raise ConfigurationError(
+                f"accountant is a {type(accountant).__name__}",
+                why="ε is its answer.",
+                cure='pass "pld", "rdp" or a dpkit.accountants.Accountant.',
+            )
         self.accountant = accountant if isinstance(accountant, Accountant) else make_accountant(accountant)
+        if self.accountant.is_estimate:
+            raise ConfigurationError(
+                f"accountant={self.accountant!r}",
+                why="its answers are estimates, often far below the truth; no guarantee may rest on them.",
+                cure='use accountant="pld".',
+            )
         self._spending = Spending(
             self.accountant, None if ledger is None else Ledger(ledger, self.accountant.adjacency)
         )
@@ -177,6 +189,8 @@ class PrivacyEngine:
         max_grad_norm = checks.number("max_grad_norm", max_grad_norm, low=0.0)
         if max_physical_batch_size is not None:
             checks.count("max_physical_batch_size", max_physical_batch_size)
+        checks.flag("poisson_sampling", poisson_sampling)
+        checks.flag("batch_first", batch_first)
         rule = clipping_of(clipping)
         refuse_private(data_loader)
         units = units_of(
@@ -289,6 +303,7 @@ class PrivacyEngine:
                 "get_epsilon() without delta", why="ε is a function of δ.", cure="pass delta=1e-5, say."
             )
         delta = checks.number("delta", delta, low=0.0, high=1.0)
+        group_size = checks.count("group_size", group_size)
         if group_size != 1 and self._cyclic:
             raise ConfigurationError(
                 f"group_size = {group_size!r} after steps whose records took turns",
@@ -296,7 +311,7 @@ class PrivacyEngine:
                 "contributions overlap; what they cost together is not known.",
                 cure="use independent noise, or make the group the unit of privacy (privacy_unit=...).",
             )
-        return self._spending.epsilon(delta, checks.count("group_size", group_size))
+        return self._spending.epsilon(delta, group_size)
 
     def statement(self, delta: float | None = None) -> Statement:
         """What the run promises at ``delta``, how it came about, what it takes for granted and leaves out, in words."""

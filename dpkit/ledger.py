@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 from dpkit.accountants import Event
 
 from .errors import LedgerError
-from .files import sync_directory
+from .files import sync, sync_directory
 
 try:
     import fcntl
@@ -184,7 +184,7 @@ class Ledger:
         try:
             if os.write(self._file, line + b"\n") <= len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._file)
+            sync(self._file)
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._size)
@@ -252,7 +252,7 @@ class Ledger:
             try:
                 os.ftruncate(self._file, self._size)
                 os.write(self._file, whole + b"\n" if whole else b"")
-                os.fsync(self._file)
+                sync(self._file)
             except OSError as error:
                 _refuse(f"{self.path}: {error.strerror}", "its last line is torn.", "make the file writable.")
         if whole:

@@ -40,6 +40,7 @@ class Live:
         self.culprit: nn.Module | nn.Parameter | None = None
         self.quiet = 0  # inside a rule, an operation on stand-ins or a module that runs on one record at a time
         self._moves = iter(plan.moves)
+        self._taint: Taint | None = None
         self._called: dict[nn.Module, int] = defaultdict(int)
         self._operated: dict[tuple[nn.Parameter, str], int] = defaultdict(int)
         self._copies: dict[nn.Parameter, Tensor] = {}
@@ -49,14 +50,14 @@ class Live:
         """What checks, while it is entered, that rows stay with their records; None where the data move none."""
         if not self.plan.moves or self.again:
             return None
-        taint = Taint(self._moved)
+        self._taint = taint = Taint(self._moved)
         tensors = [v for v in leaves(arguments) if isinstance(v, Tensor)]
         taint.mark([v for v, d in zip(tensors, self.plan.inputs, strict=True) if d is not None])
         return taint
 
-    def _moved(self, move: Move) -> None:
+    def _moved(self, move: Move) -> Tensor | None:
         if self.quiet:
-            return
+            return None
         self.culprit = module = self.tape.stack[-1].module
         places = next(self._moves, None)
         if places is None:
@@ -67,9 +68,20 @@ class Live:
             )
         self.quiet += 1
         try:
-            places.check(move, self.n, self.tape.path(module))
+            return places.check(move, self.n, self.tape.path(module))
         finally:
             self.quiet -= 1
+
+    def in_order(self, module: nn.Module | None, values: Any) -> None:
+        """Raise where a parameter would meet records that the data have put into another order."""
+        if self._taint is None or self._taint.order(values) is None:
+            return
+        path = "the loss" if module is None else self.tape.path(module)
+        raise CoupledRecordsError(
+            f"{path}: the records stand in another order, as the data of this batch say",
+            why="each one would be credited to the record whose place it has taken.",
+            cure="put them back before they meet parameters; pack with enforce_sorted=False, which does so.",
+        )
 
     def without_order(self) -> None:
         """The probe has seen to it."""
@@ -97,13 +109,16 @@ class Live:
     def operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = leaves((args, kwargs))
         self.culprit = origin = next(v for v in values if isinstance(v, StandIn)).origin
+        inside = self.tape.stack[-1].module if self.tape.stack else None
+        self.in_order(inside, values)
         name = probe.name_of(func)
         k = self._operated[origin, name]
         self._operated[origin, name] += 1
-        if kwargs.get("out") is not None and not torch.is_grad_enabled():
+        out = kwargs.get("out")
+        if out is not None and not isinstance(out, StandIn) and not torch.is_grad_enabled():
             plain_args, plain_kwargs = tree_map(lambda v: v.value if isinstance(v, StandIn) else v, (args, kwargs))
             func(*plain_args, **plain_kwargs)
-            return kwargs["out"]
+            return out
         known = [s for s in self.plan.ops.get((origin, name, k), []) if s.fits(values, self.n)]
         if known:
             site = known[0]
@@ -115,8 +130,6 @@ class Live:
             probe.refuse_folded(self.tape.name(origin), name, site.folded)
         self.quiet += 1
         try:
-            if not torch.is_grad_enabled() and not any(isinstance(v, StandIn) and v.records for v in values):
-                return self._constant(func, args, kwargs, site, origin)
             fast = self._by_rule(func, args, kwargs, site)
             return self._by_copies(func, args, kwargs, values, site, name, origin) if fast is None else fast
         finally:
@@ -227,18 +240,6 @@ class Live:
             data = r.join(copies)
             return data if site.data else StandIn.of(data, weight, self, copies=copies, records=r)
         return None
-
-    def _constant(self, func: Any, args: Any, kwargs: Any, site: probe.Site, origin: nn.Parameter) -> Any:
-        """Without gradient, a parameter is its value, the same for all records (spectral norm's power iteration)."""
-        plain_args, plain_kwargs = tree_map(lambda v: v.value if isinstance(v, StandIn) else v, (args, kwargs))
-        out = func(*plain_args, **plain_kwargs)
-
-        def stand(v: Any) -> Any:
-            if site.data or not isinstance(v, Tensor):
-                return v
-            return StandIn.of(v, origin, self, copies=v.detach().expand(self.n, *v.shape))
-
-        return tree_map(stand, out)
 
     def _seen(self, parameter: nn.Parameter) -> Tensor:
         """The parameter as the operation sees it: detached, unless autograd's gradient is wanted for the proof."""

@@ -183,20 +183,13 @@ class PrivateDataLoader(DataLoader[Any]):
         this = self._passes
         inner = self._begin(listener)
         try:
-            log = self._batches.log
+            log, end = self._batches.log, object()
             while True:
                 chance = randomness.capture()
-                try:
-                    batch = next(inner)
-                except StopIteration:
+                batch = next(inner, end)
+                self._refuse_stale(this, listener)
+                if batch is end:
                     break
-                if self._passes != this:
-                    raise SamplingError(
-                        "an earlier pass over the data was resumed after a later one had begun",
-                        why="parts of two logical batches would meet in one sum, and a record may be in both.",
-                        cure="finish or leave one pass before the next; for two batches at a time call next() twice "
-                        "on one.",
-                    )
                 self._fetched, self._chance = next(d for d in log if d.n), chance
                 while log[0].n == 0 and listener.admits():
                     self._serve_nobody(listener, log.popleft())
@@ -212,6 +205,21 @@ class PrivateDataLoader(DataLoader[Any]):
         finally:
             if self._passes == this:
                 self.inside, self._latest = False, None
+
+    def _refuse_stale(self, this: int, listener: Listener) -> None:
+        """Raise in a pass that another one, or the engine's end, has made void: not even its empty draws are steps."""
+        if self._listener is not listener:
+            raise SamplingError(
+                "a pass over the data was resumed after its engine had been detached",
+                why="nobody would count the batches it draws.",
+                cure="leave the loop before engine.detach(), or call make_private again and begin a new pass.",
+            )
+        if self._passes != this:
+            raise SamplingError(
+                "an earlier pass over the data was resumed after a later one had begun",
+                why="parts of two logical batches would meet in one sum, and a record may be in both.",
+                cure="finish or leave one pass before the next; for two batches at a time call next() twice on one.",
+            )
 
     def _begin(self, listener: Listener) -> Iterator[Any]:
         """A new pass, or the rest of an interrupted one."""

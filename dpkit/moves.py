@@ -73,12 +73,13 @@ class Places:
         ends = (self.base, self.values if self.written else self.out)
         return any(isinstance(r, Folded) for r in ends) and any(r is not None for r in ends)
 
-    def check(self, move: Move, n: int, path: str) -> None:
-        """Raise unless every row goes from a record to itself."""
+    def check(self, move: Move, n: int, path: str) -> Tensor | None:
+        """Raise unless every row goes from a record to itself, or whole records change places: then returns who stands
+        where [n]."""
         if not isinstance(self.base, Records) or not self.fits(move, n):
             if isinstance(self.base, Records):
                 raise _misplaced(path, f"{move.name} moves other numbers of rows than when the model was examined")
-            return
+            return None
         owners = self.base.owners(move.base.shape, n, move.base.device)
         other = move.out if move.values is None else move.values
         there = self.values if self.written else self.out
@@ -89,7 +90,21 @@ class Places:
             elif move.name.startswith("scatter"):
                 expected = expected[tuple(slice(s) for s in found.shape)]
             if not torch.equal(found, expected.expand(found.shape)):
-                raise _misplaced(path, f"{move.name} moves rows from one record to another")
+                order = None if self.written else self._order(found, n)
+                if order is None:
+                    raise _misplaced(path, f"{move.name} moves rows from one record to another")
+                return order
+        return None
+
+    def _order(self, found: Tensor, n: int) -> Tensor | None:
+        """The records' new order, if that is all that changed (sequences sorted by their lengths)."""
+        if self.base != self.out or not isinstance(self.out, Records) or self.out.factor != 1:
+            return None
+        rows = found.movedim(self.out.dim, 0).reshape(n, -1)
+        whole = torch.equal(rows, rows[:, :1].expand_as(rows)) and torch.equal(
+            rows[:, 0].sort().values, torch.arange(n, dtype=rows.dtype, device=rows.device)
+        )
+        return rows[:, 0].long() if whole else None
 
     def fits(self, move: Move, n: int) -> bool:
         """Whether the move's tensors have the shapes that the plan speaks of."""
@@ -143,13 +158,17 @@ class Taint(TorchDispatchMode):
     """Marks every tensor that is computed from the marked ones, and tells of the rows that these moved.
 
     Memory is marked, not the tensors that show it: what is written into a view has reached the whole.
+
+    Attributes:
+        moved: is told of every `Move`; returns the order [n] that it put the records into, if it did.
     """
 
-    def __init__(self, moved: Callable[[Move], None], without_order: Callable[[], None] | None = None) -> None:
+    def __init__(self, moved: Callable[[Move], Tensor | None], without_order: Callable[[], None] | None = None) -> None:
         super().__init__()
         self.marked: dict[int, StorageWeakRef] = {}  # the weak references keep an address from being given again
         self.moved, self.without_order = moved, without_order
         self.reordered = False  # records were packed in the order of their lengths
+        self._orders: dict[int, Tensor] = {}  # memory in which the records stand in another order
 
     def used(self, packed: PackedSequence) -> None:
         """A packed sequence is unpacked or goes through a recurrent layer: with its order, if there is one."""
@@ -164,10 +183,22 @@ class Taint(TorchDispatchMode):
                     self.marked[memory._cdata] = StorageWeakRef(memory)
 
     def has(self, tree: Any) -> bool:
-        return any(
-            isinstance(v, Tensor) and v.layout == torch.strided and v.untyped_storage()._cdata in self.marked
-            for v in leaves(tree)
-        )
+        return any(_address(v) in self.marked for v in leaves(tree))
+
+    def order(self, tree: Any) -> Tensor | None:
+        """The order in which the records stand in a tensor of ``tree``; None: in their own."""
+        found = (self._orders.get(_address(v)) for v in leaves(tree)) if self._orders else iter(())
+        return next((order for order in found if order is not None), None)
+
+    def put(self, tree: Any, order: Tensor | None) -> None:
+        """Note in which order the records stand in the tensors of ``tree``."""
+        own = order is None or torch.equal(order, torch.arange(len(order), device=order.device))
+        for v in leaves(tree):
+            if own or order is None:
+                self._orders.pop(_address(v), None)
+            elif isinstance(v, Tensor):
+                self.mark(v)
+                self._orders[_address(v)] = order
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -176,9 +207,12 @@ class Taint(TorchDispatchMode):
         where = _WHERE.get(name)
         moves = where is not None and len(args) > where[0] and self.has(args[where[0]])
         packing = _packing() if moves or name == "copy" else None  # of "copy" unpacking is made
+        order = self.order((args, kwargs or {}))
         out = func(*args, **(kwargs or {}))
         if self.has((args, kwargs or {})):
             self.mark(out)
+        if order is not None:
+            self.put(out, order)
         if packing is not None and packing.f_code is pack_padded_sequence.__code__:
             self.reordered |= moves
         elif packing is not None:
@@ -189,5 +223,12 @@ class Taint(TorchDispatchMode):
             base = args[0]
             told = base if where[1] is None else values
             if isinstance(base, Tensor) and base.is_floating_point() and isinstance(told, Tensor) and self.has(told):
-                self.moved(Move(name, args, base, values, out))
+                new = self.moved(Move(name, args, base, values, out))
+                if new is not None:
+                    before = self.order(base)
+                    self.put(out, new if before is None else before[new])
         return out
+
+
+def _address(v: Any) -> int:
+    return v.untyped_storage()._cdata if isinstance(v, Tensor) and v.layout == torch.strided else 0

@@ -151,6 +151,12 @@ def source_of(secure: SecureNoise | None, given: torch.Generator | None, draws: 
     Raises:
         ConfigurationError: secure mode together with a seed, or one stream for noise and draw.
     """
+    if given is not None and not isinstance(given, torch.Generator):
+        raise ConfigurationError(
+            f"noise_generator is a {type(given).__name__}",
+            why="the noise would not be drawn from it.",
+            cure="pass a torch.Generator, or leave it out.",
+        )
     if secure is None:
         plain = NoiseSource(given)
         plain.refuse_shared(draws)

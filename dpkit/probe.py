@@ -166,10 +166,11 @@ class Recorder:
     def _seen(self, tree: Any) -> list[Seen | None]:
         return [Seen.of(v, self.n) for v in leaves(tree)]
 
-    def _moved(self, move: Move) -> None:
+    def _moved(self, move: Move) -> Tensor | None:
         if not self.quiet:
             seen = [Seen.of(v, self.n) for v in (move.base, move.values, move.out)]
             self.moves.append(Moved(move.name, self.inside(), *seen))
+        return None
 
     def without_order(self) -> None:
         """Packed data are used whose order is not known: were they packed in another one than the records'?"""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dpkit.accountants import Accountant, Event, GroupOf, PLDAccountant, make_accountant
+from dpkit.accountants import Accountant, Event, GroupOf, PLDAccountant
 
 from .budget import Budget, Totals
 from .errors import BudgetExhaustedError, CheckpointError, LedgerError, ReplayError
@@ -117,16 +117,6 @@ class Spending:
         if budget is not None and delta == budget.delta and value > budget.max_epsilon and budget.holds(self._totals()):
             return budget.max_epsilon  # both are upper bounds; the other was found on a finer grid
         return value
-
-    def epsilon_of_all(self, delta: float) -> float:
-        """ε at ``delta`` of all runs in the ledger together."""
-        if self.ledger is None:
-            return self.epsilon(delta)
-        self.ledger.read()
-        judge = make_accountant(adjacency=self.accountant.adjacency)
-        for event, n in self._totals().items():
-            judge.compose(event, n)
-        return judge.epsilon(delta)
 
     # ---- state
 

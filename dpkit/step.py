@@ -172,6 +172,12 @@ class PrivateStep:
 
     def backward(self, losses: Tensor) -> None:
         """The strict door; see `dpkit.PrivacyEngine.backward`."""
+        if not isinstance(losses, Tensor):
+            raise ConfigurationError(
+                f"losses is a {type(losses).__name__}",
+                why="there is nothing to back-propagate.",
+                cure="pass one loss a record, computed from the model's outputs.",
+            )
         if self.tape.paused:
             losses.mean().backward()
             return

@@ -219,6 +219,8 @@ class Tape:
             if isinstance(module, nn.EmbeddingBag):
                 given = [*args, *kwargs.values()]
                 checks.refuse_loose_bags(self.path(module), given[0], given[1:], router.taint.has)
+        if isinstance(module, nn.RNNBase) and isinstance(router, Live):
+            router.in_order(module, (args, kwargs))
         if module in self.apiece:
             return self._part(frame, args, kwargs, router)
         if packed is not None and brings_back(module):
@@ -227,8 +229,8 @@ class Tape:
             frame.quiet = True
             router.quiet += 1
         if self.rules[module] is not None and self.uses_rule(module, args, kwargs, frame, router):
+            router.quiet += not frame.quiet
             frame.quiet = True
-            router.quiet += 1
             own = module._parameters
             seen_by_autograd = self.batch.unproven if isinstance(router, Live) and self.batch else frozenset()
             for name, p in own.items():
@@ -242,12 +244,13 @@ class Tape:
         """Split the call of a module that runs on one record at a time; while probing, run it as it is."""
         module, arguments = frame.module, (args, kwargs)
         frame.router, self.router = router, None  # whatever happens inside is no concern of the tape's
+        router.quiet += not frame.quiet
         frame.quiet = True
-        router.quiet += 1
         if isinstance(router, probe.Recorder):
             router.call(module, args, kwargs)
         elif torch.is_grad_enabled():
             router.culprit = module
+            router.in_order(module, arguments)
             site = router.site(module, router.count(module), leaves(arguments))
             if site.folded is not None:
                 probe.refuse_folded(self.path(module), f"a call of {type(module).__name__}", site.folded)
@@ -292,6 +295,7 @@ class Tape:
         if not any(trains(p) for p in self._own(module).values()):
             return False
         router.culprit = module
+        router.in_order(module, (args, kwargs))
         site = router.site(module, k, leaves((args, kwargs)))
         if not site.data or any(isinstance(v, StandIn) for v in leaves((args, kwargs))):
             return False

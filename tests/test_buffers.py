@@ -49,6 +49,10 @@ def one_record(module: Any, y: Tensor) -> None:
     module.kept[0] = y[-1, 0]
 
 
+def sign(module: Any, y: Tensor) -> None:
+    module.kept.copy_(y[-1] > 0)
+
+
 def number(module: Any, y: Tensor) -> None:
     module.kept += len(y)
 
@@ -97,7 +101,7 @@ def test_records_in_a_buffer(update: Callable[..., None], frozen: bool) -> None:
     assert torch.equal(kept, torch.zeros(5))
 
 
-@pytest.mark.parametrize("update", [in_place, replaced])
+@pytest.mark.parametrize("update", [in_place, replaced, sign])
 def test_one_record_in_a_buffer(update: Callable[..., None]) -> None:
     """A batch of one record has nothing to compare with; where the values come from tells."""
     with pytest.raises(dpkit.UnsupportedModuleError, match=r"into the buffer 1\.kept"):
@@ -111,6 +115,32 @@ def test_other_buffers(update: Callable[..., None]) -> None:
     assert model[1].kept.abs().sum() > 0
     if update is steps:
         assert model[1].kept[0] == 3  # examined, and not counted
+
+
+class Shifts(nn.Linear):
+    """Changes its weight in the forward by what the records are, without gradient."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(4, 5)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self.how == "in place":
+                self.weight.add_(1e-6 * x.mean())
+            else:
+                torch.add(self.weight, 1e-6 * x.mean(), out=self.weight)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("how", ["in place", "out"])
+def test_records_in_a_parameter(how: str) -> None:
+    """A weight that the forward itself changes is refused, without gradient too; nothing of it stays."""
+    layer = Shifts(how)
+    before = layer.weight.detach().clone()
+    with pytest.raises(dpkit.UncoveredParameterError, match=r"1\.weight"):
+        run(layer)
+    assert torch.equal(layer.weight, before)
 
 
 def test_buffers_that_are_not_released() -> None:

@@ -16,6 +16,7 @@ import torch
 
 import dpkit
 from dpkit import __main__ as command
+from dpkit import files
 from dpkit import ledger as ledgers
 from dpkit.accountants import Gaussian, PoissonSampled, RDPAccountant, epsilon
 from dpkit.ledger import Ledger
@@ -325,6 +326,8 @@ def test_as_a_program(tmp_path: Path) -> None:
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "2 releases" in done.stdout
+    project = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'dpkit = "dpkit.__main__:main"' in project
 
 
 def _append(path: Path, name: str, times: int) -> None:
@@ -430,6 +433,15 @@ def test_other_files_are_not_touched(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none" / "l"):
         with refused(dpkit.LedgerError, "cannot be opened"):
             dpkit.PrivacyEngine(ledger=path)
+
+
+def test_disks_that_keep_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system has a stronger way to force a file down (macOS), that is the one used."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(files.fcntl, "fcntl", lambda file, what: asked.append((file, what)))
+    files.sync(7)
+    assert asked == [(7, 51)]
 
 
 def test_another_adjacency(tmp_path: Path) -> None:

@@ -390,6 +390,35 @@ def test_two_passes_at_once() -> None:
             work(run, next(batches))
 
 
+def test_the_rest_of_a_pass_that_was_left() -> None:
+    """Its empty draws would release what a later pass has in hand."""
+    run = attach(mlp(), data(), 4, max_physical_batch_size=1)
+    with drawing([0], [], []):
+        first = iter(run.loader)
+        work(run, next(first))
+    with drawing([0, 1]):
+        second = iter(run.loader)
+        squared_loss(run.model, next(second)).backward()
+        run.optimizer.step()
+        ledger = run.engine.accountant.ledger
+        with refused(dpkit.SamplingError, "pass"):
+            next(first)
+        assert run.engine.accountant.ledger == ledger
+        work(run, next(second))
+
+
+def test_the_rest_of_a_pass_after_detach() -> None:
+    """Neither batches nor empty draws: they would be ordinary steps that nobody counts."""
+    for draws in ([[0], [1]], [[0], []]):
+        run = attach(mlp(), data(), 4)
+        with drawing(*draws):
+            batches = iter(run.loader)
+            work(run, next(batches))
+            run.engine.detach()
+            with refused(dpkit.SamplingError, "detached"):
+                next(batches)
+
+
 # --- loaders that cannot be accounted ---
 
 

@@ -5,12 +5,14 @@ Each test is a way to credit a record's gradient to another one, with sums, shap
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import TensorDataset
 
 import dpkit
@@ -242,6 +244,149 @@ def test_outputs_of_several_sizes(lengths: list[int]) -> None:
         else:
             with pytest.raises(dpkit.UncoveredParameterError, match="another size for each"):
                 fit()
+
+
+class Sorted(nn.Module):
+    """Sorts its records by length for a recurrent layer: by torch's own packing, or by hand."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.layer, self.head = how, nn.GRU(4, 3, batch_first=True), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = (x[..., 0] > 0).sum(1).clamp(min=1)
+        if self.how == "packed":
+            return self.head(self.layer(pack_padded_sequence(x, lengths, True, enforce_sorted=False))[1][0])
+        order = lengths.argsort(descending=True, stable=True)
+        if self.how == "moved":  # no parameter meets them in between
+            return self.head(self.layer(x[order][order.argsort()])[1][0])
+        last = self.layer(pack_padded_sequence(x[order], lengths[order], True))[1][0]
+        return self.head(last[order.argsort()])
+
+
+@pytest.mark.parametrize("how", ["packed", "moved", "by hand"])
+@pytest.mark.parametrize("counts", [[4, 3, 2, 1], [1, 4, 2, 3]])
+def test_records_sorted_by_their_data(how: str, counts: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    """What torch's packing does is followed; by hand, a parameter meets other records than its place says."""
+    model, batch = Sorted(how).double(), (tokens(counts).double(), torch.linspace(-1, 1, 4).double())
+    total = clipped_sum(model, losses, batch, 4, 0.3)
+    step = private_step(model, losses, batch, 0.3, loss_reduction="sum")
+    assert norm({k: 4 * step[k] + total[k] for k in total}) <= 1e-10 * norm(total)
+    assert ("one record at a time" in caplog.text) == (how == "by hand" and counts[0] == 1)
+
+
+def test_records_sorted_by_their_data_later() -> None:
+    """The first batch happens to be in order, the second is not."""
+    dataset = data([4, 3, 2, 1, 2, 4])
+    for how in ("packed", "moved"):
+        steps(Sorted(how), dataset, [0, 1, 2, 3], [2, 3, 4, 5])
+    with pytest.raises(dpkit.CoupledRecordsError, match="stand in another order"):
+        steps(Sorted("by hand"), dataset, [0, 1, 2, 3], [2, 3, 4, 5])
+
+
+def test_records_sorted_twice() -> None:
+    """By hand, and by the packing: the layer puts back what the packing did, and no more."""
+
+    class Twice(Sorted):
+        def forward(self, x: Tensor) -> Tensor:
+            lengths = (x[..., 0] > 0).sum(1).clamp(min=1)
+            order = lengths.argsort(stable=True)
+            packed = pack_padded_sequence(x[order], lengths[order], True, enforce_sorted=False)
+            return self.head(self.layer(packed)[1][0][order.argsort()])
+
+    with pytest.raises(dpkit.CoupledRecordsError, match="stand in another order"):
+        steps(Twice("twice"), data([1, 2, 3, 4, 1, 3]), [0, 1, 2, 3], [2, 3, 4, 5])
+
+
+class Moving(nn.Module):
+    """Adds chosen rows to the rows ``shift`` further on: first to themselves, later to those of the next record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.head, self.shift = nn.Parameter(torch.ones(4)), nn.Linear(4, 1), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1) * self.scale
+        chosen = (x.flatten(0, 1)[:, 0] > 0).nonzero()[:, 0]
+        rows = rows.index_add(0, (chosen + self.shift) % len(rows), rows[chosen])
+        return self.head(torch.tanh(rows).view(x.shape)).mean(1)
+
+
+def test_chosen_rows_that_go_elsewhere_later() -> None:
+    """On the first batch they stay with their records, in numbers that are not the same for all: not to be trusted."""
+    model, dataset = Moving(), data([1, 3, 0, 2])
+    run = attach(model, dataset, loss_reduction="sum", max_grad_norm=0.3)
+    for shift in (0, 4):
+        model.shift = shift
+        before = {k: p.detach().clone() for k, p in model.named_parameters()}
+        oracle = copy.deepcopy(model)
+        total = clipped_sum(oracle, losses, dataset.tensors, 4, 0.3)  # each record by itself
+        for batch in run.loader:
+            run.optimizer.zero_grad()
+            losses(run.model, batch).sum().backward()
+            run.optimizer.step()
+        moved = {k: (before[k] - p.detach()) * 4 for k, p in model.named_parameters()}
+        assert norm({k: moved[k] - total[k] for k in total}) <= 1e-4 * norm(total)
+
+
+class Positional(nn.Module):
+    """Adds one to whatever stands first: on one record at a time that is everybody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = m.Shuffled(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x[..., :3])
+        first = (torch.arange(len(y)) == 0).to(y)[:, None]
+        z = y.flatten()[y.detach().flatten().argsort().argsort().argsort()]  # by the data: not to be followed
+        return (z - z).view(y.shape) + y + first
+
+
+def test_another_function_on_one_record() -> None:
+    with pytest.raises(dpkit.PrivacyError):
+        steps(Positional(), data([1, 2, 3, 4]), [0, 1, 2, 3])
+
+
+class Counting(m.Shuffled):
+    """Rows in an order of its own, and how many inputs are large: no record's value."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.embed = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), (x[:, 0, 1] > 50).sum()
+
+
+@pytest.mark.parametrize("large", [0.0, 100.0])
+def test_outputs_of_nobody(large: float) -> None:
+    """The same for every record on the first batch, and not on the second."""
+    dataset = data([1, 2, 3, 4])
+    run = attach(Counting(), dataset)
+
+    def fit() -> None:
+        for k, (x, y) in enumerate(run.loader):
+            x[0, 0, 1] += large * k
+            (run.model(x)[0] - y[:, None]).square().mean().backward()
+            run.optimizer.step()
+
+    with drawing([0, 1, 2, 3], [0, 1, 2, 3]):
+        if large:
+            with pytest.raises(dpkit.CoupledRecordsError, match="no dimension of records"):
+                fit()
+        else:
+            fit()
+
+
+def test_hook_after_the_call_was_split() -> None:
+    """A forward pre-hook of the user's that is registered later sees record 0 alone: refused where it changes it."""
+    model = OneExpert()
+    run = attach(model, data([1, 3, 0, 2]))
+    model.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    x, _ = next(iter(run.loader))
+    with pytest.raises(dpkit.UncoveredParameterError, match="pre-hook"):
+        run.model(x)
 
 
 # --- where the records are, from two shapes ---

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import dpkit
 from dpkit.accountants import Gaussian, PoissonSampled, RDPAccountant, epsilon
+from dpkit.randomness import BatchChance
 from dpkit.sampling import PoissonSampling
 from tests.training import Run, attach, data, drawing, mlp, squared_loss, train, weights, work
 
@@ -193,8 +194,11 @@ def test_loader_options_are_kept() -> None:
         module=model, optimizer=optimizer, data_loader=given, noise_multiplier=1.0, max_grad_norm=1.0
     )
     assert isinstance(loader, DataLoader)
-    for name in ("dataset", "collate_fn", "generator", "num_workers", "timeout", "prefetch_factor", "worker_init_fn"):
+    for name in ("dataset", "num_workers", "timeout", "prefetch_factor"):
         assert getattr(loader, name) is getattr(given, name), name
+    assert isinstance(loader.collate_fn, BatchChance)  # the workers' chance is the batch's own; what they do is kept
+    assert (loader.collate_fn.collate, loader.collate_fn.init) == (as_dict, print)
+    assert loader.batch_sampler.generator is generator  # type: ignore[union-attr]
 
 
 # --- empty draws ---

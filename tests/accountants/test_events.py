@@ -7,7 +7,25 @@ import json
 import numpy as np
 import pytest
 
-from dpkit.accountants import AccountingError, Composed, Event, Gaussian, Laplace, PoissonSampled, Repeated, dpsgd
+from dpkit.accountants import (
+    AccountingError,
+    ApproximateDP,
+    Composed,
+    DeterministicBatches,
+    DiscreteGaussian,
+    DiscreteLaplace,
+    Event,
+    Gaussian,
+    GroupOf,
+    Laplace,
+    PoissonSampled,
+    RandomAllocation,
+    RandomizedResponse,
+    Repeated,
+    SampledWithoutReplacement,
+    TruncatedPoissonSampled,
+    dpsgd,
+)
 
 STEP = PoissonSampled(0.01, Gaussian(1.1))
 
@@ -27,7 +45,37 @@ def test_events_are_hashable_values() -> None:
         STEP.sample_rate = 0.5  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("event", [STEP, STEP * 3 + Laplace(0.1 + 0.2) * 2, Composed(()), Repeated(Gaussian(0.0), 4)])
+EVENTS: list[Event] = [
+    STEP,
+    STEP * 3 + Laplace(0.1 + 0.2) * 2,
+    Composed(()),
+    Repeated(Gaussian(0.0), 4),
+    RandomAllocation(10, Gaussian(0.1 + 0.2), 2) * 3,
+    SampledWithoutReplacement(3, 10, Laplace(1.0)),
+    TruncatedPoissonSampled(0.1, 10, 3, Gaussian(1.0)),
+    DeterministicBatches(Gaussian(1.0)),
+    GroupOf(3, STEP),
+    PoissonSampled(0.1, Gaussian(1.0) + Gaussian(2.0)),
+    DiscreteGaussian(1.5, 2) + DiscreteLaplace(2.5) + RandomizedResponse(0.3, 5) + ApproximateDP(0.3, 1e-9),
+]
+
+
+def test_every_kind_is_tried() -> None:
+    kinds = {type(part) for event in EVENTS for part, _ in event.flat()} | {Composed, Repeated}
+    assert kinds == set(Event._kinds.values())
+
+
+def test_groups_and_batches_see_every_release() -> None:
+    assert GroupOf(2, STEP * 3 + Laplace(1.0)).flat() == [(GroupOf(2, STEP), 3), (GroupOf(2, Laplace(1.0)), 1)]
+    assert DeterministicBatches(Gaussian(1.0) * 2).flat() == [(DeterministicBatches(Gaussian(1.0)), 2)]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=repr)
+def test_repr_is_code(event: Event) -> None:
+    assert eval(repr(event)) == event
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=repr)
 def test_json_round_trip_is_exact(event: Event) -> None:
     assert Event.from_json(json.loads(json.dumps(event.to_json()))) == event
 

@@ -84,3 +84,14 @@ def test_replace_one_agrees_with_renyi_and_with_the_whole(sigma: float, steps: i
     # and never below what one direction alone would say
     single = pld(dpsgd(sigma / 2, 0.1, steps), delta)
     assert part[1] >= single[0] * (1 - 1e-3)
+
+
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(st.floats(0.8, 10.0), st.floats(0.01, 0.5), st.integers(1, 300), DELTA)
+def test_an_exchange_costs_more_than_a_removal_and_less_than_renyi_says(
+    sigma: float, q: float, steps: int, delta: float
+) -> None:
+    low, high = pld(dpsgd(sigma, q, steps), delta, "replace_one")
+    above = RDPAccountant("replace_one").compose(dpsgd(sigma, q, steps)).epsilon(delta)
+    assert low <= high <= above * (1 + SLACK) + 1e-9
+    assert high >= pld(dpsgd(sigma, q, steps), delta)[0] * (1 - SLACK)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,17 +12,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dpkit.layers import FrozenBatchNorm, group_norm, groups_for
+from tests.cases import squared
+from tests.oracle import clipped_sum, norm
+from tests.stepping import median_norm, private_step
 
 KINDS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
-def shaken(norm: nn.Module) -> nn.Module:
+def shaken(module: nn.Module) -> nn.Module:
     """With parameters and statistics of no special value."""
     with torch.no_grad():
-        for v in norm.state_dict().values():
+        for v in module.state_dict().values():
             if v.is_floating_point():
                 v.copy_(0.5 + torch.rand_like(v))
-    return norm
+    return module
 
 
 @given(channels=st.integers(1, 300), at_most=st.integers(1, 40))
@@ -100,3 +106,25 @@ def test_frozen(dtype: torch.dtype, tolerance: float, dims: int, channels: int, 
 def test_nothing_to_freeze_at() -> None:
     with pytest.raises(ValueError, match="without running statistics"):
         FrozenBatchNorm.of(nn.BatchNorm2d(3, track_running_stats=False))
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, FrozenBatchNorm])
+@pytest.mark.parametrize("trains", ["both", "weight", "bias"])
+def test_private_step_is_exact(kind: type[nn.Module], trains: str, caplog: pytest.LogCaptureFixture) -> None:
+    """BatchNorm in eval mode and frozen: weight and bias train, statistics stay; by a rule, not one by one."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), shaken(kind(4)), nn.Tanh()).double().eval()
+    model[1].weight.requires_grad_(trains != "bias")
+    model[1].bias.requires_grad_(trains != "weight")
+    statistics = {k: v.clone() for k, v in model.named_buffers()}
+    batch = (torch.randn(4, 2, 4, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64))
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        return squared(model(batch[0]), batch[1])
+
+    twin = copy.deepcopy(model)
+    bound = median_norm(twin, losses, batch)
+    total = clipped_sum(twin, losses, batch, 4, bound)
+    step = private_step(model, losses, batch, bound)
+    assert norm({k: step[k] + total[k] / 4 for k in total}) <= 1e-10 * norm(total) / 4
+    assert all(torch.equal(v, statistics[k]) for k, v in model.named_buffers())
+    assert caplog.records == []

@@ -236,19 +236,20 @@ def test_packed_sequences_are_not_run_one_by_one(kind: str, caplog: pytest.LogCa
 class Forgets(nn.Module):
     """Packs in the order of the lengths, and unpacks without it: the rows are then other records' than their places."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, home: Any) -> None:
         super().__init__()
-        self.layer, self.head, self.where = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2), where
+        self.layer, self.head, self.where = home.LSTM(3, 4, batch_first=True), nn.Linear(4, 2), where
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         packed = pack_padded_sequence(x, lengths, True, enforce_sorted=False)
-        if self.where == "before":
-            y, _ = self.layer(PackedSequence(packed.data, packed.batch_sizes))
+        if self.where != "after":
+            y, (h, _) = self.layer(PackedSequence(packed.data, packed.batch_sizes))
+            if self.where == "states":
+                return self.head(h[-1])[packed.unsorted_indices]
         else:
             y, _ = self.layer(packed)
             y = PackedSequence(y.data, y.batch_sizes)
-        y = self.head(pad_packed_sequence(y, True, total_length=x.shape[1])[0])
-        return y[torch.arange(len(x)).argsort()] if packed.unsorted_indices is None else y[packed.unsorted_indices]
+        return self.head(pad_packed_sequence(y, True, total_length=x.shape[1])[0])[packed.unsorted_indices]
 
 
 class Direct(nn.Module):
@@ -300,11 +301,12 @@ def test_packed_inside_a_subclass(lengths: list[int], caplog: pytest.LogCaptureF
     assert "layer: run on one record at a time" in caplog.text
 
 
-@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("where", ["before", "after", "states"])
 @pytest.mark.parametrize("lengths", [[5, 4, 2, 1], [2, 5, 1, 4]])
-def test_forgotten_order(where: str, lengths: list[int], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("home", [nn, layers], ids=["torch", "ours"])
+def test_forgotten_order(where: str, lengths: list[int], home: Any, caplog: pytest.LogCaptureFixture) -> None:
     """The layers between see the rows in another order than the records': noticed whatever this batch's order is."""
-    check(Forgets(where), 4, torch.tensor(lengths))
+    check(Forgets(where, home), 4, torch.tensor(lengths))
     assert "one record at a time" in caplog.text
 
 

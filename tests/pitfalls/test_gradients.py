@@ -127,15 +127,35 @@ def test_pitfall_21_a_parameter_that_this_step_does_not_use() -> None:
 
 def test_pitfall_22_leaving_a_logical_batch() -> None:
     """What was begun is dropped; the next pass takes every one of its steps."""
-    run = attach(mlp(), data(), 4, max_physical_batch_size=2)
+    run, fresh = (attach(mlp(), data(), 4, max_physical_batch_size=2) for _ in range(2))
     with drawing([0, 1, 2, 3, 4], [5]):
         for batch in run.loader:
             work(run, batch)
             break
         assert run.engine.accountant.ledger == ()
         moved = [bool((released(run, batch) != 0).any()) for batch in run.loader]
+        train(fresh)
+    assert torch.equal(weights(run.model), weights(fresh.model))
     assert moved == [False, False, True, True]
     assert sum(n for _, n in run.engine.accountant.ledger) == 2
+
+
+def test_pitfall_23_the_loss_scale_is_undone_before_clipping() -> None:
+    """A GradScaler's factor of 2^16 does not bring every record to the bound; the step is that without it."""
+    steps = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**16)):
+        run = attach(mlp(), max_grad_norm=100.0, grad_scaler=scaler)
+        for batch in run.loader:
+            loss = squared_loss(run.model, batch)
+            if scaler is None:
+                loss.backward()
+                run.optimizer.step()
+            else:
+                scaler.scale(loss).backward()
+                scaler.step(run.optimizer)
+                scaler.update()
+        steps.append(weights(run.model))
+    torch.testing.assert_close(steps[1], steps[0])
 
 
 def test_pitfall_24_a_new_sigma_keeps_the_history() -> None:

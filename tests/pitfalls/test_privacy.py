@@ -7,6 +7,7 @@ gradients or crash.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -174,6 +175,12 @@ def test_pitfall_08_tokens_as_records() -> None:
     tokens = torch.randn(3, 5, 4, dtype=torch.float64)
     moved = difference(Folds, lambda net, x: (1e3 * net(x)).mean().backward(), tokens, 3)
     assert 0.5 < moved <= 1.0 + 1e-5
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        twin = Folds().double()
+    total = clipped_sum(twin, lambda net, b: 1e3 * net(b), tokens, 3, 1.0)
+    whole = step(Folds, lambda net, x: (1e3 * net(x)).mean().backward(), tokens, range(3))
+    torch.testing.assert_close(whole, torch.cat([v.flatten() for v in total.values()]))
 
 
 def test_pitfall_09_fixed_batches_are_not_poisson() -> None:
@@ -220,6 +227,19 @@ def test_pitfall_11_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         make_private(loader)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     make_private(loader)
+
+
+@pytest.mark.parametrize("physical", [None, 1, 2])
+def test_pitfall_12_adaptive_clipping_in_parts_and_on_nobody(physical: int | None) -> None:
+    """C moves once an accounted step, however it is served, and a step on nobody is one."""
+    clipping = dpkit.AdaptiveClipping(learning_rate=0.1)
+    run = attach(mlp(), data(8), 4, clipping=clipping, max_physical_batch_size=physical, noise_multiplier=0.5)
+    bounds = [run.engine.max_grad_norm]
+    run.optimizer.register_step_post_hook(lambda *args: bounds.append(run.engine.max_grad_norm))
+    with drawing([0, 1, 2, 3, 4], [], [5, 6], []):
+        train(run)
+    assert sum(a != b for a, b in itertools.pairwise(bounds)) == 4
+    assert run.engine.accountant.ledger == ((PoissonSampled(0.5, Gaussian(0.5)), 4),)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -295,6 +315,7 @@ def test_pitfall_29_tied_weights_and_forwards_in_between() -> None:
         return m.LanguageModel(tied=True)
 
     assert 0.5 < difference(tied, losses, ids, 3) <= 1.0 + 1e-5
+    assert_exact(next(c for c in dpkit_cases() if c.name == "lm-tied"), torch.float64)
     plain = step(tied, losses, ids, range(3))
     assert torch.equal(step(tied, lambda net, part: losses(net, part, True), ids, range(3)), plain)
     assert bool((plain != 0).any())

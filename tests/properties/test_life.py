@@ -44,6 +44,8 @@ N, EXPECTED = 5, 2
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.randn(N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 DRAWS = st.lists(st.lists(st.integers(0, N - 1), unique=True, max_size=4), max_size=4)
+SCALES = st.sampled_from([1.0, 1e-3, 1e4])
+HOWS = st.sampled_from(["plain", "strict", "twice on one graph", "two forwards"])
 
 
 class Stop(Exception):
@@ -120,6 +122,8 @@ class Life(RuleBasedStateMachine):
             max_physical_batch_size=self.physical,
         )
         self.iterator: Iterator[Any] | None = None
+        self.begun = False
+        self.resumed: tuple[list[list[int]], int] | None = None
         self.abandoned: list[Iterator[Any]] = []
         self.parts: list[tuple[list[int], bool]] = []
         self.in_hand: tuple[list[int], bool] | None = None
@@ -144,20 +148,24 @@ class Life(RuleBasedStateMachine):
 
     @rule(draws=DRAWS)
     def begin_a_pass(self, draws: list[list[int]]) -> None:
-        """And leave the one that was under way, wherever it was."""
+        """And leave the one that was under way, wherever it was; its batch is in hand until this one's first."""
         if self.iterator is not None and self.begun:
             self.abandoned.append(self.iterator)
-        self.draws = draws
-        self._schedule(draws)
-        self.iterator = iter(self.loader)
-        self.in_hand, self.worked, self.begun = None, False, False
+        if self.resumed is None:
+            self.draws = draws
+            self._schedule(draws)
+        else:  # what comes after `restore` is the rest of the pass that was saved
+            self.draws = self.resumed[0]
+            self._schedule(*self.resumed)
+        self.iterator, self.begun = iter(self.loader), False
 
     @precondition(lambda self: self.iterator is not None)
     @rule()
     def next_batch(self) -> None:
         assert self.iterator is not None
         if not self.begun:  # a generator: nothing has happened before its first batch is asked for
-            self.begun, self.expected = True, None
+            self.begun, self.resumed = True, None
+            self.in_hand, self.worked, self.expected = None, False, None
         held = self.in_hand
         if held is not None and held[1] and self.worked:
             with pytest.raises(dpkit.UnfinishedStepError):
@@ -218,8 +226,8 @@ class Life(RuleBasedStateMachine):
 
     @precondition(lambda self: self.in_hand is not None and any(p.requires_grad for p in self.mine.values()))
     @rule(
-        scale=st.sampled_from([1.0, 1e-3, 1e4]),
-        how=st.sampled_from(["plain", "strict", "twice on one graph", "two forwards", "checkpoint"]),
+        scale=SCALES,
+        how=HOWS,
     )
     def work(self, scale: float, how: str) -> None:
         assert self.in_hand is not None
@@ -297,7 +305,9 @@ class Life(RuleBasedStateMachine):
             with pytest.raises(Stop):
                 losses.mean().backward()
         self.expected.disturbed = True
-        self.worked = True
+        assert self.engine._step is not None
+        assert self.engine._step.tape.batch is not None
+        self.worked = bool(self.engine._step.tape.batch.forms)
 
     @rule(
         rows=st.lists(st.integers(0, N - 1), min_size=1, max_size=6),
@@ -384,6 +394,19 @@ class Life(RuleBasedStateMachine):
         if to_none:
             self.grads_left = False
 
+    @rule(draws=DRAWS, hows=st.lists(st.tuples(SCALES, HOWS, st.booleans()), min_size=1, max_size=6))
+    def train(self, draws: list[list[int]], hows: list[tuple[float, str, bool]]) -> None:
+        """A stretch of an ordinary loop, in which a forward or a step may be left out."""
+        for scale, how, skips in hows:
+            if self.iterator is None:
+                self.begin_a_pass(draws)
+            self.next_batch()
+            if self.in_hand is not None:
+                if not skips and any(p.requires_grad for p in self.mine.values()):
+                    self.work(scale, how)
+                if not skips or how == "plain":
+                    self.step()
+
     # ---- what changes
 
     @rule(C=st.sampled_from([0.1, 1.0, 10.0]))
@@ -449,9 +472,8 @@ class Life(RuleBasedStateMachine):
         self._end_of_pass()
         self.optimizer.zero_grad()
         self.grads_left = False
-        self.draws = self.saved["draws"] if inside else []
-        self._schedule(self.draws, place[0] if inside else 0)
-        self.iterator, self.begun = iter(self.loader), False
+        self.resumed = (self.saved["draws"], place[0]) if inside else None
+        self.begin_a_pass([])
 
     # ---- what always holds
 
@@ -494,7 +516,7 @@ def live(lives: int, rules: int) -> int:
 
 def test_a_life() -> None:
     """A few hundred steps of it in every run of the suite."""
-    assert live(25, 30) >= 300
+    assert live(40, 40) >= 500
 
 
 @pytest.mark.slow
