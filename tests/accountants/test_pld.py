@@ -441,3 +441,12 @@ def test_no_cap_lies_beyond_what_was_left_out(q: float, sigma: float, delta: flo
         law = spectrum.laws[0]
         assert law.beyond[0] > 0.0
         assert spectrum.cap <= float(law.loss.max()) + law.step
+
+
+def test_epsilon_is_zero_only_within_the_total_variation() -> None:
+    q, sigma = 1e-3, 0.3
+    whole = two_steps_delta(q, sigma, 0.0)
+    high = PLDAccountant().compose(dpsgd(sigma, q, 2)).epsilon(0.9 * whole)
+    assert high > 0.0
+    assert two_steps_delta(q, sigma, high) <= 0.9 * whole * (1 + 1e-9)
+    assert PLDAccountant().compose(dpsgd(sigma, q, 2)).epsilon(1.2 * whole) == 0.0
