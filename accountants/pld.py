@@ -52,6 +52,8 @@ class Direction:
         """Whether an answer from this spectrum is as tight as a fresh one would be."""
         if epsilon == 0.0:
             return True
+        if epsilon > built.spectrum.cap:
+            return False  # true, but loose
         value, error, _, infinite = built.spectrum.bracket(epsilon, counts)
         if not error <= max(1e-6, 4.0 * built.blur) * value:
             return False
@@ -165,7 +167,7 @@ class Direction:
                 break  # as fine as memory allows
             before, step, plan = (spectrum.step, answer), spectrum.step * finer, better
             finest *= finer
-        return best
+        return float(best)
 
     def _known_plan(self, counts: Counts, log_delta: float) -> Plan | None:
         """The plan of an upper spectrum for the same question, for the lower one."""

@@ -196,5 +196,5 @@ class RDPAccountant(Accountant):
         logs = np.log(_ORDERS)
         ends = (float(logs[max(best - 1, 0)]), float(logs[min(best + 1, len(logs) - 1)]))
         # beyond some order the moments may be infinite: the search takes differences
-        found = minimize_scalar(lambda x: min(bound(x), 1e300), bounds=ends, method="bounded", options={"xatol": 1e-4})
+        found = minimize_scalar(lambda x: min(bound(x), 1e100), bounds=ends, method="bounded", options={"xatol": 1e-4})
         return min(low, float(found.fun))

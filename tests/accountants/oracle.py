@@ -57,13 +57,16 @@ def contour_deltas(steps: list[tuple[float, float, int]], epsilons: list[float],
 
     def chernoff(log_t: float) -> float:
         t = np.array([math.exp(log_t) + 0j])
-        return float(k(t, spacing)[0].real) - math.exp(log_t) * epsilons[0]
+        value = float(k(t, spacing)[0].real) - math.exp(log_t) * epsilons[0]
+        return value if abs(value) < 1e100 else 1e100
 
     def by_delta(log_t: float) -> float:
         t = np.array([math.exp(log_t) + 0j])
-        return float((k(t, spacing)[0].real - log_delta) / t[0].real)
+        value = float((k(t, spacing)[0].real - log_delta) / t[0].real)
+        return value if abs(value) < 1e100 else 1e100
 
-    saddle = minimize_scalar(chernoff if epsilons[0] > 0.0 else by_delta, bounds=(-8.0, 20.0), method="bounded")
+    last = min(20.0, math.log(3e3 * min(s for s, _, _ in steps)))  # keeps the range of x short
+    saddle = minimize_scalar(chernoff if epsilons[0] > 0.0 else by_delta, bounds=(-8.0, last), method="bounded")
     theta = math.exp(float(saddle.x))
     here = np.array([theta + 0j])
     curvature = sum(n * _variance(theta, q, s, spacing) for s, q, n in steps)

@@ -61,8 +61,8 @@ def judge_setting(setting: Setting) -> str:
 
 
 def test_a_sample_of_random_settings() -> None:
-    kinds = Counter(judge_setting(setting) for setting in draw(11, 40))
-    assert kinds["contour"] >= 15, kinds
+    kinds = Counter(judge_setting(setting) for setting in draw(11, 16))
+    assert kinds["contour"] >= 5, kinds
 
 
 @pytest.mark.slow
