@@ -1,6 +1,6 @@
 """dpkit's accountant beside dp_accounting, Opacus PRV and prv_accountant: ratio to the truth, time, failures; one run.
 
-    python benchmarks/accounting.py [--limit SECONDS]
+    python -m benchmarks.accounting [--limit SECONDS]
 
 Every library answers the settings of tests/accountants/truth.json in this one process, one after the other, under a
 time limit each. Writes benchmarks/results/accounting.json and .md.
@@ -229,7 +229,7 @@ def main() -> None:
         f"| peak memory of all settings in a fresh process | {more['peak_mb']:.0f} MB, with numpy alone "
         f"{more['numpy_mb']:.0f} MB |",
         "",
-        "Written by `python benchmarks/accounting.py`.",
+        "Written by `python -m benchmarks.accounting`.",
     ]
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / "accounting.json").write_text(json.dumps(out, indent=1) + "\n")
