@@ -76,16 +76,27 @@ def test_pitfall_19_arguments_and_dropout() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(F.dropout(F.dropout(x, 0.5, self.training) * self.scale, 0.5, self.training))
 
-    model, twin = Dropped(), Dropped()
-    twin.load_state_dict(model.state_dict())
-    run = attach(model, max_grad_norm=1e6)
-    for batch in run.loader:
-        torch.manual_seed(7)
-        moved = released(run, batch)
-        torch.manual_seed(7)
-        squared_loss(twin, batch).backward()
-    gradient = torch.cat([p.grad.flatten() for p in twin.parameters()])  # type: ignore[union-attr]
-    torch.testing.assert_close(moved, -gradient.double(), rtol=1e-4, atol=1e-6)
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel, self.scale = nn.Parameter(torch.randn(3, 1, 2)), nn.Parameter(torch.ones(2))
+            self.head = nn.Linear(6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.conv1d(x.unsqueeze(1), self.kernel, stride=3, padding=1)
+            return self.head(F.layer_norm(y, (2,), weight=self.scale, eps=0.5).flatten(1))
+
+    for kind in (Dropped, Keywords):
+        model = kind()
+        twin = copy.deepcopy(model)
+        run = attach(model, max_grad_norm=1e6)
+        for batch in run.loader:
+            torch.manual_seed(7)
+            moved = released(run, batch)
+            torch.manual_seed(7)
+            squared_loss(twin, batch).backward()
+        gradient = torch.cat([p.grad.flatten() for p in twin.parameters()])  # type: ignore[union-attr]
+        torch.testing.assert_close(moved, -gradient.double(), rtol=1e-4, atol=1e-6)
 
 
 def test_pitfall_20_two_backwards_before_a_step() -> None:
