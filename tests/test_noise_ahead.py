@@ -77,6 +77,8 @@ def test_the_state_is_that_before() -> None:
     source = own()
     before = source.state_dict()
     source.prepare(parameters())
+    assert source._ahead is not None
+    source._ahead._thread.join()
     state = source.state_dict()
     assert torch.equal(state["own"]["cpu"], before["own"]["cpu"])
     expected, found = parameters(), parameters()

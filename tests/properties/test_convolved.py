@@ -104,6 +104,24 @@ def test_some_records_at_a_time(form: Convolved) -> None:
             assert (norm >= expected.norm(dim=1) * (1 - 1e-5) - 1e-6 * bound).all(), name
 
 
+@pytest.mark.parametrize("rest", [1e-2, 3e-3, 1e-3, 1e-4])
+def test_ghost_norms_are_never_too_small_where_terms_cancel(rest: float) -> None:
+    """Equal patches whose gradients are opposite but for a little: rounding is far larger than what is left.
+
+    What adding up the terms in float32 rounds away is not there in the released sum either.
+    """
+    generator = torch.Generator().manual_seed(0)
+    n, c, o, t = 64, 3, 4, 32
+    x = torch.randn(n, c, 1, generator=generator).expand(n, c, 2 * t).contiguous()
+    g = torch.randn(n, o, t, generator=generator)
+    form = Convolved(x, torch.cat([g, -(1 + rest) * g], 2), (o, c, 1), (1,), (0,), (1,), 1)
+    true = reference(form).norm(dim=1)
+    terms = form.grad.double().norm(dim=1).sum(1) * x[:, :, 0].double().norm(dim=1)
+    rounded_away = 4 * torch.finfo(torch.float32).eps * terms
+    assert (form.sq_norm().double().sqrt() >= true * (1 - 1e-5) - rounded_away).all()
+    assert (form.lengths().double() >= terms * (1 - 1e-5)).all()
+
+
 @pytest.mark.parametrize("t", [1, 63, 64, 127, 130, 300])
 def test_gram_blocks(t: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long sequences take the ghost norm in blocks, and few records at a time."""
