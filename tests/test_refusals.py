@@ -779,6 +779,19 @@ def test_coupled_losses(couple: Callable[[Tensor], Tensor]) -> None:
             run.engine.backward(couple(run.model(x).flatten()).square())
 
 
+@pytest.mark.parametrize("record", range(7))
+def test_one_coupled_loss(record: int) -> None:
+    """It need not be the last record's loss that looks at another record's output."""
+
+    def couple(out: Tensor) -> Tensor:
+        return torch.cat([out[:record], out[record : record + 1] + out[7], out[record + 1 :]])
+
+    run = attach(mlp())
+    with refused(dpkit.CoupledRecordsError, f"record {record}"):
+        for x, _ in run.loader:
+            run.engine.backward(couple(run.model(x).flatten()).square())
+
+
 def test_strict_door_before_make_private() -> None:
     with pytest.raises(dpkit.NotAttachedError, match="make_private"):
         dpkit.PrivacyEngine().backward(torch.zeros(3))
