@@ -27,6 +27,8 @@ class Paced(Protocol):
 
     def begin_pass(self) -> bool: ...
 
+    def follows(self, logical: int) -> bool: ...
+
     def advance(self) -> None: ...
 
     def restart(self) -> None: ...
@@ -91,6 +93,10 @@ class CyclicPoisson:
         self._origin = self._turn
         return False
 
+    def follows(self, logical: int) -> bool:
+        """Whether that logical batch of the pass is the next to be released: it is of the group whose turn it is."""
+        return self._origin + logical == self._turn
+
     def advance(self) -> None:
         """There was a release."""
         self._turn += 1
@@ -129,7 +135,8 @@ class RepeatedOrder:
 
     def __post_init__(self) -> None:
         self._passes = 0  # complete ones of this mechanism
-        self._released = 0  # in this pass
+        self._released = 0  # in this pass, by this mechanism
+        self._done = 0  # in this pass
 
     def draws(self, generator: torch.Generator) -> Iterator[list[int]]:
         return iter(list(self.batches))
@@ -154,14 +161,19 @@ class RepeatedOrder:
 
     def begin_pass(self) -> bool:
         """Returns whether another mechanism begins, because the pass before was left half-way."""
+        self._done = 0
         left = self._released % self.steps != 0
         if left:
             self.restart()
         return left
 
+    def follows(self, logical: int) -> bool:
+        """Whether that logical batch of the pass is the next to be released."""
+        return logical == self._done
+
     def advance(self) -> None:
         """There was a release."""
-        self._released += 1
+        self._released, self._done = self._released + 1, self._done + 1
         if self._released == self.steps:
             self._passes, self._released = self._passes + 1, 0
 
@@ -171,11 +183,11 @@ class RepeatedOrder:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the passes stand."""
-        return {"passes": self._passes, "released": self._released}
+        return {"passes": self._passes, "released": self._released, "done": self._done}
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Go on there."""
-        self._passes, self._released = state["passes"], state["released"]
+        self._passes, self._released, self._done = state["passes"], state["released"], state["done"]
 
 
 def paced(sampling: Sampling, correlation: Correlation, generator: torch.Generator) -> Sampling:

@@ -225,7 +225,7 @@ class PrivateStep:
         try:
             self._close(draw)
             if draw.last:
-                self._release()
+                self._release(draw)
         except BaseException:
             self.drop()
             raise
@@ -256,8 +256,14 @@ class PrivateStep:
             self.nonfinite_records += self._sum.add(forms, trainable, draw.units, scale)
 
     @torch.no_grad()
-    def _release(self) -> None:
+    def _release(self, draw: Draw) -> None:
         """Sums + noise, divided by the expected batch size, become ``p.grad``; the ledger is written first."""
+        if isinstance(self.sampling, Paced) and not self.sampling.follows(draw.logical):
+            raise UnfinishedStepError(
+                "a batch before this one was drawn and not released (its step failed), under correlated noise",
+                why="how far apart two participations of a record are is counted in releases: it would come too soon.",
+                cure="leave the pass (break) and begin another.",
+            )
         clipped, self._sum = self._sum, None
         assert clipped is not None
         trainable = self._trainable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,6 +25,7 @@ from dpkit.correlated import BandedNoise, BufferedNoise, Correlated
 from dpkit.noise import NoiseSource
 from dpkit.paced import CyclicPoisson, RepeatedOrder
 from dpkit.secure import SecureNoise
+from dpkit.sums import ClippedSum
 from tests.training import attach, data, mlp, squared_loss, train, weights, work
 
 N, B = 24, 4
@@ -476,6 +478,25 @@ def test_a_batch_without_a_step_is_refused(correlation: Any, poisson: bool) -> N
     other = private(None, poisson_sampling=poisson)
     for _ in other.loader:  # independent noise does not mind
         pass
+
+
+@pytest.mark.parametrize(("correlation", "poisson"), FIXED)
+@pytest.mark.parametrize("saved", [False, True])
+def test_no_step_follows_one_that_failed(correlation: Any, poisson: bool, saved: bool, tmp_path: Path) -> None:
+    """The records of later batches would come back too soon; another pass is counted from where the releases are."""
+    run = private(correlation, poisson_sampling=poisson)
+    batches = iter(run.loader)
+    work(run, next(batches))
+    squared_loss(run.model, next(batches)).backward()
+    with mock.patch.object(ClippedSum, "take", side_effect=MemoryError), pytest.raises(MemoryError):
+        run.optimizer.step()
+    if saved:
+        run.engine.save_checkpoint(tmp_path / "run")
+        run.engine.load_checkpoint(tmp_path / "run")
+        batches = iter(run.loader)
+    with pytest.raises(dpkit.UnfinishedStepError, match="not released"):
+        work(run, next(batches))
+    train(run)
 
 
 def test_other_parameters_are_refused() -> None:
