@@ -86,6 +86,7 @@ def _assumptions(step: PrivateStep, amplified: bool, ledger: bool) -> Iterator[s
         yield "the loss is a mean or sum of one loss a record; engine.backward(losses) would check it"
     drawn = "who was drawn, " if amplified else ""
     yield f"nobody sees {drawn}sums before noise, checkpoints, or gradients of a batch"
+    yield "σ followed a schedule that was fixed in advance (one chosen in view of earlier releases needs a filter)"
     yield "a record moves the computed sum by at most C, but for the rounding of floating point"
     if not step.noise.secure:
         yield "nobody uses the last bits of the noisy values, or foretells the generator (see secure_mode)"
