@@ -271,7 +271,8 @@ class PrivateStep:
         self.noise.add_to(sums, clipped.std)
         observed = clipped.take_observed()
         self.noise.add_to(observed, clipped.observed_std)
-        torch._foreach_div_(sums, self.sampling.expected_batch_size)
+        if sums:  # nothing trains: a release of nothing
+            torch._foreach_div_(sums, self.sampling.expected_batch_size)
         grads = [total.view(p.shape).to(p.dtype) for p, total in zip(trainable, sums, strict=True)]
         event = self.event(clipped.noise_multiplier)
         self.spending.record(event, [*grads, *observed])

@@ -336,6 +336,20 @@ def test_freezing_before_the_step() -> None:
     assert kept == [True, True, False, False]
 
 
+@pytest.mark.parametrize("noise_multiplier", [0.0, 1.0])
+def test_freezing_everything_before_the_step(noise_multiplier: float) -> None:
+    """A step of nothing is taken, and counted: that it was due was decided by the draw."""
+    run = attach(mlp(), noise_multiplier=noise_multiplier)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    for batch in run.loader:
+        squared_loss(run.model, batch).backward()
+        run.model.requires_grad_(False)
+        run.optimizer.step()
+        run.model.requires_grad_(True)
+    assert all(torch.equal(p, old) for p, old in zip(run.model.parameters(), before, strict=True))
+    assert sum(n for _, n in run.engine.accountant.ledger) == len(run.loader)
+
+
 # --- other uses of the model in between ---
 
 

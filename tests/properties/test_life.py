@@ -384,7 +384,9 @@ class Life(RuleBasedStateMachine):
             assert float(moved.norm()) <= max(e.records, len(e.rows)) * e.bound * (1 + 1e-5)
         else:
             frozen = torch.cat([torch.full((p.numel(),), not p.requires_grad) for p in self.mine.values()])
-            assert float((moved - total).norm()) <= 1e-7 * max(1.0, float(total.norm()))
+            # lives may diverge: a step is read off as the difference of two weights, which are rounded to their size
+            rounding = 4 * EXPECTED * torch.finfo(before.dtype).eps * float(before.norm())
+            assert float((moved - total).norm()) <= 1e-7 * max(1.0, float(total.norm())) + rounding
             assert not bool((moved[frozen] != 0).any())
         self.expected, self.now = None, weights(self.model)
 
