@@ -144,7 +144,7 @@ def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Runs the comparison and writes results/durable.json and results/durable.md."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["mlp", "mnist-cnn", "transformer"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--folder", type=Path, default=Path(), help="a folder on the disk to be measured")
     args = parser.parse_args()
