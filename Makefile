@@ -7,7 +7,7 @@ PY     := $(BIN)/python
 # Idle OpenMP threads sleep instead of spinning: on a shared machine two torch processes slow each other down fivefold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow stress lint typecheck bench bench-full audit clean
+.PHONY: demo test test-slow fuzz stress lint typecheck bench bench-full audit clean
 
 demo: $(VENV)/.ready $(VENV)/.weights ## the two-line example, then the guard on real prompts
 	$(PY) examples/two_lines.py
@@ -18,6 +18,9 @@ test: $(VENV)/.ready ## the whole suite
 
 test-slow: $(VENV)/.ready $(VENV)/.weights ## the long sweeps
 	$(PY) -m pytest -q -m slow
+
+fuzz: $(VENV)/.ready ## the properties again, on examples that no run has seen
+	HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -q tests
 
 stress: $(VENV)/.ready ## what runs have to survive: kills, damaged files, long random lives; prints its tables
 	$(PY) -m pytest -q -s -m slow tests/test_kill.py tests/test_damage.py tests/properties/test_life.py

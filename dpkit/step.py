@@ -240,7 +240,7 @@ class PrivateStep:
         draw.done = True
         batch.unmark()
         trainable = self._trainable()
-        prove(self.tape, batch)
+        prove(self.tape, batch, self.max_grad_norm)
         forms = {p: joined(found) for p, found in batch.forms.items() if p.requires_grad}
         batch.forms.clear()  # here they are held alone, so that each can go as soon as it is summed up
         batch.tapped.clear()

@@ -449,3 +449,19 @@ def test_second_order_backward_is_refused() -> None:
         with pytest.raises(dpkit.UncoveredParameterError, match="create_graph"):
             squared_loss(run.model, batch).backward(create_graph=True)
         break
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gradient_that_is_rounding_alone(seed: int) -> None:
+    """Only a key's bias trains, which shifts all scores alike: its gradient is zero but for rounding, and no mismatch."""
+    torch.manual_seed(seed)
+    key = nn.Linear(3, 1)
+    key.weight.requires_grad_(False)
+    before = key.bias.detach().clone()
+    run = attach(key, TensorDataset(torch.randn(8, 5, 3), torch.randn(8, 1)), 8, noise_multiplier=0.0)
+    for inputs, _ in run.loader:
+        run.optimizer.zero_grad()
+        scores = torch.softmax(run.model(inputs).squeeze(-1), 1)
+        (scores * inputs[..., 0]).sum(1).mean().backward()
+        run.optimizer.step()
+    torch.testing.assert_close(key.bias.detach(), before, rtol=0, atol=1e-6)
