@@ -16,7 +16,7 @@ from .taps import Batch
 def prove(tape: Tape, batch: Batch, max_grad_norm: float) -> None:
     """Compare the forms with autograd's own gradient, for parameters that were not compared before.
 
-    What is nothing but rounding beside ``max_grad_norm`` (all that a softmax over one class leaves) is neither right nor
+    What is rounding alone beside ``max_grad_norm`` (all that a softmax over one class leaves) is neither right nor
     wrong: it proves nothing, and its parameter is compared again.
     """
     compared: list[tuple[nn.Parameter, Tensor, Tensor, float]] = []

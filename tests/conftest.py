@@ -11,7 +11,7 @@ from hypothesis import settings
 # The models are tiny: one thread is fastest, and tests running side by side do not wait for each other's barriers.
 torch.set_num_threads(1)
 
-# `make test` tries the same examples on every machine, so that what passed here passes there; `make fuzz` tries new ones.
+# `make test` tries the same examples everywhere, so that what passes here passes there; `make fuzz` tries new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("fuzz", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))

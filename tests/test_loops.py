@@ -453,7 +453,7 @@ def test_second_order_backward_is_refused() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_gradient_that_is_rounding_alone(seed: int) -> None:
-    """Only a key's bias trains, which shifts all scores alike: its gradient is zero but for rounding, and no mismatch."""
+    """Only a key's bias trains, which shifts all scores alike: its gradient is zero but for rounding, no mismatch."""
     torch.manual_seed(seed)
     key = nn.Linear(3, 1)
     key.weight.requires_grad_(False)
