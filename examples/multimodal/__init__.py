@@ -1,0 +1,1 @@
+"""Image and text classified together, privately: a multimodal bitransformer, confounders, and a modality that is missing."""
