@@ -1,1 +1,1 @@
-"""Image and text classified together, privately: a multimodal bitransformer, confounders, and a modality that is missing."""
+"""Image and text classified together, privately: a bitransformer, confounders, a modality that is missing."""

@@ -132,7 +132,7 @@ def groups(limit: int | None = None) -> Rows:
 
 
 def hateful_memes(folder: Path | str) -> Rows:
-    """A folder in the format of the Hateful Memes challenge: ``train.jsonl``, ``dev*.jsonl``, ``test*.jsonl``, ``img/``.
+    """A folder in the format of the Hateful Memes challenge: ``train.jsonl`` and others beside it, ``img/``.
 
     A line is ``{"id": 42953, "img": "img/42953.png", "label": 0, "text": "..."}``. Rows without a label (the hidden
     test set) are left out. A text that occurs several times is one unit: benign confounders share it.
@@ -178,7 +178,7 @@ def shares(rows: Iterable[Row]) -> dict[str, float]:
 
 def masked(text: str, keep: int = 2) -> str:
     """A text of which only the outline can be read: the first ``keep`` letters of each word."""
-    return re.sub(r"\w{%d,}" % (keep + 1), lambda word: word[0][:keep] + "·" * (len(word[0]) - keep), text)
+    return re.sub(r"\w+", lambda word: word[0][:keep] + "·" * (len(word[0]) - keep), text)
 
 
 def _lines(name: str) -> list[dict[str, Any]]:

