@@ -72,9 +72,9 @@ class MMBT(nn.Module):
         modalities: what the model looks at: ("image",), ("text",), or both.
         head: "linear" or "mlp".
         tasks: a head each for full, image-only and text-only records, instead of one for all.
-        readout: what the heads see: "first", each segment's [CLS]; "mean", over each segment's tokens; or, as published,
-            "cls", the first token of the sequence through BERT's pooler. What the last layer would say of tokens that
-            are not read is not computed: with "first" and "cls", that layer costs a quarter.
+        readout: what the heads see: "first", each segment's [CLS]; "mean", over each segment's tokens; or "cls", as
+            published, the first token of the sequence through BERT's pooler. What the last layer would say of tokens
+            that are not read is not computed: with "first" and "cls", that layer costs a quarter.
         special: the ids of [CLS] and [SEP].
     """
 

@@ -13,25 +13,7 @@ from matplotlib.figure import Figure
 
 from .results import Curve, Results, Shown, Table
 
-STYLE = """
-:root { --ink: #1d2433; --soft: #5b6475; --line: #dfe3ea; --paper: #fff; --band: #f6f7f9; --good: #1a7f4b; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8eaf0; --soft: #a3abba; --line: #3a4252; --paper: #171b24; --band: #1f2530; --good: #63d297; --bad: #ff8a80; }
-  img.plot { background: #fff; border-radius: 6px; }
-}
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 1060px; padding: 2rem 1rem; }
-h1 { font-size: 1.9rem; margin: 0 0 .3rem; } h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; border-top: 1px solid var(--line); padding-top: 1.4rem; }
-p.lead, .note { color: var(--soft); } p { max-width: 46rem; } code { background: var(--band); padding: .1em .3em; border-radius: 4px; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .38rem .55rem; border-bottom: 1px solid var(--line); white-space: nowrap; } th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; } tr.private td { background: var(--band); }
-img.plot { width: 100%; height: auto; margin: .6rem 0; }
-ul.goals { list-style: none; padding: 0; font-size: .92rem; } .ok { color: var(--good); } .missed { color: var(--bad); } .ok, .missed { font-weight: 600; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: .9rem; }
-.card { border: 1px solid var(--line); border-radius: 8px; padding: .8rem; font-size: .86rem; overflow-wrap: anywhere; } .card img { width: 72px; height: 72px; border-radius: 6px; float: right; margin: 0 0 .4rem .6rem; }
-.card dl { display: grid; grid-template-columns: 1fr auto; margin: .6rem 0 0; gap: .1rem .5rem; clear: both; } .card dd { margin: 0; text-align: right; }
-pre { background: var(--band); padding: 1rem; border-radius: 8px; white-space: pre-wrap; font-size: .85rem; }
-"""
+STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
 def write(results: Results, path: Path) -> None:
@@ -89,7 +71,9 @@ def utility(tables: Sequence[Table]) -> Figure:
     left, right = figure.subplots(1, 2)
     for i, table in enumerate(tables):
         split = next(iter(table.splits))
-        named = [(run, run.metrics[split]) for run in table.runs if run.name.startswith("MMBT") and split in run.metrics]
+        named = [
+            (run, run.metrics[split]) for run in table.runs if run.name.startswith("MMBT") and split in run.metrics
+        ]
         private = sorted((run.epsilon, m.auroc or m.accuracy) for run, m in named if math.isfinite(run.epsilon))
         free = [m.auroc or m.accuracy for run, m in named if math.isinf(run.epsilon)]
         if private:
@@ -149,7 +133,9 @@ def heat_map(curves: Sequence[Curve]) -> Figure:
         axes.imshow(values, vmin=0.3, vmax=1.0, aspect="auto", cmap="viridis")
         for i, line in enumerate(values):
             for j, value in enumerate(line):
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if value < 0.75 else "k")
+                axes.text(
+                    j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if value < 0.75 else "k"
+                )
         axes.set_xticks(range(len(ratios)), [f"{ratio:.0%}" for ratio in ratios])
         axes.set_yticks(range(len(rows)), [str(c.fusion) for c in rows])
         axes.set(xlabel="text available", ylabel="fused at layer", title=f"{panel[0]}, dropout {panel[1]:.0%}")
@@ -161,7 +147,8 @@ def heat_map(curves: Sequence[Curve]) -> Figure:
 def _table(table: Table) -> str:
     heads = "".join(f"<th>{_text(head)}</th>" for head in table.heads)
     rows = "".join(
-        f"<tr{' class=private' if math.isfinite(run.epsilon) else ''}>{''.join(f'<td>{_text(c)}</td>' for c in cells)}</tr>"
+        f"<tr{' class=private' if math.isfinite(run.epsilon) else ''}>"
+        f"{''.join(f'<td>{_text(c)}</td>' for c in cells)}</tr>"
         for run, cells in zip(table.runs, table.cells(), strict=True)
     )
     return f"<div class=scroll><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
@@ -169,7 +156,8 @@ def _table(table: Table) -> str:
 
 def _goals(table: Table) -> str:
     items = "".join(
-        f"<li><span class={'ok' if ok else 'missed'}>{'reached' if ok else 'missed'}</span> {_text(what)}: {_text(how)}</li>"
+        f"<li><span class={'ok' if ok else 'missed'}>{'reached' if ok else 'missed'}</span> "
+        f"{_text(what)}: {_text(how)}</li>"
         for what, ok, how in table.goals
     )
     return f"<ul class=goals>{items}</ul>" if items else ""

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .data import Row, Rows
 from .encoders import ImageEncoder, Texts, encode_pictures, encode_texts
+from .mmbt import SHAPES
 
 Item = tuple[int, int, int]
 
@@ -93,15 +95,32 @@ class Collate:
         return self.tables.gather(pictures, texts, labels, present)
 
 
+@torch.no_grad()
 def prepare(
-    rows: Rows, images: ImageEncoder, bert: Any, tokenizer: Any, *, below: int, max_tokens: int, size: int = 128
+    rows: Rows,
+    images: ImageEncoder,
+    bert: Any,
+    tokenizer: Any,
+    *,
+    below: int,
+    max_tokens: int,
+    tokens: int = 1,
+    train_images: bool = False,
+    size: int = 128,
 ) -> dict[str, Records]:
-    """The splits of ``rows``, run through what is frozen."""
+    """The splits of ``rows``, run through what is frozen.
+
+    Pictures come as maps [n, 1280, h, w], pooled to the shape of ``tokens`` image tokens; with ``train_images`` as the
+    trunk's, [n, 320, s / 32, s / 32], for a model whose ``image_encoder`` is ``images.top``.
+    """
     every = [row for split in rows.splits.values() for row in split]
     pictures = sorted({row.picture for row in every}, key=repr)
     texts = sorted({row.text for row in every})
+    maps = encode_pictures(images, pictures, size)
+    if not train_images:
+        maps = torch.cat([F.adaptive_avg_pool2d(images.top(chunk), SHAPES[tokens]) for chunk in maps.split(128)])
     tables = Tables(
-        encode_pictures(images, pictures, size),
+        maps,
         encode_texts(bert, tokenizer, texts, max_tokens, below),
         {picture: i for i, picture in enumerate(pictures)},
         {text: i for i, text in enumerate(texts)},

@@ -133,7 +133,10 @@ class Results:
         if self.curves:
             parts += ["## A modality is missing", _markdown(*self.curve_table())]
         for found in self.searches:
-            parts += [f"## The search for the fusion layer: {found['data']}", "\n".join(f"- {x}" for x in found["lines"])]
+            parts += [
+                f"## The search for the fusion layer: {found['data']}",
+                "\n".join(f"- {x}" for x in found["lines"]),
+            ]
         if self.pieces:
             parts += ["## Private pieces", "\n".join(f"- {x}" for x in self.pieces)]
         parts += ["## To know before believing", "\n".join(f"- {note}" for note in self.notes)]
