@@ -63,7 +63,7 @@ class Setup:
     def model(self, name: str, outputs: int, without: Sequence[str] = (), **options: Any) -> MMBT:
         """A fresh model by its name in `MODELS`, its image side prepared on the public catalogue."""
         torch.manual_seed(self.seed)
-        options = {"below": BELOW, "segments": (1, 0), **MODELS[name], **options}
+        options = {"below": BELOW, "segments": (1, 0), "stride": 4, **MODELS[name], **options}
         model = MMBT(self.bert(), 1280, outputs, **options)
         align(model, self.images, self.tokenizer, without=without)
         return model
@@ -81,7 +81,14 @@ class Setup:
 FREE = Recipe(batch_size=32, epochs=3, lr={"heads": 2e-3, "project": 1e-4, "text": 3e-4}, unfreeze={"text": 0.1})
 """Without privacy. Batches are of units: 32 documents are some 75 rows."""
 
-PRIVATE = Recipe(batch_size=512, epochs=12, lr={"heads": 3e-3, "project": 3e-4, "text": 1e-3}, max_rows_per_unit=2)
+PRIVATE = Recipe(
+    batch_size=400,
+    epochs=5,
+    lr={"heads": 1e-2, "project": 1e-3, "text": 1e-3},
+    unfreeze={"text": 0.3, "project": 0.3},
+    max_rows_per_unit=2,
+    clipping="automatic",
+)
 """With privacy: large batches (the noise is added once a batch), fewer of them."""
 
 

@@ -44,6 +44,7 @@ class Recipe:
     lr: dict[str, float] = field(default_factory=lambda: {"heads": 2e-3, "project": 1e-3, "text": 2e-4})
     unfreeze: dict[str, float] = field(default_factory=dict)
     max_grad_norm: float = 1.0
+    clipping: str = "flat"
     max_rows_per_unit: int = 4
     warmup: float = 0.1
     dropout: float = 0.0
@@ -147,6 +148,7 @@ def train(
             data_loader=loader,
             noise_multiplier=run.noise_multiplier,
             max_grad_norm=recipe.max_grad_norm,
+            clipping=recipe.clipping,
             privacy_unit=records.units if by_unit else None,
             max_rows_per_unit=recipe.max_rows_per_unit if by_unit else None,
             noise_generator=torch.Generator().manual_seed(noise),  # known noise: give no generator to release a model
