@@ -14,6 +14,7 @@ import transformers
 from dpkit.accountants import make_accountant
 
 from . import data, mix
+from .adapters import LlamaWithAdapters, encode_for_llama, load_llama
 from .align import align
 from .data import Rows
 from .encoders import ImageEncoder, load_bert, load_image_encoder
@@ -205,6 +206,22 @@ def on_mix(setup: Setup, results: Results, epsilons: Sequence[float]) -> None:
     ]
     if "MMBT, ε = 8" in named:
         table.goals.append(("MMBT, ε = 8 ≥ 0.95", named["MMBT, ε = 8"] >= 0.95, f"{named['MMBT, ε = 8']:.3f}"))
+
+
+def with_llama(setup: Setup, results: Results, epsilons: Sequence[float], below: int = 6, layers: int = 8) -> None:
+    """Beyond: a frozen Llama with cross-attention adapters, in the table of the confounders."""
+    llama, tokenizer = load_llama(layers)
+    rows = data.confounders(setup.limit)
+    records = prepare(rows, setup.images, setup.bert(), setup.tokenizer, below=BELOW, max_tokens=32)
+    tables = records["train"].tables
+    tables.texts = encode_for_llama(llama, tokenizer, sorted(tables.text_of), 32, below)
+    table = results.table("confounders")
+    for epsilon in (None, *epsilons):
+        torch.manual_seed(setup.seed)
+        model = LlamaWithAdapters(llama, 1280, 2, below=below)
+        name = "frozen Llama, adapters" + ("" if epsilon is None else f", ε = {epsilon:g}")
+        recipe = FREE.but(epochs=1) if epsilon is None else PRIVATE
+        setup.fit(table, model, records, recipe, name=name, epsilon=epsilon)
 
 
 def _auroc(metrics: Any) -> float:
