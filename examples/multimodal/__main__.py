@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ import transformers
 from rich.console import Console
 
 from . import page
-from .experiments import Setup, on_confounders, on_hatemoji, on_mix
+from .experiments import Setup, on_confounders, on_hatemoji, on_mix, with_llama
 from .results import Results
 from .robustness import on_missing, on_search
 
@@ -35,7 +35,7 @@ NOTES = (
 def main(argv: Sequence[str] | None = None) -> Results:
     """Run the experiments, write multimodal.json, multimodal.md and multimodal.html."""
     parser = argparse.ArgumentParser(prog="python -m examples.multimodal", description=__doc__)
-    parts = ("confounders", "hatemoji", "mix", "missing", "search")
+    parts = ("confounders", "mix", "missing", "search", "hatemoji", "llama")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--epsilons", type=float, nargs="+", default=[8.0, 3.0], help="one private run for each")
     parser.add_argument("--seed", type=int, default=0)
@@ -51,19 +51,19 @@ def main(argv: Sequence[str] | None = None) -> Results:
     results = Results(told, args.seed, machine, notes=list(NOTES))
     start = time.perf_counter()
     setup = Setup(args.seed, args.limit, say=lambda line: console.print(line, soft_wrap=True, highlight=False))
-    if "confounders" in args.only:
-        on_confounders(setup, results, args.epsilons)
-    if "hatemoji" in args.only:
-        on_hatemoji(setup, results, args.epsilons)
-    if "mix" in args.only:
-        on_mix(setup, results, args.epsilons)
-    if "missing" in args.only:
-        on_missing(setup, results)
-    if "search" in args.only:
-        on_search(setup, results)
-    results.seconds = time.perf_counter() - start
-    results.write(args.out)
-    page.write(results, args.out / "multimodal.html")
+    experiments: dict[str, Callable[[], object]] = {
+        "confounders": lambda: on_confounders(setup, results, args.epsilons),
+        "mix": lambda: on_mix(setup, results, args.epsilons),
+        "missing": lambda: on_missing(setup, results),
+        "search": lambda: on_search(setup, results),
+        "hatemoji": lambda: on_hatemoji(setup, results, args.epsilons),
+        "llama": lambda: with_llama(setup, results, args.epsilons[:1]),
+    }
+    for part in args.only:
+        experiments[part]()
+        results.seconds = time.perf_counter() - start
+        results.write(args.out)  # after each part: what is done is there
+        page.write(results, args.out / "multimodal.html")
     console.print(f"wrote multimodal.json, multimodal.md and multimodal.html to {args.out}", soft_wrap=True)
     return results
 

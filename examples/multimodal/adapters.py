@@ -49,7 +49,7 @@ class LlamaWithAdapters(nn.Module):
     """A classifier on a frozen Llama whose upper layers see an image.
 
     The layers below ``below`` run once for each text, without the image; before each of the others stands an adapter.
-    The text is read at its last token, the image also by the head itself: the head sees what the adapters brought together.
+    The text is read at its last token, and the head sees the image, too.
 
     Args:
         llama: a LlamaModel; frozen.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .encoders import ImageEncoder, encode_pictures, encode_texts
+from .encoders import ImageEncoder, encode_pictures, encode_texts, kept
 from .mmbt import IMAGE, MMBT, TEXT
 from .pictures import STYLES, Picture, catalogue
 
@@ -73,7 +73,9 @@ def apart(n: int, which: int = IMAGE) -> Tensor:
 def catalogue_features(images: ImageEncoder, size: int = 128) -> Tensor:
     """The features of all public emoji [styles * emoji, 1280]: the whole catalogue in one style, then in the next."""
     shown = [Picture((entry["hexcode"],), style) for style in STYLES for entry in catalogue()]
-    return pooled(images, encode_pictures(images, shown, size))
+    return kept(
+        "catalogue", [str(size), *map(repr, shown)], lambda: pooled(images, encode_pictures(images, shown, size))
+    )
 
 
 @torch.no_grad()
