@@ -52,6 +52,9 @@ def align(
     weight, bias, explained = ridge_regression(features, meant, ridge)
     model.image_embeddings.project.weight.copy_(weight)
     model.image_embeddings.project.bias.copy_(bias)
+    public = catalogue_features(images, size)
+    model.map_mean.copy_(public.mean(0))
+    model.map_scale.copy_(public.std(0).clamp(min=0.05))
     if model.readout != "cls":
         model.centre.zero_()
         maps, mask = features[: len(texts.mask), :, None, None], texts.mask[seen[: len(names)]]
@@ -61,7 +64,7 @@ def align(
         alone = torch.cat([model.features(maps[i], hidden[i], mask[i], apart(len(i), 1)) for i in chunks])
         width = model.centre.shape[1]
         model.centre[IMAGE] = each[:, :width].mean(0) / width**0.5
-        model.centre[TEXT] = alone[:, width:].mean(0) / width**0.5
+        model.centre[TEXT] = alone[:, width : 2 * width].mean(0) / width**0.5
     return explained
 
 

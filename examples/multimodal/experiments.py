@@ -70,7 +70,7 @@ class Setup:
     ) -> MMBT:
         """A fresh model by its name in `MODELS`, its image side ``prepared`` on the public catalogue."""
         torch.manual_seed(self.seed)
-        options = {"below": BELOW, "segments": (1, 0), **MODELS[name], **options}
+        options = {"below": BELOW, "segments": (1, 0), "skip": True, **MODELS[name], **options}
         model = MMBT(self.bert(), 1280, outputs, **options)
         if prepared:
             align(model, self.images, self.tokenizer, without=without)
@@ -122,7 +122,7 @@ def compare(
         models[name] = (model, seen[judged])
 
     for name, which in (("text only", TEXT), ("image only", IMAGE)):
-        add(name, name, {split: alone(some, which) for split, some in apart.items()}, FREE)
+        add(name, name, {split: alone(some, which, late.centre.shape[1]) for split, some in apart.items()}, FREE)
     for name in ("late fusion", "concatenation"):
         add(name, name, apart, FREE)
     add("MMBT", "MMBT", fused, FREE)

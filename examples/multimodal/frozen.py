@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .encoders import Texts
-from .mmbt import MMBT
+from .mmbt import MMBT, TEXT
 from .records import Records, Tables
 
 
@@ -48,11 +48,17 @@ def featured(model: MMBT, records: Records) -> Records:
     return made
 
 
-def alone(records: Records, which: int) -> Records:
-    """Featured rows of which one modality's half is kept, and the other is zero: missing."""
+def alone(records: Records, which: int, width: int) -> Records:
+    """Featured rows of which what one modality says is kept, and the other is zero: missing.
+
+    Features are [image d, text d, the image's map], with d = ``width``.
+    """
     features = records.tables.maps.clone()
-    width = features.shape[1] // 2
-    features[:, (1 - which) * width : (2 - which) * width] = 0.0
+    text = slice(width, 2 * width)
+    kept = features[:, text].clone()
+    if which == TEXT:
+        features.zero_()
+    features[:, text] = kept if which == TEXT else 0.0
     made = Records([], replace(records.tables, maps=features))
     made.rows, made.labels, made.pictures, made.texts = records.rows, records.labels, records.pictures, records.texts
     return made

@@ -76,6 +76,7 @@ class MMBT(nn.Module):
             published, the first token of the sequence through BERT's pooler.
         stride: with "mean", every how-manieth text token is read. What the last layer would say of tokens that are not
             read is not computed, which saves most of it.
+        skip: the heads also see the image's map itself (its mean), past the transformer.
         special: the ids of [CLS] and [SEP].
     """
 
@@ -96,6 +97,7 @@ class MMBT(nn.Module):
         tasks: bool = False,
         readout: str = "mean",
         stride: int = 1,
+        skip: bool = False,
         special: tuple[int, int] = (101, 102),
     ) -> None:
         super().__init__()
@@ -109,8 +111,11 @@ class MMBT(nn.Module):
         self.image_embeddings = ImageEmbeddings(bert.embeddings, norm, image_dim, tokens, special)
         self.image_first, self.segments, self.modalities = image_first, segments, modalities
         self.readout, self.stride = readout, stride
-        self.register_buffer("centre", torch.zeros(2, width))
-        features = width if readout == "cls" else 2 * width
+        self.skip = skip
+        self.register_buffer("centre", torch.zeros(2, width))  # of what heads see of each modality; from public data
+        self.register_buffer("map_mean", torch.zeros(image_dim))
+        self.register_buffer("map_scale", torch.ones(image_dim))
+        features = (width if readout == "cls" else 2 * width) + (image_dim if skip else 0)
         names = ("full", "image", "text") if tasks else ("full",)
         self.heads = nn.ModuleDict({name: _head(head, features, outputs) for name in names})
 
@@ -126,21 +131,24 @@ class MMBT(nn.Module):
         return self.classify(self.features(image, text, mask, present), present)
 
     def features(self, image: Tensor, text: Tensor, mask: Tensor, present: Tensor | None = None) -> Tensor:
-        """What the heads see: [n, 2d], a vector of length √d from each modality, 0 where it is missing; or [n, d]."""
+        """What the heads see: [n, 2d], of each modality a vector of length √d, 0 where missing, or [n, d]; and maps."""
         there = self._there(present, len(text), text.device)
         if "text" not in self.modalities:
             text, mask = text[:, :1], mask[:, :1]  # not looked at: one token stands for it
-        parts = [self.image_embeddings(self.image_encoder(image), self.segments[IMAGE]), self._text(text)]
+        maps = self.image_encoder(image)
+        past = [self._past(maps) * there[:, IMAGE, None]] if self.skip else []
+        parts = [self.image_embeddings(maps, self.segments[IMAGE]), self._text(text)]
         masks = [torch.ones(parts[0].shape[:2], device=text.device, dtype=torch.bool), mask.bool()]
         order = (IMAGE, TEXT) if self.image_first else (TEXT, IMAGE)
         hidden = torch.cat([parts[which] for which in order], dim=1)
         whose = torch.cat([torch.full((parts[which].shape[1],), which, device=text.device) for which in order])
         real = torch.cat([masks[which] & there[:, which, None] for which in order], dim=1)
         if self.readout == "cls":
-            return self.bert.pooler(self._encode(hidden, real, whose, read=[0]))
+            return torch.cat([self.bert.pooler(self._encode(hidden, real, whose, read=[0])), *past], dim=1)
         read = self._read(whose)
         hidden, real, whose = self._encode(hidden, real, whose, read), real[:, read], whose[read]
-        return torch.cat([self._mean(hidden, real & (whose == which), which) for which in (IMAGE, TEXT)], dim=1)
+        means = [self._mean(hidden, real & (whose == which), which) for which in (IMAGE, TEXT)]
+        return torch.cat([*means, *past], dim=1)
 
     def _read(self, whose: Tensor) -> list[int]:
         """The positions that are read."""
@@ -162,6 +170,11 @@ class MMBT(nn.Module):
             return full
         alone = torch.where(present[:, IMAGE, None], self.heads["image"](features), self.heads["text"](features))
         return torch.where(present.all(1)[:, None], full, alone)
+
+    def _past(self, maps: Tensor) -> Tensor:
+        """The mean of maps [n, c, h, w], standardised and of length √d: [n, c]."""
+        standard = (maps.mean((2, 3)) - self.map_mean) / self.map_scale
+        return F.normalize(standard, dim=-1) * self.centre.shape[1] ** 0.5
 
     def _text(self, text: Tensor) -> Tensor:
         if self.below:

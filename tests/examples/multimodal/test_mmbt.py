@@ -36,7 +36,12 @@ def exact(model: MMBT, rows: Batch, losses: Losses = tiny.losses) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"tokens": 4, "image_first": False, "readout": "mean", "stride": 2}, {"fusion": 1, "tasks": True}]
+    OPTIONS=[
+        {},
+        {"tokens": 4, "image_first": False, "readout": "mean", "stride": 2},
+        {"fusion": 1, "tasks": True, "skip": True},
+    ]
+    @ pytest.mark.parametrize("options", OPTIONS)
 )
 def test_gradients_are_the_loops_with_the_shared_tables(options: dict) -> None:
     """The image's tables are the text's: both uses of each are one gradient, counted once."""
@@ -80,7 +85,7 @@ def test_any_number_of_image_tokens(tokens: int) -> None:
 @pytest.mark.parametrize("tasks", [False, True])
 @pytest.mark.parametrize("gone", [0, 1])
 def test_a_missing_modality_has_no_influence_and_no_gradient(fusion: int, tasks: bool, gone: int) -> None:
-    model, rows = tiny.mmbt(fusion=fusion, tasks=tasks, below=0), tiny.batch(n=4)
+    model, rows = tiny.mmbt(fusion=fusion, tasks=tasks, skip=tasks), tiny.batch(n=4)
     present = torch.ones(4, 2, dtype=torch.bool)
     present[:, gone] = False
     image, states = rows.image.clone().requires_grad_(), []
