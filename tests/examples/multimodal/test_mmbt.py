@@ -35,14 +35,14 @@ def exact(model: MMBT, rows: Batch, losses: Losses = tiny.losses) -> None:
         torch.testing.assert_close(-got[name], value / n, **near, msg=lambda m, k=name: f"{k}: {m}")
 
 
-@pytest.mark.parametrize(
-    OPTIONS=[
-        {},
-        {"tokens": 4, "image_first": False, "readout": "mean", "stride": 2},
-        {"fusion": 1, "tasks": True, "skip": True},
-    ]
-    @ pytest.mark.parametrize("options", OPTIONS)
-)
+OPTIONS = [
+    {},
+    {"tokens": 4, "image_first": False, "readout": "mean", "stride": 2},
+    {"fusion": 1, "tasks": True, "skip": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_gradients_are_the_loops_with_the_shared_tables(options: dict) -> None:
     """The image's tables are the text's: both uses of each are one gradient, counted once."""
     model = tiny.mmbt(**options)
