@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="about this many rows of each split: a quick try")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
+    parser.add_argument("--add", action="store_true", help="to what the folder holds from an earlier call")
     args = parser.parse_args(argv)
 
     console = Console()
@@ -49,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> Results:
     told = "python -m examples.multimodal" + (f" --only {' '.join(args.only)}" if tuple(args.only) != parts else "")
     machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
     results = Results(told, args.seed, machine, notes=list(NOTES))
-    start = time.perf_counter()
+    held = args.out / "results.pickle"
+    if args.add and held.exists():
+        results = pickle.loads(held.read_bytes())
+        results.command, results.notes = f"{results.command}; {told} --add", list(NOTES)
+    before, start = results.seconds, time.process_time()
     setup = Setup(args.seed, args.limit, say=lambda line: console.print(line, soft_wrap=True, highlight=False))
     experiments: dict[str, Callable[[], object]] = {
         "confounders": lambda: on_confounders(setup, results, args.epsilons),
@@ -61,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> Results:
     }
     for part in args.only:
         experiments[part]()
-        results.seconds = time.perf_counter() - start
+        results.seconds = before + time.process_time() - start
         results.write(args.out)  # after each part: what is done is there
+        held.write_bytes(pickle.dumps(results))
         page.write(results, args.out / "multimodal.html")
     console.print(f"wrote multimodal.json, multimodal.md and multimodal.html to {args.out}", soft_wrap=True)
     return results

@@ -82,14 +82,16 @@ class Setup:
         run.metrics = {split: evaluate(model, records[split]) for split in table.splits}
         table.runs.append(run)
         found = ", ".join(f"{split} {m.auroc or m.accuracy:.3f}" for split, m in run.metrics.items())
-        self.say(f"{table.key}: {run.name}: {found} (ε = {run.epsilon:.2f}, {run.steps} steps, {run.seconds:.0f} s)")
+        self.say(
+            f"{table.key}: {run.name}: {found} (ε = {run.epsilon:.2f}, {run.steps} steps, {run.seconds:.0f} CPU s)"
+        )
         return run
 
 
 FREE = Recipe(batch_size=64, epochs=12, lr={"heads": 1e-3}, max_rows_per_unit=2)
 """Without privacy, the head alone. Batches are of rows."""
 
-UNFROZEN = Recipe(batch_size=64, epochs=3, lr={"heads": 2e-3, "project": 1e-4, "text": 3e-4}, unfreeze={"text": 0.1})
+UNFROZEN = Recipe(batch_size=64, epochs=2, lr={"heads": 2e-3, "project": 1e-4, "text": 3e-4}, unfreeze={"text": 0.1})
 """Without privacy, the fused layer and the image projection as well, after a tenth of the steps."""
 
 PRIVATE = Recipe(batch_size=600, epochs=20, lr={"heads": 1e-2}, max_rows_per_unit=2, clipping="automatic")

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .encoders import Texts
+from .encoders import Texts, kept
 from .mmbt import MMBT, TEXT
 from .records import Records, Tables
 
@@ -37,12 +37,18 @@ class HeadOnly(nn.Module):
 def featured(model: MMBT, records: Records) -> Records:
     """The same rows, each with its features in the place of its picture, and no text."""
     model.eval()
-    found = []
-    for index in torch.arange(len(records)).split(256):
-        batch = records.batch(index)
-        found.append(model.features(batch.image, batch.text, batch.mask, batch.present))
+
+    def compute() -> Tensor:
+        batches = map(records.batch, torch.arange(len(records)).split(256))
+        return torch.cat([model.features(b.image, b.text, b.mask, b.present) for b in batches])
+
+    weights = [float(p.double().sum()) for p in (model.image_embeddings.project.weight, model.centre, model.map_scale)]
+    made_by = [model.below, model.fusion, model.stride, model.readout, model.skip, records.tables.texts.mask.shape[1]]
+    features = kept(
+        "features", map(repr, [weights, made_by, *((row.text, row.picture) for row in records.rows)]), compute
+    )
     nothing = Texts(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.long))
-    made = Records([], Tables(torch.cat(found), nothing, {}, {}))
+    made = Records([], Tables(features, nothing, {}, {}))
     made.rows, made.labels = records.rows, records.labels
     made.pictures, made.texts = torch.arange(len(records)), torch.zeros(len(records), dtype=torch.long)
     return made

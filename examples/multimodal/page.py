@@ -29,7 +29,7 @@ def page(results: Results) -> str:
         "<p class=lead>A multimodal bitransformer, trained with differential privacy on data that need both modalities "
         "(confounders), and on data where one of them is missing.</p>",
         f"<p class=note>By <code>{_text(results.command)}</code>, seed {results.seed}; {_text(results.machine)}; "
-        f"{results.seconds / 60:.0f} minutes in all.</p>",
+        f"{results.seconds / 60:.0f} minutes of processor time in all.</p>",
     ]
     for table in results.tables:
         parts += [f"<h2>{_text(table.title)}</h2>", f"<p>{_text(table.about)}</p>", _table(table), _goals(table)]

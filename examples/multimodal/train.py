@@ -61,6 +61,7 @@ class Run:
 
     Attributes:
         epsilon: ε spent, with what was released ``beside`` the training; infinite without privacy.
+        seconds: of processor time.
         curve: ε after each step.
         statement: the engine's own words about it.
     """
@@ -155,7 +156,7 @@ def train(
         )
     run.steps = recipe.epochs * len(loader)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, run.steps, recipe.warmup))
-    start, step = time.perf_counter(), 0
+    start, step = time.process_time(), 0
     for _ in range(recipe.epochs):
         for batch in loader:
             for part, params in parts.items():
@@ -173,7 +174,7 @@ def train(
                 run.curve.append(engine.get_epsilon(run.delta))
             if on_step is not None:
                 on_step(step, run.curve[-1] if run.curve else math.inf)
-    run.seconds = time.perf_counter() - start
+    run.seconds = time.process_time() - start
     if engine is not None:
         run.epsilon, run.statement = engine.get_epsilon(run.delta), str(engine.statement(run.delta))
         engine.detach()
