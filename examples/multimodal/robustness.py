@@ -32,9 +32,9 @@ SMALL_PRIVATE = Recipe(
 DROPOUT = 0.5
 
 
-def on_missing(setup: Setup, results: Results, layers: Sequence[int] = (0, 2, LAYERS)) -> None:
+def on_missing(setup: Setup, results: Results, layers: Sequence[int] = (0, LAYERS)) -> None:
     """Curves over the available share, for redundant modalities (emoji groups) and for confounders (the mix)."""
-    for rows, epochs in ((data.groups(setup.limit), 10), (_memes(setup), 2)):
+    for rows, epochs in ((data.groups(setup.limit), 6), (_memes(setup), 2)):
         records = prepare_small(rows, setup.images, setup.bert(), setup.tokenizer, 16)
         for dropout in (0.0, DROPOUT):
             for layer in layers:
@@ -94,7 +94,7 @@ def _weighted(setup: Setup, results: Results, rows: Rows, records: dict[str, Rec
     counts = np.bincount(some.labels.numpy(), minlength=len(rows.classes))
     for name, w, beside in (("none", None, None), ("from noisy counts", torch.tensor(weights).float(), event)):
         model = small_mmbt(setup.bert(), len(rows.classes), setup.seed, fusion=0)
-        recipe = setup.shortened(SMALL_PRIVATE.but(batch_size=256, epochs=12))
+        recipe = setup.shortened(SMALL_PRIVATE.but(batch_size=256, epochs=6))
         run = train(model, some, recipe, epsilon=8.0, seed=setup.seed + 200, weights=w, beside=beside)
         judged = evaluate(model, records["test"])
         results.pieces.append(
@@ -115,7 +115,7 @@ def on_search(setup: Setup, results: Results, epsilon: float = 8.0, final: bool 
     Args:
         final: train once more with the layer that was chosen; otherwise the supernet at that layer is what is kept.
     """
-    for rows, changes in ((_memes(setup), {}), (data.groups(setup.limit), {"batch_size": 256, "epochs": 16})):
+    for rows, changes in ((_memes(setup), {}), (data.groups(setup.limit), {"batch_size": 256, "epochs": 10})):
         records = prepare_small(rows, setup.images, setup.bert(), setup.tokenizer, 16)
         model = small_mmbt(setup.bert(), len(rows.classes), setup.seed)
         recipe = setup.shortened(SMALL_PRIVATE.but(**changes))
