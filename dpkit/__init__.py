@@ -38,8 +38,10 @@ if TYPE_CHECKING:
         UnfinishedStepError,
         UnsupportedModuleError,
     )
+    from .facts import statement_of
     from .forms import Dense, Outer, Routed, Rows
     from .rules import register_rule, unregister_rule
+    from .statement import Statement
 
 _HOMES = {
     "clipping": ["AdaptiveClipping", "AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"],
@@ -63,8 +65,10 @@ _HOMES = {
         "UnfinishedStepError",
         "UnsupportedModuleError",
     ],
+    "facts": ["statement_of"],
     "forms": ["Dense", "Outer", "Routed", "Rows"],
     "rules": ["register_rule", "unregister_rule"],
+    "statement": ["Statement"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -94,11 +98,13 @@ __all__ = [
     "Routed",
     "Rows",
     "SamplingError",
+    "Statement",
     "UncoveredParameterError",
     "UnfinishedStepError",
     "UnsupportedModuleError",
     "__version__",
     "register_rule",
+    "statement_of",
     "unregister_rule",
 ]
 

@@ -1,1 +1,2 @@
 from accountants import *
+from accountants import rounding as rounding

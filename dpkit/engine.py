@@ -20,6 +20,7 @@ from . import checkpoint, checks
 from .clipping import Clipping, clipping_of
 from .correlated import Correlated, Correlation
 from .errors import CheckpointError, ConfigurationError, NotAttachedError
+from .facts import Facts, facts_of, lives_in, stated
 from .ledger import Ledger
 from .loader import Limit, PrivateDataLoader, refuse_private
 from .methods import MODES, Profile, free_bytes
@@ -32,7 +33,7 @@ from .secure import SecureNoise
 from .seeds import unforeseeable
 from .spending import Spending
 from .state import Part, Stateful, collect, give_back, refuse_others
-from .statement import Statement, describe
+from .statement import Statement
 from .step import PrivateStep
 from .targets import budget_for, noise_multiplier_for
 from .units import PrivacyUnit, refuse_reordering, units_of
@@ -89,6 +90,8 @@ class PrivacyEngine:
         )
         self._step: PrivateStep | None = None
         self._before = 0
+        self._lives: list[Facts] = []  # what was released from, before this life
+        self._mark = 0  # how many releases there were when it began
         self._target_delta: float | None = None
         self._cyclic = False  # whether records took turns: then group privacy is not known
 
@@ -248,6 +251,7 @@ class PrivacyEngine:
             limit = partial(self._step.tape.methods.most_records, room)
         self._loader = PrivateDataLoader(data_loader, sampling, units, self._step, limit)
         self._target_delta, self._spending.budget = target_delta, budget
+        self._mark = self._spending.released
         self._spending.about = {"sampling": sampling.name, "target_delta": target_delta}
         return module, optimizer, self._loader
 
@@ -260,6 +264,7 @@ class PrivacyEngine:
         if self._step is None:
             return
         self._before += self._step.nonfinite_records
+        self._lives = self._told()
         self._step.detach()
         self._loader.close()
         self._step = None
@@ -331,11 +336,30 @@ class PrivacyEngine:
         return self._spending.epsilon(delta, group_size)
 
     def statement(self, delta: float | None = None) -> Statement:
-        """What the run promises at ``delta``, how it came about, what it takes for granted and leaves out, in words."""
-        step, epsilon = self._attached(), self.get_epsilon(delta)
+        """The whole guarantee at ``delta`` (by default target_delta), of everything released so far: printed, a text;
+        also Markdown, JSON and a model card.
+
+        Raises:
+            ConfigurationError: no delta, or the engine trained with several units of privacy.
+            NotAttachedError: the engine has never been attached to a model.
+        """
+        if self._step is None and not self._lives:
+            self._attached()
+        epsilon = self.get_epsilon(delta)
         at = self._target_delta if delta is None else delta
         assert at is not None
-        return describe(step, self._spending, self._loader, epsilon, float(at))
+        lives, spending = self._told() or [self._facts()], self._spending
+        return stated(lives, self.accountant, spending.released, epsilon, float(at), spending.together(float(at)))
+
+    def _told(self) -> list[Facts]:
+        """What there is to know of all that was released from."""
+        lives = list(self._lives)
+        if self._step is not None and self._spending.released > self._mark:
+            lives.append(self._facts())
+        return list(dict.fromkeys(lives))
+
+    def _facts(self) -> Facts:
+        return facts_of(self._attached(), self._spending, self._loader)
 
     @property
     def budget_spent(self) -> bool:
@@ -378,7 +402,9 @@ class PrivacyEngine:
 
         It is as confidential as the data: it holds sums without noise, and the streams that noise comes from.
         """
-        return {"version": 1, "configuration": self._configuration(), **collect(self._parts())}
+        lives = [life.to_dict() for life in self._told() or [self._facts()]]
+        about = {"lives": lives, "target_delta": self._target_delta}
+        return {"version": 1, "configuration": self._configuration(), "about": about, **collect(self._parts())}
 
     def load_state_dict(self, state: dict[str, Any], *, replay: bool = True) -> None:
         """Go on from what `state_dict` gave, after `make_private` with the same arguments; see `load_checkpoint`."""
@@ -430,7 +456,7 @@ class PrivacyEngine:
         return held["extra"]
 
     def _load(self, state: dict[str, Any], also: Mapping[str, Stateful], replay: bool) -> None:
-        if not isinstance(state, dict) or not {"version", "configuration"} <= set(state):
+        if not isinstance(state, dict) or not {"version", "configuration", "about"} <= set(state):
             raise CheckpointError(
                 "what was given is no engine's state",
                 why="there is nothing to go on from.",
@@ -438,8 +464,11 @@ class PrivacyEngine:
             )
         refuse_others({"version": 1, **self._configuration()}, {"version": state["version"], **state["configuration"]})
         parts = {"also": Part(lambda: collect(also), lambda held: give_back(also, held)), **self._parts(replay)}
-        saved = {"also": {}, **{k: v for k, v in state.items() if k not in ("version", "configuration")}}
+        told = ("version", "configuration", "about")
+        saved = {"also": {}, **{k: v for k, v in state.items() if k not in told}}
+        lives = [*self._told(), *lives_in(state)]
         give_back(parts, saved)
+        self._lives, self._mark = lives, self._spending.released
         if not replay:
             self._attached().forget()
             self._loader.reseed()

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dpkit.accountants import Accountant, Event, GroupOf, PLDAccountant
+from dpkit.accountants import Accountant, Event, GroupOf, PLDAccountant, make_accountant
 
-from .budget import Budget, Totals
+from .budget import Budget, Totals, kind_of
 from .errors import BudgetExhaustedError, CheckpointError, LedgerError, ReplayError
 from .fingerprint import Fingerprint
 from .ledger import Ledger, Release
@@ -117,6 +117,16 @@ class Spending:
         if budget is not None and delta == budget.delta and value > budget.max_epsilon and budget.holds(self._totals()):
             return budget.max_epsilon  # both are upper bounds; the other was found on a finer grid
         return value
+
+    def together(self, delta: float) -> tuple[int, float] | None:
+        """How many runs the ledger holds, this one included, and ε of all of them; None without a ledger."""
+        if self.ledger is None:
+            return None
+        self.ledger.read()
+        judge = make_accountant(kind_of(self.accountant), self.accountant.adjacency)
+        for event, n in self._totals().items():
+            judge.compose(event, n)
+        return len({self.run, *self.ledger.runs}), judge.epsilon(delta)
 
     # ---- state
 
