@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dpkit.accountants import Event, Gaussian
 
-from .clipping import Clipping, Learning, noises_of
+from .clipping import Clipping, learns, noises_of
 from .correlated import Correlated
 from .errors import CheckpointError, ConfigurationError, DoubleUseError, UncoveredParameterError, UnfinishedStepError
 from .fingerprint import Fingerprint
@@ -63,10 +63,11 @@ class PrivateStep:
     ) -> None:
         self.model, self.optimizer, self.sampling = model, optimizer, sampling
         self.clipping, self.noise, self.spending = clipping, noise, spending
+        self._paced = sampling if isinstance(sampling, Paced) else None
         self.noise_multiplier, self.max_grad_norm = noise_multiplier, max_grad_norm
         self.loss_reduction = loss_reduction
         self._loss_scale, self._factor = loss_scale, 1.0
-        if isinstance(clipping, Learning) and isinstance(noise, Correlated):
+        if learns(clipping) and isinstance(noise, Correlated):
             raise ConfigurationError(
                 "adaptive clipping with correlated noise",
                 why="what sum and count cost together is known for independent noise only.",
@@ -106,7 +107,7 @@ class PrivateStep:
         """A new pass over the data: what an abandoned one left unfinished is dropped; it was never released."""
         self.drop()
         self._charged = None
-        if isinstance(self.sampling, Paced) and self.sampling.begin_pass() and isinstance(self.noise, Correlated):
+        if self._paced is not None and self._paced.begin_pass() and isinstance(self.noise, Correlated):
             self.noise.restart()
 
     def admits(self) -> bool:
@@ -153,7 +154,7 @@ class PrivateStep:
         self._close(draw)
         if draw.last:
             self.drop()
-            if isinstance(self.sampling, Paced):
+            if self._paced is not None:
                 raise UnfinishedStepError(
                     "a batch was drawn and no step was taken on it, under correlated noise",
                     why="how far apart two participations of a record are is counted in steps.",
@@ -274,7 +275,7 @@ class PrivateStep:
     @torch.no_grad()
     def _release(self, draw: Draw) -> None:
         """Sums + noise, divided by the expected batch size, become ``p.grad``; the ledger is written first."""
-        if isinstance(self.sampling, Paced) and not self.sampling.follows(draw.logical):
+        if self._paced is not None and not self._paced.follows(draw.logical):
             raise UnfinishedStepError(
                 "a batch before this one was drawn and not released (its step failed), under correlated noise",
                 why="how far apart two participations of a record are is counted in releases: it would come too soon.",
@@ -294,8 +295,8 @@ class PrivateStep:
         self.spending.record(event, [*grads, *observed])
         if event is not None:
             self._charged = clipped.noise_multiplier
-        if isinstance(self.sampling, Paced):
-            self.sampling.advance()
+        if self._paced is not None:
+            self._paced.advance()
         if observed and self.max_grad_norm == clipped.max_grad_norm:  # else it was set by hand meanwhile
             self.max_grad_norm = clipped.learned(float(observed[0]))
         for p, grad in zip(trainable, grads, strict=True):
@@ -369,8 +370,8 @@ class PrivateStep:
         self.drop()
         self._charged = None
         self.noise.reseed()
-        if isinstance(self.sampling, Paced):
-            self.sampling.restart()
+        if self._paced is not None:
+            self._paced.restart()
 
     def _state(self, inside: bool) -> dict[str, Any]:
         names = self.tape.parameters()
