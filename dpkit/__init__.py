@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from .facts import statement_of
     from .forms import Dense, Outer, Routed, Rows
+    from .interop import load_opacus_checkpoint, opacus_state_dict
     from .rules import register_rule, unregister_rule
     from .statement import Statement
 
@@ -67,6 +68,7 @@ _HOMES = {
     ],
     "facts": ["statement_of"],
     "forms": ["Dense", "Outer", "Routed", "Rows"],
+    "interop": ["load_opacus_checkpoint", "opacus_state_dict"],
     "rules": ["register_rule", "unregister_rule"],
     "statement": ["Statement"],
 }
@@ -103,6 +105,8 @@ __all__ = [
     "UnfinishedStepError",
     "UnsupportedModuleError",
     "__version__",
+    "load_opacus_checkpoint",
+    "opacus_state_dict",
     "register_rule",
     "statement_of",
     "unregister_rule",

@@ -119,6 +119,7 @@ def stated(
     lives: Sequence[Facts],
     accountant: Accountant,
     releases: int,
+    composed: int,
     epsilon: float,
     delta: float,
     together: tuple[int, float] | None,
@@ -126,6 +127,7 @@ def stated(
     """The statement of everything that was released in these lives.
 
     Args:
+        composed: how many of the accountant's events are those of the releases.
         together: how many runs the durable ledger holds, and the ε of all of them.
 
     Raises:
@@ -165,7 +167,7 @@ def stated(
         max_epsilon=now.max_epsilon,
         runs=None if together is None else together[0],
         epsilon_of_runs=None if together is None else together[1],
-        cautions=tuple(_cautions(lives, epsilon, delta)),
+        cautions=tuple(_cautions(lives, epsilon, delta, sum(n for _, n in events) - composed)),
         assumptions=tuple(_assumptions(lives, events)),
         covered=COVERED if now.max_epsilon is None else (*COVERED, _BUDGET),
         left_out=LEFT_OUT,
@@ -188,7 +190,8 @@ def statement_of(path: str | os.PathLike[str], delta: float | None = None) -> St
     try:
         about, spent = held["about"], held["spending"]
         lives = [Facts(**life) for life in about["lives"]]
-        target, counted, releases = about["target_delta"], spent["accountant"], spent["released"]
+        target, counted = about["target_delta"], spent["accountant"]
+        releases, composed = int(spent["released"]), int(spent["composed"])
         accountant = make_accountant(counted["accountant"], counted["adjacency"])
         accountant.load_state_dict(counted)
     except (KeyError, TypeError, ValueError) as error:  # AccountingError is a ValueError
@@ -204,7 +207,7 @@ def statement_of(path: str | os.PathLike[str], delta: float | None = None) -> St
             why="ε is a function of δ.",
             cure="pass delta=1e-5, say.",
         )
-    return stated(lives, accountant, releases, accountant.epsilon(delta), float(delta), None)
+    return stated(lives, accountant, releases, composed, accountant.epsilon(delta), float(delta), None)
 
 
 _DIFFERENCES = {"add_or_remove_one": "adding or removing", "replace_one": "replacing", "zero_out": "zeroing out"}
@@ -221,7 +224,7 @@ def _each(words: Iterator[str]) -> str:
     return "; in other parts: ".join(dict.fromkeys(words))
 
 
-def _cautions(lives: Sequence[Facts], epsilon: float, delta: float) -> Iterator[str]:
+def _cautions(lives: Sequence[Facts], epsilon: float, delta: float, beside: int) -> Iterator[str]:
     """What a reader should be warned of."""
     seeded = _seeded(lives)
     if seeded:
@@ -229,6 +232,8 @@ def _cautions(lives: Sequence[Facts], epsilon: float, delta: float) -> Iterator[
             f"SEEDED BY HAND: {' and '.join(seeded)}. The run can be repeated; the guarantee holds against those only "
             "who do not know the seed."
         )
+    if beside:
+        yield f"{beside} of the events were counted as told, by hand or from another library; dpkit did not see them."
     most = max(life.units for life in lives)
     if delta * most >= 1.0:
         yield f"δ is not below 1 / N = {1.0 / most:.3g}: publishing one unit whole would be within it."

@@ -93,9 +93,12 @@ class Live:
 
     def site(self, layer: nn.Module, k: int, values: list[Any]) -> probe.Site:
         """Where the records are in the k-th call of a layer with a rule."""
-        known = [s for (m, j), sites in self.plan.calls.items() if m is layer and (j == k or self.again) for s in sites]
+        if self.again:
+            known = [s for (m, _), sites in self.plan.calls.items() if m is layer for s in sites]
+        else:
+            known = self.plan.calls.get((layer, k), [])
         fitting = [s for s in known if s.fits(values, self.n)]
-        if fitting and all(s.agrees(fitting[0]) for s in fitting):
+        if fitting and all(s.agrees(fitting[0]) for s in fitting[1:]):
             return fitting[0]
         x = next((v for v in values if isinstance(v, Tensor)), None)
         if self.again or x is None or x.shape[:1] != (self.n,):

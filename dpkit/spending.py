@@ -27,13 +27,14 @@ class Spending:
     Attributes:
         run: the run's name in the ledger.
         released: how many releases the run has made, those of a pass that others paid for included.
+        composed: how many events the accountant holds for them; it may hold others that were added by hand.
         budget: the hard budget, if there is one.
         about: what the ledger says of the run.
     """
 
     def __init__(self, accountant: Accountant, ledger: Ledger | None) -> None:
         self.accountant, self.ledger = accountant, ledger
-        self.run, self.released = secrets.token_hex(8), 0
+        self.run, self.released, self.composed = secrets.token_hex(8), 0, 0
         self.budget: Budget | None = None
         self.about: dict[str, Any] = {}
         self._fingerprint = Fingerprint()
@@ -74,6 +75,7 @@ class Spending:
             self._refuse_excess(event)
         if event is not None:
             self.accountant.compose(event)
+            self.composed += 1
         self.released += 1
 
     def _repeat(self, event: Event | None, release: Sequence[Tensor]) -> None:
@@ -135,6 +137,7 @@ class Spending:
         return {
             "run": self.run,
             "released": self.released,
+            "composed": self.composed,
             "counted": self.released + len(self._pending),
             "latest": self._latest,
             "ledger": None if self.ledger is None else self.ledger.id,
@@ -176,7 +179,7 @@ class Spending:
                 )
             if not (same and later):
                 self.accountant.load_state_dict(state["accountant"])
-                self.released = state["released"]
+                self.released, self.composed = state["released"], state["composed"]
             self.run = state["run"]
             return
         releases = self._releases_since(self.ledger, state)
@@ -191,6 +194,7 @@ class Spending:
         held = state["accountant"]
         self.accountant.load_state_dict({**held, "ledger": [*held["ledger"], *since]})
         self.run, self.released, self._latest = state["run"], state["released"], state["latest"]
+        self.composed = state["composed"] + len(since)
         self._pending = deque(releases if replay else [])
         if not replay and releases:
             self.released, self._latest = self.released + len(releases), releases[-1].check

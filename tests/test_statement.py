@@ -29,7 +29,7 @@ from dpkit.accountants import (
     rounding,
 )
 from dpkit.statement import Statement
-from tests.lives import begin
+from tests.lives import Life, begin
 from tests.test_refusals import refused
 from tests.training import Run, attach, data, mlp, train, work
 
@@ -241,6 +241,22 @@ def test_a_large_delta_is_a_caution() -> None:
     assert caution in str(engine.statement(0.125))
 
 
+def test_what_was_added_by_hand_is_told_apart(tmp_path: Path) -> None:
+    """Of events that dpkit did not see happen, how many there are; also after a checkpoint."""
+    life = run(poisson_sampling=False)
+    train(life, 2)
+    assert life.engine.statement().releases == 4
+    assert not life.engine.statement().cautions  # two of the releases were paid for by the two others
+    life.engine.accountant.compose(Gaussian(9.0), 3)
+    life.engine.save_checkpoint(tmp_path / "c")
+    again = run(poisson_sampling=False)
+    again.engine.load_checkpoint(tmp_path / "c")
+    train(again)
+    for said in (life.engine.statement(), dpkit.statement_of(tmp_path / "c"), again.engine.statement()):
+        [caution] = said.cautions
+        assert caution.startswith("3 of the events were counted as told")
+
+
 # --- several lives of one engine ---
 
 
@@ -348,9 +364,13 @@ def test_what_a_checkpoint_cannot_tell(tmp_path: Path) -> None:
 def test_a_killed_and_resumed_run_states_what_an_uninterrupted_one_does(tmp_path: Path) -> None:
     whole = begin().train()
     life = begin(ledger=tmp_path / "l")
-    life.train(lambda life: life.steps == 4)
-    life.save(tmp_path / "c")
-    life.train(lambda life: life.steps == 6)
+
+    def killed(life: Life) -> bool:
+        if life.steps == 4:
+            life.save(tmp_path / "c")
+        return life.steps == 6
+
+    life.train(killed)
     life.engine.detach()
     again = begin(ledger=tmp_path / "l")
     again.load(tmp_path / "c")
