@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         UnsupportedModuleError,
     )
     from .forms import Dense, Outer, Routed, Rows
+    from .interop import load_opacus_checkpoint, opacus_state_dict
     from .rules import register_rule, unregister_rule
 
 _HOMES = {
@@ -64,6 +65,7 @@ _HOMES = {
         "UnsupportedModuleError",
     ],
     "forms": ["Dense", "Outer", "Routed", "Rows"],
+    "interop": ["load_opacus_checkpoint", "opacus_state_dict"],
     "rules": ["register_rule", "unregister_rule"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -98,6 +100,8 @@ __all__ = [
     "UnfinishedStepError",
     "UnsupportedModuleError",
     "__version__",
+    "load_opacus_checkpoint",
+    "opacus_state_dict",
     "register_rule",
     "unregister_rule",
 ]

@@ -17,7 +17,8 @@ from dpkit.accountants import Event, Gaussian
 
 from .clipping import Clipping, learns, noises_of
 from .correlated import Correlated
-from .errors import ConfigurationError, DoubleUseError, UncoveredParameterError, UnfinishedStepError
+from .errors import CheckpointError, ConfigurationError, DoubleUseError, UncoveredParameterError, UnfinishedStepError
+from .fingerprint import Fingerprint
 from .forms import joined
 from .loader import Draw
 from .noise import Source
@@ -29,6 +30,7 @@ from .spending import Spending
 from .state import Part, Stateful
 from .sums import ClippedSum
 from .tape import Tape
+from .trees import leaves
 
 
 class PrivateStep:
@@ -161,7 +163,6 @@ class PrivateStep:
 
     def empty_draw(self, draw: Draw) -> None:
         """Nobody was drawn: the noisy step is taken, and accounted, all the same."""
-        self.hand_out(draw)
         self.optimizer.step()
 
     def drop(self) -> None:
@@ -204,15 +205,30 @@ class PrivateStep:
             self.strictly_examined = refuse_coupled_losses(self.tape, batch, losses)
         (losses.mean() if self.loss_reduction == "mean" else losses.sum()).backward()
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if self.tape.paused:
-            return
-        if any(a is not None for a in (*args[1:], *kwargs.values())):
+            return None
+        given = [a for a in (*args[1:], *kwargs.values()) if a is not None]
+        if not given:
+            self._take_step()
+            return None
+        closure = given[0]
+        if len(given) > 1 or not callable(closure):
             raise ConfigurationError(
-                "optimizer.step() was given a closure",
-                why="it would back-propagate after the gradient of this step has been clipped and noised.",
-                cure="run forward and backward before optimizer.step().",
+                f"optimizer.step() was given {', '.join(type(a).__name__ for a in given)}",
+                why="what it does with the gradient is not known.",
+                cure="call optimizer.step(), with a closure or without.",
             )
+        with torch.enable_grad():
+            loss = closure()  # here, so that its gradient is clipped and noised
+        self._take_step()
+        known = _Evaluated(loss)
+        return (
+            tuple(known if a is closure else a for a in args),
+            {name: known if a is closure else a for name, a in kwargs.items()},
+        )
+
+    def _take_step(self) -> None:
         draw = self._draw
         if draw is None:
             if any(p.grad is not None for p in self._parameters()):
@@ -307,11 +323,12 @@ class PrivateStep:
 
     # ---- state
 
-    def parts(self, inside: bool) -> dict[str, Stateful]:
-        """All that has a state here; ``inside``: whether a pass is under way, so that its sums go on."""
+    def parts(self, inside: bool, *, weights: bool = True) -> dict[str, Stateful]:
+        """All that has a state here; ``inside``: whether a pass is under way, so that its sums go on; ``weights``:
+        model and optimizer, or else what they are compared with when somebody else has loaded them."""
         parts: dict[str, Stateful] = {
-            "model": self.model,
-            "optimizer": self.optimizer,
+            **({"model": self.model, "optimizer": self.optimizer} if weights else {}),
+            **({} if weights else {"weights": Part(self._weights, self._refuse_other_weights)}),
             "noise": self.noise,
             "methods": self.tape.methods,
         }
@@ -321,6 +338,19 @@ class PrivateStep:
             parts["sampling"] = self.sampling
         parts["step"] = Part(lambda: self._state(inside), self._load)
         return parts
+
+    def _weights(self) -> dict[str, Any]:
+        """What tells the model's and the optimizer's tensors from others."""
+        held = leaves((self.model.state_dict(), self.optimizer.state_dict()["state"]))
+        return {"fingerprint": Fingerprint().of([v for v in held if isinstance(v, Tensor)])}
+
+    def _refuse_other_weights(self, state: dict[str, Any]) -> None:
+        if state != self._weights():
+            raise CheckpointError(
+                "model and optimizer are not in the state in which the checkpoint was saved",
+                why="it was saved without them; the run would go on from other weights than those it had.",
+                cure="load them first, from what was saved at the same step.",
+            )
 
     def configuration(self) -> dict[str, Any]:
         """What has to be the same where a saved state is loaded, in numbers and words."""
@@ -364,3 +394,30 @@ class PrivateStep:
         if state["sum"] is not None:
             self._sum = self._begin_sum()
             self._sum.load_state_dict(state["sum"], parameters)
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer whose ``step`` runs hooks, inside what another library (Accelerate) has wrapped around it."""
+    while "_optimizer_step_pre_hooks" not in vars(optimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer):
+            return optimizer
+        optimizer = inner
+    return optimizer
+
+
+class _Evaluated:
+    """A closure's loss, for the optimizer that asks for it."""
+
+    def __init__(self, loss: Any) -> None:
+        self._loss, self._asked = loss, False
+
+    def __call__(self) -> Any:
+        if self._asked:
+            raise ConfigurationError(
+                "the optimizer evaluated its closure a second time",
+                why="it would use the data beyond the one noisy gradient that is accounted.",
+                cure="use any first-order optimizer (SGD, Adam, AdamW, ...).",
+            )
+        self._asked = True
+        return self._loss
