@@ -211,7 +211,8 @@ def _counted(histogram: NormHistogram) -> Figure:
 
 def _finish(axes: Any, bound: float, clipped: float, name: str) -> None:
     axes.axvline(bound, color="black", linestyle="--", label=f"{name}; {clipped:.1%} clipped")
-    axes.set_xscale("log", base=2)
+    axes.set_xscale("log")
+    axes.set_axisbelow(True)
     axes.legend()
 
 
