@@ -272,7 +272,7 @@ class PLDAccountant(Accountant):
     Args:
         adjacency: see `Accountant`.
         tolerance: how much of epsilon the grid may cost, relative; what is reported stays an upper bound whatever it
-        is.
+            is.
 
     >>> from dpkit.accountants import dpsgd
     >>> acc = PLDAccountant().compose(dpsgd(1.1, 0.01, 1000))
