@@ -38,9 +38,11 @@ if TYPE_CHECKING:
         UnfinishedStepError,
         UnsupportedModuleError,
     )
+    from .facts import statement_of
     from .forms import Dense, Outer, Routed, Rows
     from .interop import load_opacus_checkpoint, opacus_state_dict
     from .rules import register_rule, unregister_rule
+    from .statement import Statement
 
 _HOMES = {
     "clipping": ["AdaptiveClipping", "AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"],
@@ -64,9 +66,11 @@ _HOMES = {
         "UnfinishedStepError",
         "UnsupportedModuleError",
     ],
+    "facts": ["statement_of"],
     "forms": ["Dense", "Outer", "Routed", "Rows"],
     "interop": ["load_opacus_checkpoint", "opacus_state_dict"],
     "rules": ["register_rule", "unregister_rule"],
+    "statement": ["Statement"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -96,6 +100,7 @@ __all__ = [
     "Routed",
     "Rows",
     "SamplingError",
+    "Statement",
     "UncoveredParameterError",
     "UnfinishedStepError",
     "UnsupportedModuleError",
@@ -103,6 +108,7 @@ __all__ = [
     "load_opacus_checkpoint",
     "opacus_state_dict",
     "register_rule",
+    "statement_of",
     "unregister_rule",
 ]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -34,7 +34,6 @@ class Clipping(Protocol):
     def sensitivity(self, max_grad_norm: float) -> float: ...
 
 
-@runtime_checkable
 class Learning(Clipping, Protocol):
     """A clipping that learns C from a noisy sum of one answer a record, each within ±1/2."""
 
@@ -43,6 +42,11 @@ class Learning(Clipping, Protocol):
     def noises(self, noise_multiplier: float, expected_batch_size: float) -> tuple[float, float]: ...
 
     def learned(self, max_grad_norm: float, observed: float, expected_batch_size: float) -> float: ...
+
+
+def learns(clipping: Clipping) -> TypeGuard[Learning]:
+    """Whether a clipping is one that learns C."""
+    return all(hasattr(clipping, name) for name in ("observed", "noises", "learned"))
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ class AdaptiveClipping(FlatClipping):
 
 def noises_of(clipping: Clipping, noise_multiplier: float, expected_batch_size: float) -> tuple[float, float]:
     """What σ is split into: the noise multiplier of the sum, and the standard deviation of the count beside it."""
-    if isinstance(clipping, Learning):
+    if learns(clipping):
         return clipping.noises(noise_multiplier, expected_batch_size)
     return noise_multiplier, 0.0
 

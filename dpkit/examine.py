@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import probe
+from . import probe, randomness
 from .buffers import Buffers, differing, refuse_written
 from .errors import PrivacyError, UncoveredParameterError
 from .forms import joined
@@ -242,6 +242,7 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
             terms.append((rows * torch.linspace(-1.0, 1.3, rows.shape[1], device=v.device).cos()).sum(1))
         return torch.stack([t.to(terms[0].dtype) for t in terms]).sum(0) if terms else None
 
+    chance = randomness.capture()  # dropout that is no module (of attention weights) is the same draw in both runs
     with (kept := Kept(tape.names)).counting:
         plain = run.plain(arguments)
     tape.methods.activations = max(tape.methods.activations, kept.bytes / n)
@@ -251,6 +252,7 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
     trial = Batch(n)
     router = Live(tape, plan, trial, n)
     tape.latest = plan
+    randomness.restore(chance)
     try:
         out = run.routed(router, tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, arguments))
         router.verify(plan)

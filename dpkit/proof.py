@@ -30,9 +30,11 @@ def prove(tape: Tape, batch: Batch, max_grad_norm: float) -> None:
             ours = form.weighted_sum(torch.ones(batch.n, device=p.device))
             theirs = torch.zeros_like(ours) if grad is None else grad.to_dense().to(ours.dtype).flatten()
             compared.append((p, ours, theirs, float(form.sq_norm().sqrt().sum())))
-        elif p in batch.forms and not tape.rules_of(p):
+        elif p in batch.forms and p not in tape.proven and not tape.rules_of(p):
             tape.proven.add(p)
-    largest = max((scale for *_, scale in compared), default=0.0)
+    if not compared:
+        return
+    largest = max(float(joined(found).sq_norm().sqrt().sum()) for found in batch.forms.values())
     if not math.isfinite(largest):
         return  # a record is not finite: its turn comes with the next batch
     for p, ours, theirs, scale in compared:

@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 
 from dpkit.accountants import Event, Gaussian
 
-from .clipping import Clipping, Learning, noises_of
+from .clipping import Clipping, learns, noises_of
 from .correlated import Correlated
-from .errors import ConfigurationError, DoubleUseError, UncoveredParameterError, UnfinishedStepError
+from .errors import CheckpointError, ConfigurationError, DoubleUseError, UncoveredParameterError, UnfinishedStepError
+from .fingerprint import Fingerprint
 from .forms import joined
 from .loader import Draw
 from .noise import Source
@@ -29,6 +30,7 @@ from .spending import Spending
 from .state import Part, Stateful
 from .sums import ClippedSum
 from .tape import Tape
+from .trees import leaves
 
 
 class PrivateStep:
@@ -61,10 +63,11 @@ class PrivateStep:
     ) -> None:
         self.model, self.optimizer, self.sampling = model, optimizer, sampling
         self.clipping, self.noise, self.spending = clipping, noise, spending
+        self._paced = sampling if isinstance(sampling, Paced) else None
         self.noise_multiplier, self.max_grad_norm = noise_multiplier, max_grad_norm
         self.loss_reduction = loss_reduction
         self._loss_scale, self._factor = loss_scale, 1.0
-        if isinstance(clipping, Learning) and isinstance(noise, Correlated):
+        if learns(clipping) and isinstance(noise, Correlated):
             raise ConfigurationError(
                 "adaptive clipping with correlated noise",
                 why="what sum and count cost together is known for independent noise only.",
@@ -104,7 +107,7 @@ class PrivateStep:
         """A new pass over the data: what an abandoned one left unfinished is dropped; it was never released."""
         self.drop()
         self._charged = None
-        if isinstance(self.sampling, Paced) and self.sampling.begin_pass() and isinstance(self.noise, Correlated):
+        if self._paced is not None and self._paced.begin_pass() and isinstance(self.noise, Correlated):
             self.noise.restart()
 
     def admits(self) -> bool:
@@ -151,7 +154,7 @@ class PrivateStep:
         self._close(draw)
         if draw.last:
             self.drop()
-            if isinstance(self.sampling, Paced):
+            if self._paced is not None:
                 raise UnfinishedStepError(
                     "a batch was drawn and no step was taken on it, under correlated noise",
                     why="how far apart two participations of a record are is counted in steps.",
@@ -160,7 +163,6 @@ class PrivateStep:
 
     def empty_draw(self, draw: Draw) -> None:
         """Nobody was drawn: the noisy step is taken, and accounted, all the same."""
-        self.hand_out(draw)
         self.optimizer.step()
 
     def drop(self) -> None:
@@ -203,15 +205,30 @@ class PrivateStep:
             self.strictly_examined = refuse_coupled_losses(self.tape, batch, losses)
         (losses.mean() if self.loss_reduction == "mean" else losses.sum()).backward()
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if self.tape.paused:
-            return
-        if any(a is not None for a in (*args[1:], *kwargs.values())):
+            return None
+        given = [a for a in (*args[1:], *kwargs.values()) if a is not None]
+        if not given:
+            self._take_step()
+            return None
+        closure = given[0]
+        if len(given) > 1 or not callable(closure):
             raise ConfigurationError(
-                "optimizer.step() was given a closure",
-                why="it would back-propagate after the gradient of this step has been clipped and noised.",
-                cure="run forward and backward before optimizer.step().",
+                f"optimizer.step() was given {', '.join(type(a).__name__ for a in given)}",
+                why="what it does with the gradient is not known.",
+                cure="call optimizer.step(), with a closure or without.",
             )
+        with torch.enable_grad():
+            loss = closure()  # here, so that its gradient is clipped and noised
+        self._take_step()
+        known = _Evaluated(loss)
+        return (
+            tuple(known if a is closure else a for a in args),
+            {name: known if a is closure else a for name, a in kwargs.items()},
+        )
+
+    def _take_step(self) -> None:
         draw = self._draw
         if draw is None:
             if any(p.grad is not None for p in self._parameters()):
@@ -258,7 +275,7 @@ class PrivateStep:
     @torch.no_grad()
     def _release(self, draw: Draw) -> None:
         """Sums + noise, divided by the expected batch size, become ``p.grad``; the ledger is written first."""
-        if isinstance(self.sampling, Paced) and not self.sampling.follows(draw.logical):
+        if self._paced is not None and not self._paced.follows(draw.logical):
             raise UnfinishedStepError(
                 "a batch before this one was drawn and not released (its step failed), under correlated noise",
                 why="how far apart two participations of a record are is counted in releases: it would come too soon.",
@@ -278,8 +295,8 @@ class PrivateStep:
         self.spending.record(event, [*grads, *observed])
         if event is not None:
             self._charged = clipped.noise_multiplier
-        if isinstance(self.sampling, Paced):
-            self.sampling.advance()
+        if self._paced is not None:
+            self._paced.advance()
         if observed and self.max_grad_norm == clipped.max_grad_norm:  # else it was set by hand meanwhile
             self.max_grad_norm = clipped.learned(float(observed[0]))
         for p, grad in zip(trainable, grads, strict=True):
@@ -306,11 +323,12 @@ class PrivateStep:
 
     # ---- state
 
-    def parts(self, inside: bool) -> dict[str, Stateful]:
-        """All that has a state here; ``inside``: whether a pass is under way, so that its sums go on."""
+    def parts(self, inside: bool, *, weights: bool = True) -> dict[str, Stateful]:
+        """All that has a state here; ``inside``: whether a pass is under way, so that its sums go on; ``weights``:
+        model and optimizer, or else what they are compared with when somebody else has loaded them."""
         parts: dict[str, Stateful] = {
-            "model": self.model,
-            "optimizer": self.optimizer,
+            **({"model": self.model, "optimizer": self.optimizer} if weights else {}),
+            **({} if weights else {"weights": Part(self._weights, self._refuse_other_weights)}),
             "noise": self.noise,
             "methods": self.tape.methods,
         }
@@ -320,6 +338,19 @@ class PrivateStep:
             parts["sampling"] = self.sampling
         parts["step"] = Part(lambda: self._state(inside), self._load)
         return parts
+
+    def _weights(self) -> dict[str, Any]:
+        """What tells the model's and the optimizer's tensors from others."""
+        held = leaves((self.model.state_dict(), self.optimizer.state_dict()["state"]))
+        return {"fingerprint": Fingerprint().of([v for v in held if isinstance(v, Tensor)])}
+
+    def _refuse_other_weights(self, state: dict[str, Any]) -> None:
+        if state != self._weights():
+            raise CheckpointError(
+                "model and optimizer are not in the state in which the checkpoint was saved",
+                why="it was saved without them; the run would go on from other weights than those it had.",
+                cure="load them first, from what was saved at the same step.",
+            )
 
     def configuration(self) -> dict[str, Any]:
         """What has to be the same where a saved state is loaded, in numbers and words."""
@@ -339,8 +370,8 @@ class PrivateStep:
         self.drop()
         self._charged = None
         self.noise.reseed()
-        if isinstance(self.sampling, Paced):
-            self.sampling.restart()
+        if self._paced is not None:
+            self._paced.restart()
 
     def _state(self, inside: bool) -> dict[str, Any]:
         names = self.tape.parameters()
@@ -363,3 +394,30 @@ class PrivateStep:
         if state["sum"] is not None:
             self._sum = self._begin_sum()
             self._sum.load_state_dict(state["sum"], parameters)
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer whose ``step`` runs hooks, inside what another library (Accelerate) has wrapped around it."""
+    while "_optimizer_step_pre_hooks" not in vars(optimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer):
+            return optimizer
+        optimizer = inner
+    return optimizer
+
+
+class _Evaluated:
+    """A closure's loss, for the optimizer that asks for it."""
+
+    def __init__(self, loss: Any) -> None:
+        self._loss, self._asked = loss, False
+
+    def __call__(self) -> Any:
+        if self._asked:
+            raise ConfigurationError(
+                "the optimizer evaluated its closure a second time",
+                why="it would use the data beyond the one noisy gradient that is accounted.",
+                cure="use any first-order optimizer (SGD, Adam, AdamW, ...).",
+            )
+        self._asked = True
+        return self._loss

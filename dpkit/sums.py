@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .clipping import Clipping, Learning, noises_of
+from .clipping import Clipping, Learning, learns, noises_of
 from .forms import Form
 from .units import Units
 
@@ -30,7 +30,7 @@ class ClippedSum:
         self.clipping, self.noise_multiplier, self.max_grad_norm = clipping, noise_multiplier, max_grad_norm
         self.expected_batch_size = expected_batch_size
         self._observed = 0.0
-        self._learning = clipping if isinstance(clipping, Learning) else None
+        self._learning: Learning | None = clipping if learns(clipping) else None
         self._totals: dict[nn.Parameter, Tensor] = {}
 
     @property

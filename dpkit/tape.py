@@ -143,6 +143,11 @@ class Tape:
         """The model's parameters, each once, with their names."""
         return self.names
 
+    @property
+    def examined(self) -> bool:
+        """Whether a forward was measured, and seen to keep the records apart."""
+        return bool(self._plans)
+
     # ---- batches
 
     def open(self, n: int, marked: Sequence[nn.Parameter] = ()) -> None:
