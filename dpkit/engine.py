@@ -372,6 +372,11 @@ class PrivacyEngine:
         return not self._attached().admits()
 
     @property
+    def releases(self) -> int:
+        """How many steps the run has released, those that it made before a checkpoint was loaded included."""
+        return self._spending.released
+
+    @property
     def completed_passes(self) -> int:
         """How many passes over the data came to their end: ``for epoch in range(engine.completed_passes, epochs)``."""
         self._attached()
