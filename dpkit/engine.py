@@ -255,6 +255,8 @@ class PrivacyEngine:
             limit = partial(self._step.tape.methods.most_records, room)
         self._loader = PrivateDataLoader(data_loader, sampling, units, self._step, limit)
         self._target_delta, self._spending.budget = target_delta, budget
+        if target_epsilon is not None and target_delta is not None:
+            self._spending.target = float(target_epsilon), float(target_delta)
         self._mark = self._spending.released
         self._spending.about = {"sampling": sampling.name, "target_delta": target_delta}
         return module, optimizer, self._loader

@@ -25,6 +25,7 @@ PRIVACY: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": DELTA, "max_
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytorch_lightning.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
     pytest.mark.filterwarnings("ignore:train_dataloader yielded None:UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:pytorch_lightning"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
@@ -75,6 +76,13 @@ def _loader(batch_size: int, *, seeded: bool = True) -> Any:
     return DataLoader(data(RECORDS), batch_size, generator=torch.Generator().manual_seed(3) if seeded else None)
 
 
+def _iterated_once() -> torch.Generator:
+    """As Lightning leaves the loader's generator: it makes an iterator of the user's loader before training starts."""
+    generator = torch.Generator().manual_seed(3)
+    torch.empty((), dtype=torch.int64).random_(generator=generator)
+    return generator
+
+
 def test_is_the_plain_loop(tmp_path: Path) -> None:
     """σ = 0: the same weights, the schedule in steps; the module's and the optimizer's objects are the user's."""
     module, callback = Fitted(), PrivacyCallback({**PRIVACY, "noise_multiplier": 0.0})
@@ -83,7 +91,7 @@ def test_is_the_plain_loop(tmp_path: Path) -> None:
     other = Fitted()
     engine = train_plainly(
         other, data(RECORDS), squared, steps=15, batch_size=4, lr=lambda k: 0.5 * (1 - k / 40),
-        noise_multiplier=0.0, max_grad_norm=0.5,
+        noise_multiplier=0.0, max_grad_norm=0.5, generator=_iterated_once(),
     )  # fmt: skip
     assert trainer.global_step == 15
     assert float((flat(module) - start).abs().max()) > 1e-2
@@ -145,7 +153,8 @@ def test_strict_door(tmp_path: Path) -> None:
     Strict.engine = callback.engine
     fit(tmp_path, strict, callback)
     torch.testing.assert_close(flat(strict), flat(plain))
-    assert "as was seen on the first batch" in str(callback.engine.statement(DELTA))
+    assert callback.engine._step is not None
+    assert callback.engine._step.strictly_examined
 
 
 @pytest.mark.parametrize("batch_size", [4, 1])
@@ -153,10 +162,7 @@ def test_resumed_bit_for_bit(batch_size: int, tmp_path: Path) -> None:
     """From Lightning's own checkpoints, in an epoch and at its end, with dropout and Adam, without a seed."""
 
     def begin(ckpt: Path | None = None) -> tuple[Any, Any]:
-        torch.manual_seed(0)
-        keep = pl.callbacks.ModelCheckpoint(
-            dirpath=tmp_path / ("again" if ckpt else "whole"), every_n_train_steps=2, save_top_k=-1
-        )
+        keep = pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "whole", every_n_train_steps=2, save_top_k=-1)
         callback = PrivacyCallback(PRIVACY, dpkit.PrivacyEngine(accountant="rdp"))
         module = Fitted(adam=True, chance=True)
         trainer = pl.Trainer(
