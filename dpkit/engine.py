@@ -26,10 +26,12 @@ from .methods import MODES, Profile, free_bytes
 from .noise import Source, source_of
 from .optional import register_optional
 from .paced import CyclicPoisson, paced
+from .ranks import Ranks, is_first
 from .sampling import checked, sampling_of
 from .scaler import LossScale
 from .secure import SecureNoise
 from .seeds import unforeseeable
+from .shares import refuse_other_data, same_weights
 from .spending import Spending
 from .state import Part, Stateful, collect, give_back, refuse_others
 from .statement import Statement, describe
@@ -85,7 +87,7 @@ class PrivacyEngine:
                 cure='use accountant="pld".',
             )
         self._spending = Spending(
-            self.accountant, None if ledger is None else Ledger(ledger, self.accountant.adjacency)
+            self.accountant, None if ledger is None or not is_first() else Ledger(ledger, self.accountant.adjacency)
         )
         self._step: PrivateStep | None = None
         self._before = 0
@@ -194,7 +196,7 @@ class PrivacyEngine:
                 "use the data beyond the one noisy gradient that is accounted.",
                 cure="use any first-order optimizer (SGD, Adam, AdamW, ...).",
             )
-        checks.refuse_other_processes()
+        checks.refuse_wrapped(module)
         checks.choice("loss_reduction", loss_reduction, ("mean", "sum"))
         max_grad_norm = checks.number("max_grad_norm", max_grad_norm, low=0.0)
         size = checks.physical_batch_size(max_physical_batch_size, memory_budget)
@@ -202,20 +204,21 @@ class PrivacyEngine:
         checks.flag("batch_first", batch_first)
         rule = clipping_of(clipping)
         refuse_private(data_loader)
+        ranks = Ranks()
         units = units_of(
-            checked(data_loader).dataset,
+            checked(data_loader, ranks).dataset,
             privacy_unit,
             max_rows_per_unit=max_rows_per_unit,
             unit_reduction=unit_reduction,
             augmentations=augmentations,
             max_physical_batch_size=size,
         )
-        sampling = sampling_of(data_loader, units, poisson=poisson_sampling)
+        sampling = sampling_of(data_loader, units, ranks, poisson=poisson_sampling)
         if not units.records or units.copies > 1:
             refuse_reordering(data_loader.dataset, data_loader.collate_fn)
         source = source_of(self._secure, noise_generator, data_loader.generator)
         if noise is not None:
-            sampling = paced(sampling, noise, data_loader.generator or unforeseeable())
+            sampling = paced(sampling, noise, ranks.share(data_loader.generator or unforeseeable()))
             source = Correlated(noise, source)
             self._cyclic = self._cyclic or isinstance(sampling, CyclicPoisson)
         register_optional(module)
@@ -234,6 +237,7 @@ class PrivacyEngine:
             rule,
             source,
             self._spending,
+            ranks,
             noise_multiplier=sigma,
             max_grad_norm=max_grad_norm,
             loss_reduction=loss_reduction,
@@ -246,10 +250,29 @@ class PrivacyEngine:
             first = next(module.parameters(), torch.zeros(0))
             room = free_bytes(first.device) // 2 if memory_budget is None else memory_budget
             limit = partial(self._step.tape.methods.most_records, room)
-        self._loader = PrivateDataLoader(data_loader, sampling, units, self._step, limit)
+        self._loader = PrivateDataLoader(data_loader, sampling, units, self._step, limit, ranks)
         self._target_delta, self._spending.budget = target_delta, budget
         self._spending.about = {"sampling": sampling.name, "target_delta": target_delta}
+        if ranks.size > 1:
+            self._begin_together(ranks)
         return module, optimizer, self._loader
+
+    def _begin_together(self, ranks: Ranks) -> None:
+        """All ranks have been asked for the same; they begin with rank 0's weights, and rank 0 keeps the ledger."""
+        step = self._attached()
+        try:
+            budget = self._spending.budget
+            limit = None if budget is None else [budget.max_epsilon, budget.delta]
+            ranks.agree("make_private", **self._configuration(), max_epsilon=limit)
+            ranks.done()
+            refuse_other_data(self._loader.dataset, ranks)
+            if not ranks.first:
+                self._spending.leave_ledger()
+            self._spending.mirror(ranks.decide(self._spending.state_dict))
+            same_weights(step.model, ranks)
+        except BaseException:
+            self.detach()
+            raise
 
     def make_private_with_epsilon(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, DataLoader[Any]]:
         """`make_private` under the name that Opacus gives the call with ``target_epsilon``."""
@@ -394,6 +417,9 @@ class PrivacyEngine:
 
         The file is for resuming, and as confidential as the data. Publish ``model.state_dict()`` instead.
 
+        Among several processes rank 0 writes it, and the call does nothing on the others. A logical batch that was
+        begun will be begun again.
+
         Args:
             also: what else belongs to the run and has ``state_dict`` and ``load_state_dict``: schedulers, averages.
             extra: any plain values of your own; `load_checkpoint` returns them.
@@ -402,6 +428,8 @@ class PrivacyEngine:
             CheckpointError: it cannot be written, or something holds other than plain values. The file that was there
                 before is untouched.
         """
+        if not self._attached().ranks.first:
+            return
         state = self.state_dict()
         checkpoint.save(path, {"state": state, "also": collect(also or {}), "extra": extra})
 
@@ -449,7 +477,13 @@ class PrivacyEngine:
         spending, step = self._spending, self._attached()
 
         def load(state: dict[str, Any]) -> None:
-            spending.load_state_dict(state, replay=replay, repeatable=not step.noise.secure)
+            def told() -> dict[str, Any]:
+                spending.load_state_dict(state, replay=replay, repeatable=not step.noise.secure)
+                return spending.state_dict()
+
+            known = step.ranks.decide(told)
+            if not step.ranks.first:
+                spending.mirror(known)
 
         return {
             **step.parts(self._loader.inside),
