@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 

@@ -451,8 +451,11 @@ class PrivacyEngine:
             CheckpointError: damaged, or of another model, optimizer, data set or setting; nothing was loaded.
             LedgerError: the ledger is not the run's, or holds less than the checkpoint.
         """
-        self._attached()
+        ranks = self._attached().ranks
+        ranks.agree("load_checkpoint")  # so that rank 0 has written it
         held = checkpoint.load(path)
+        ranks.agree("the checkpoint", **{k: held["state"].get("spending", {}).get(k) for k in ("run", "released")})
+        ranks.done()
         refuse_others({"also": sorted(also or {})}, {"also": sorted(held["also"])})
         self._load({**held["state"], "also": held["also"]}, also or {}, replay)
         return held["extra"]

@@ -1,0 +1,346 @@
+"""What the processes of tests/test_ranks.py do: run by torchrun, each rank writes what it saw to a file of its own.
+
+torchrun --nproc-per-node 2 -m tests.ranked FOLDER SCENARIO...
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+import dpkit
+from tests.training import data, mlp, squared_loss, weights
+
+SCENARIOS: dict[str, Callable[[Path], Any]] = {}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "parts": {"max_physical_batch_size": 2},
+    "small": {"batch_size": 1},  # most draws are empty, or fewer than there are ranks
+    "automatic": {"clipping": "automatic", "loss_reduction": "sum"},
+    "per_layer": {"clipping": "per_layer"},
+    "adaptive": {"clipping": "adaptive", "max_physical_batch_size": 3},
+    "units": {"privacy_unit": [k // 3 for k in range(24)], "max_rows_per_unit": 2, "max_physical_batch_size": 4},
+    "fixed": {"poisson_sampling": False, "shuffle": True},
+    "strict": {"strict": True},
+    "workers": {"num_workers": 1, "batch_size": 2},
+}
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def private(
+    *, seed: int = 0, batch_size: int = 5, n: int = 24, ledger: Path | None = None, strict: bool = False, **options: Any
+) -> tuple[dpkit.PrivacyEngine, nn.Module, torch.optim.Optimizer, DataLoader[Any]]:
+    """An engine on a small network; draws are seeded, so that every number of ranks draws the same."""
+    loader = {k: options.pop(k) for k in ("shuffle", "num_workers", "sampler") if k in options}
+    dataset, model = options.pop("dataset", data(n)), options.pop("model", None) or mlp(seed=seed)
+    optimizer = options.pop("optimizer", torch.optim.SGD)(model.parameters(), lr=0.5)
+    given = DataLoader(dataset, batch_size=batch_size, generator=seeded(7), **loader)
+    engine = dpkit.PrivacyEngine(accountant="rdp", ledger=ledger)
+    options = {"noise_multiplier": 0.0, "max_grad_norm": 0.3, **options}
+    return engine, *engine.make_private(module=model, optimizer=optimizer, data_loader=given, **options)
+
+
+def work(
+    engine: Any, model: nn.Module, optimizer: Any, batch: Any, *, strict: bool = False, by_sum: bool = False
+) -> None:
+    optimizer.zero_grad()
+    if strict:
+        engine.backward((model(batch[0]) - batch[1]).square().flatten())
+    else:
+        loss = squared_loss(model, batch)
+        (loss * len(batch[0]) if by_sum else loss).backward()
+    optimizer.step()
+
+
+def trained(name: str, passes: int = 3) -> dict[str, Any]:
+    """What a setting comes to: weights, C, turns of the loop, releases."""
+    options = dict(SETTINGS[name])
+    torch.manual_seed(3)
+    engine, model, optimizer, loader = private(**options)
+    how = {"strict": options.get("strict", False), "by_sum": options.get("loss_reduction") == "sum"}
+    turns = 0
+    for _ in range(passes):
+        for batch in loader:
+            work(engine, model, optimizer, batch, **how)
+            turns += 1
+    releases = engine._spending.released
+    found = {"weights": weights(model), "C": engine.max_grad_norm, "turns": turns, "releases": releases}
+    engine.detach()
+    return found
+
+
+def scenario(function: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    """The error that a call ends in."""
+    try:
+        call()
+    except dpkit.PrivacyError as error:
+        return f"{type(error).__name__}: {error.seen}"
+    return "nothing was refused"
+
+
+@scenario
+def equal(folder: Path) -> Any:
+    """Every setting, with initial weights that differ until the engine makes them the same."""
+    with mock.patch("tests.ranked.mlp", lambda seed: mlp(seed=dist.get_rank())):
+        return {name: trained(name) for name in SETTINGS}
+
+
+@scenario
+def sampler(folder: Path) -> Any:
+    """A DistributedSampler, as scripts for torchrun have it: its batch size is of each rank."""
+    sampled = DistributedSampler(data(24))
+    engine, model, optimizer, loader = private(sampler=sampled, batch_size=2)
+    for batch in loader:
+        work(engine, model, optimizer, batch)
+    wrong = DistributedSampler(data(24), num_replicas=dist.get_world_size(), rank=0)
+    found = {"B": engine.expected_batch_size, "weights": weights(model)}
+    engine.detach()
+    if dist.get_rank() == 1:
+        found["wrong"] = refusal(lambda: dpkit.sampling.checked(DataLoader(data(24), 2, sampler=wrong), dpkit_ranks()))
+    return found
+
+
+def dpkit_ranks() -> Any:
+    """This rank, without a group of its own."""
+    ranks = dpkit.ranks.Ranks.__new__(dpkit.ranks.Ranks)
+    ranks.rank, ranks.size = dist.get_rank(), dist.get_world_size()
+    return ranks
+
+
+@scenario
+def noise(folder: Path) -> Any:
+    """The steps of a model whose gradient is zero: nothing but noise."""
+    found = {}
+    for name, options in {"plain": {}, "secure": {"secure": True}, "adaptive": {"clipping": "adaptive"}}.items():
+        model = nn.Linear(10, 3000, bias=False)
+        nn.init.zeros_(model.weight)
+        model.weight.data[0, 0] = 1.0
+        engine = dpkit.PrivacyEngine(accountant="rdp", secure_mode=options.pop("secure", False))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        loader = DataLoader(TensorDataset(torch.zeros(24, 10)), batch_size=6)
+        engine.make_private(
+            module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=1.5, max_grad_norm=0.5, **options
+        )
+        steps, before = [], model.weight.detach().clone()
+        optimizer.register_step_post_hook(lambda *_: steps.append(model.weight.detach() - before))
+        for (x,) in engine._loader:
+            model(x).sum().backward()
+            optimizer.step()
+        found[name] = [steps[0], steps[1] - steps[0]]
+        engine.detach()
+    return found
+
+
+@scenario
+def ledger(folder: Path) -> Any:
+    """One ledger, written by rank 0; where it cannot be written nobody takes the step."""
+    path = folder / "ledger"
+    engine, model, optimizer, loader = private(ledger=path, noise_multiplier=1.0)
+    for batch in loader:
+        work(engine, model, optimizer, batch)
+    found: dict[str, Any] = {"epsilon": engine.get_epsilon(1e-5), "kept": engine.ledger is not None}
+    before = weights(model)
+
+    def fail(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def more() -> None:
+        for batch in loader:
+            work(engine, model, optimizer, batch)
+
+    with mock.patch("os.write", fail):
+        found["error"] = refusal(more)
+    found["again"] = refusal(more)
+    found["moved"] = float((weights(model) - before).norm())
+    found["releases"] = engine._spending.released
+    engine.detach()
+    return found
+
+
+@scenario
+def budget(folder: Path) -> Any:
+    """All ranks end at the same step."""
+    engine, model, optimizer, loader = private(noise_multiplier=1.0, max_epsilon=6.0, target_delta=1e-5, batch_size=3)
+    for _ in range(20):
+        for batch in loader:
+            work(engine, model, optimizer, batch)
+    found = {"releases": engine._spending.released, "spent": engine.budget_spent, "epsilon": engine.get_epsilon()}
+    engine.detach()
+    return found
+
+
+@scenario
+def differ(folder: Path) -> dict[str, str]:
+    """Ranks that do not do the same."""
+    rank, found = dist.get_rank(), {}
+
+    def loop(meddle: Callable[[Any, Any, Any, int], None], **options: Any) -> str:
+        engine, model, optimizer, loader = private(**options)
+
+        def run() -> None:
+            for k, batch in enumerate(loader):
+                meddle(engine, model, optimizer, k)
+                work(engine, model, optimizer, batch)
+
+        said = refusal(run)
+        engine.detach()
+        return said
+
+    def on_1(act: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any, int], None]:
+        return lambda engine, model, optimizer, k: act(engine, model, optimizer) if rank == 1 and k == 1 else None
+
+    def bend(engine: Any, model: Any, optimizer: Any) -> None:
+        with torch.no_grad():
+            model[0].weight[0, 0] += 1e-6
+
+    mixed = TensorDataset(*(t[torch.randperm(24, generator=seeded(rank))] for t in data(24).tensors))
+    found["data"] = refusal(lambda: private(dataset=mixed))
+    found["argument"] = refusal(lambda: private(noise_multiplier=1.0 + rank))
+    found["model"] = refusal(lambda: private(model=mlp(width=4 + rank)))
+    found["lr"] = loop(on_1(lambda e, m, o: o.param_groups[0].update(lr=0.25)))
+    found["C"] = loop(on_1(lambda e, m, o: setattr(e, "max_grad_norm", 0.1)), max_physical_batch_size=100)
+    found["frozen"] = loop(on_1(lambda e, m, o: m[0].bias.requires_grad_(False)))
+    with mock.patch("dpkit.ranks.Ranks.compared_every", 1):
+        found["weights"] = loop(on_1(bend))
+    engine, model, optimizer, loader = private()
+
+    def leave() -> None:
+        for _ in range(2):
+            for k, batch in enumerate(loader):
+                if rank == 1 and k == 1:
+                    break
+                work(engine, model, optimizer, batch)
+
+    found["left"] = refusal(leave)
+    engine.detach()
+    engine, model, optimizer, loader = private()
+
+    def fail() -> None:
+        for batch in loader:
+            if rank == 1:
+                model[0].weight.grad = torch.ones_like(model[0].weight)
+            optimizer.step()
+
+    found["failed"] = refusal(fail)
+    engine.detach()
+    wrapped = nn.parallel.DistributedDataParallel(mlp())
+    found["wrapped"] = refusal(lambda: private(model=wrapped))
+    return found
+
+
+CHECKPOINTS = (1, 2, 5)  # turns of the loop; the first is in the middle of a logical batch for one rank and for two
+
+
+def interrupted(folder: Path, at: int) -> str:
+    """A run that is saved at its k-th turn and left there; all ranks save, rank 0 writes."""
+    engine, model, optimizer, loader = private(max_physical_batch_size=2, optimizer=torch.optim.Adam)
+    for k, batch in enumerate(loader):
+        work(engine, model, optimizer, batch)
+        if k == at:
+            engine.save_checkpoint(folder / f"at{at}.ckpt", extra=k)
+            break
+    engine.detach()
+    return f"at{at}.ckpt"
+
+
+def resumed(path: Path | None) -> dict[str, Any]:
+    """The same run to its end, from a checkpoint or from its beginning."""
+    engine, model, optimizer, loader = private(max_physical_batch_size=2, optimizer=torch.optim.Adam, seed=1)
+    if path is None:
+        model.load_state_dict(mlp(seed=0).state_dict())
+    else:
+        engine.load_checkpoint(path)
+    for _ in range(engine.completed_passes, 2):
+        for batch in loader:
+            work(engine, model, optimizer, batch)
+    found = {"weights": weights(model), "releases": engine._spending.released}
+    engine.detach()
+    return found
+
+
+@scenario
+def save(folder: Path) -> Any:
+    return [interrupted(folder, at) for at in CHECKPOINTS]
+
+
+@scenario
+def resume(folder: Path) -> Any:
+    """The checkpoints of whatever number of ranks."""
+    return [resumed(folder / f"at{at}.ckpt") for at in CHECKPOINTS]
+
+
+@scenario
+def replay(folder: Path) -> Any:
+    """Releases after the checkpoint are in the ledger, and are repeated bit for bit by as many ranks."""
+    ledger, path = folder / "replayed", folder / "replayed.checkpoint"
+    lives = []
+    for life in range(2):
+        engine, model, optimizer, loader = private(ledger=ledger, noise_multiplier=1.0)
+        if life:
+            engine.load_checkpoint(path)
+        for k, batch in enumerate(loader):
+            work(engine, model, optimizer, batch)
+            if k == 1 and not life:
+                engine.save_checkpoint(path)
+        lives.append({"weights": weights(model), "epsilon": engine.get_epsilon(1e-5)})
+        engine.detach()
+    engine, model, optimizer, loader = private(ledger=ledger, noise_multiplier=1.0)
+    engine.load_checkpoint(path, replay=False)
+    for batch in loader:
+        work(engine, model, optimizer, batch)
+    lives.append({"weights": weights(model), "epsilon": engine.get_epsilon(1e-5)})
+    engine.detach()
+    return lives
+
+
+@scenario
+def death(folder: Path) -> Any:
+    """Rank 1 dies in the middle of a pass, without a word."""
+    engine, model, optimizer, loader = private(ledger=folder / "death", noise_multiplier=1.0, batch_size=2)
+    steps: list[int] = []
+    optimizer.register_step_post_hook(lambda *_: steps.append(1))
+
+    def run() -> None:
+        for batch in loader:
+            if dist.get_rank() == 1 and len(steps) == 3:
+                os._exit(1)
+            work(engine, model, optimizer, batch)
+
+    start = datetime.datetime.now()
+    said = refusal(run)
+    seconds = (datetime.datetime.now() - start).total_seconds()
+    assert engine.ledger is not None
+    held = sum(engine.ledger.totals().values())
+    return {"error": said, "seconds": seconds, "steps": len(steps), "held": held, "again": refusal(run)}
+
+
+def main(folder: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=40))
+    found = {name: SCENARIOS[name](folder) for name in names}
+    torch.save(found, folder / f"{dist.get_world_size()}-{dist.get_rank()}.pt")
+    if "death" not in names:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
