@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -97,10 +97,14 @@ def refusal(call: Callable[[], Any]) -> str:
     return "nothing was refused"
 
 
+def _of_its_own(seed: int) -> nn.Module:
+    return mlp(seed=dist.get_rank())
+
+
 @scenario
 def equal(folder: Path) -> Any:
     """Every setting, with initial weights that differ until the engine makes them the same."""
-    with mock.patch("tests.ranked.mlp", lambda seed: mlp(seed=dist.get_rank())):
+    with mock.patch("tests.ranked.mlp", _of_its_own):
         return {name: trained(name) for name in SETTINGS}
 
 
@@ -129,25 +133,26 @@ def dpkit_ranks() -> Any:
 @scenario
 def noise(folder: Path) -> Any:
     """The steps of a model whose gradient is zero: nothing but noise."""
-    found = {}
-    for name, options in {"plain": {}, "secure": {"secure": True}, "adaptive": {"clipping": "adaptive"}}.items():
+
+    def steps(secure: bool, **options: Any) -> list[Tensor]:
         model = nn.Linear(10, 3000, bias=False)
         nn.init.zeros_(model.weight)
         model.weight.data[0, 0] = 1.0
-        engine = dpkit.PrivacyEngine(accountant="rdp", secure_mode=options.pop("secure", False))
+        engine = dpkit.PrivacyEngine(accountant="rdp", secure_mode=secure)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         loader = DataLoader(TensorDataset(torch.zeros(24, 10)), batch_size=6)
         engine.make_private(
             module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=1.5, max_grad_norm=0.5, **options
         )
-        steps, before = [], model.weight.detach().clone()
-        optimizer.register_step_post_hook(lambda *_: steps.append(model.weight.detach() - before))
+        seen = [model.weight.detach().clone()]
+        optimizer.register_step_post_hook(lambda *_: seen.append(model.weight.detach().clone()))
         for (x,) in engine._loader:
             model(x).sum().backward()
             optimizer.step()
-        found[name] = [steps[0], steps[1] - steps[0]]
         engine.detach()
-    return found
+        return [seen[1] - seen[0], seen[2] - seen[1]]
+
+    return {"plain": steps(False), "secure": steps(True), "adaptive": steps(False, clipping="adaptive")}
 
 
 @scenario
@@ -235,7 +240,7 @@ def differ(folder: Path) -> dict[str, str]:
     engine, model, optimizer, loader = private()
 
     def fail() -> None:
-        for batch in loader:
+        for _ in loader:
             if rank == 1:
                 model[0].weight.grad = torch.ones_like(model[0].weight)
             optimizer.step()
@@ -310,6 +315,16 @@ def replay(folder: Path) -> Any:
     lives.append({"weights": weights(model), "epsilon": engine.get_epsilon(1e-5)})
     engine.detach()
     return lives
+
+
+@scenario
+def page(folder: Path) -> Any:
+    """The script of docs/many_devices.md."""
+    script = (Path(__file__).parent.parent / "docs" / "many_devices.md").read_text().split("```python\n")[1]
+    names: dict[str, Any] = {}
+    with mock.patch("torch.distributed.init_process_group"):
+        exec(script.split("```")[0], names)
+    return {"weights": weights(names["model"]), "epsilon": names["engine"].get_epsilon()}
 
 
 @scenario

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -49,7 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, Any]]:
-    return started(2, folder, "equal", "sampler", "noise", "ledger", "budget", "differ", "save", "resume", "replay")
+    return started(
+        2, folder, "equal", "sampler", "noise", "ledger", "budget", "differ", "save", "resume", "replay", "page"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +143,6 @@ DIFFERENCES = {
 
 @pytest.mark.parametrize("name", list(DIFFERENCES))
 def test_ranks_that_differ_are_refused(name: str, two: list[dict[str, Any]]) -> None:
-    import re
-
     for rank in two:
         assert re.match(f"RanksError: .*{DIFFERENCES[name]}", rank["differ"][name]), rank["differ"][name]
 
@@ -198,6 +199,13 @@ def test_a_rank_that_dies_is_an_error(tmp_path: Path) -> None:
     assert found["seconds"] < 30
     assert found["held"] == found["steps"] >= 3
     assert "parted before" in found["again"]
+
+
+def test_the_page_on_many_devices(two: list[dict[str, Any]]) -> None:
+    """Its script, by two ranks."""
+    first, second = (rank["page"] for rank in two)
+    assert torch.equal(first["weights"], second["weights"])
+    assert 0 < first["epsilon"] == second["epsilon"] <= 3.0
 
 
 class Rank:

@@ -211,7 +211,7 @@ def make_private(loader: DataLoader[Any], **options: Any) -> dpkit.PrivacyEngine
 
 
 def test_pitfall_11_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks that come later are refused (each would count for itself; see test_ranks); equal seeds give no equal draws."""
+    """Ranks that come later are refused (see also test_ranks); equal seeds give no equal draws."""
     loader = DataLoader(data(), 4)
     with pytest.raises(dpkit.SamplingError, match="DistributedSampler"):
         make_private(DataLoader(data(), 4, sampler=DistributedSampler(data(), num_replicas=2, rank=0)))
