@@ -90,6 +90,8 @@ def _assumptions(step: PrivateStep, amplified: bool, ledger: bool) -> Iterator[s
     yield "a record moves the computed sum by at most C, but for the rounding of floating point"
     if not step.noise.secure:
         yield "nobody uses the last bits of the noisy values, or foretells the generator (see secure_mode)"
+    if step.ranks.size > 1:
+        yield f"the {step.ranks.size} processes hold the same data in the same order (some rows were compared)"
     if not ledger:
         yield "the run was not interrupted and repeated from an earlier state (a ledger would know)"
 

@@ -324,7 +324,8 @@ def page(folder: Path) -> Any:
     names: dict[str, Any] = {}
     with mock.patch("torch.distributed.init_process_group"):
         exec(script.split("```")[0], names)
-    return {"weights": weights(names["model"]), "epsilon": names["engine"].get_epsilon()}
+    engine = names["engine"]
+    return {"weights": weights(names["model"]), "epsilon": engine.get_epsilon(), "statement": str(engine.statement())}
 
 
 @scenario

@@ -206,6 +206,7 @@ def test_the_page_on_many_devices(two: list[dict[str, Any]]) -> None:
     first, second = (rank["page"] for rank in two)
     assert torch.equal(first["weights"], second["weights"])
     assert 0 < first["epsilon"] == second["epsilon"] <= 3.0
+    assert "the 2 processes hold the same data in the same order" in first["statement"]
 
 
 class Rank:
