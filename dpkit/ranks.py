@@ -119,6 +119,18 @@ class Ranks:
         self._from_first(json.dumps({"answer": answer}))
         return answer
 
+    def any(self, yes: bool) -> bool:
+        """Whether any rank says yes; all of them have to ask."""
+        if self.size == 1:
+            return yes
+        with self._talking("the ranks' answers"):
+            return any(bool(f) for f in self._gather(torch.tensor([int(yes)])))
+
+    def collect(self, number: int) -> list[int]:
+        """Every rank's number (64 bits, signed), in their order."""
+        with self._talking("the ranks' numbers"):
+            return [int(f) for f in self._gather(torch.tensor([number]))]
+
     def share(self, generator: torch.Generator) -> torch.Generator:
         """Put the generator into the state that rank 0's is in, in place."""
         if self.size > 1:
@@ -172,6 +184,11 @@ class Ranks:
         """Give every rank what rank 0 has, bit for bit, in place."""
         if self.size > 1:
             self._send(tensors, lambda t, group: dist.broadcast(t, 0, group=group, async_op=True), raw=True)
+
+    def scatter(self, mine: Tensor, whole: Tensor) -> None:
+        """Add every rank's ``whole`` [W k] up and put this rank's part [k] into ``mine``."""
+        with self._talking("the sums"):
+            dist.reduce_scatter_single(mine, whole, group=self._group(whole.device))
 
     def _send(self, tensors: Sequence[Tensor], call: Callable[[Tensor, Any], Any], *, raw: bool) -> None:
         """One call for each large tensor, and one for the small ones of a kind together."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import randomness
 from .ranks import Ranks
+from .sharded import holds_rows
 from .trees import leaves
 from .units import packed
 
@@ -54,7 +55,7 @@ def mark_of(drawn: Sequence[list[int]]) -> int:
 def same_weights(model: nn.Module, ranks: Ranks) -> None:
     """Give every rank the parameters and buffers of rank 0, as torch's DistributedDataParallel does."""
     with torch.no_grad():
-        held = [t for t in (*model.parameters(), *model.buffers()) if t.numel()]
+        held = [t for t in (*model.parameters(), *model.buffers()) if t.numel() and not holds_rows(t)]
         copies = [t.detach().contiguous() for t in held]
         ranks.hand_out(copies)
         for t, copy in zip(held, copies, strict=True):

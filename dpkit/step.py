@@ -6,6 +6,7 @@ they meet. σ and C have their one home here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from .proof import prove, refuse_coupled_losses
 from .ranks import Ranks
 from .sampling import Sampling
 from .scaler import LossScale, placeholders
+from .sharded import shards_of
 from .spending import Spending
 from .state import Part, Stateful
 from .sums import ClippedSum
@@ -83,7 +85,10 @@ class PrivateStep:
         self._fingerprint, self._compared = Fingerprint(), -1
         self._admitted: tuple[Any, bool] | None = None
         self.strictly_examined = False
-        self.tape = Tape(model, batch_first=batch_first, method=method)
+        self.shards = shards_of(model, ranks)
+        if self.shards is not None:
+            self._refuse_sharded()
+        self.tape = Tape(model, batch_first=batch_first, method=method, shards=self.shards)
         try:
             self._trainable()
         except Exception:
@@ -141,7 +146,7 @@ class PrivateStep:
         else:
             self._factor = self._loss_scale.current()
             self.tape.open(draw.n, placeholders(list(self._trainable())))
-        if draw.last and draw.n and self.noise_multiplier > 0 and self.ranks.first:
+        if draw.last and draw.n and self.noise_multiplier > 0 and self.ranks.first and self.shards is None:
             self.noise.prepare([p for p in self._parameters() if p.requires_grad])
 
     def _begin_sum(self) -> ClippedSum:
@@ -152,7 +157,7 @@ class PrivateStep:
                 cure="keep it as it was given, or use independent noise (noise=None).",
             )
         batch = self.sampling.expected_batch_size
-        return ClippedSum(self.clipping, self.noise_multiplier, self.max_grad_norm, batch)
+        return ClippedSum(self.clipping, self.noise_multiplier, self.max_grad_norm, batch, self.shards)
 
     def take_back(self, draw: Draw) -> None:
         """The user asks for the next batch."""
@@ -217,7 +222,7 @@ class PrivateStep:
                 why="each record that was drawn enters the step once.",
                 cure="compute the losses of the batch that the private loader has just yielded.",
             )
-        if not self.strictly_examined and batch.n > 1:
+        if not self.strictly_examined and batch.n > 1 and self.shards is None:  # sharded: ranks would part
             self.strictly_examined = refuse_coupled_losses(self.tape, batch, losses)
         (losses.mean() if self.loss_reduction == "mean" else losses.sum()).backward()
 
@@ -273,6 +278,8 @@ class PrivateStep:
         if forms and self._sum is not None and not draw.void:
             scale = (float(batch.n) if self.loss_reduction == "mean" else 1.0) / self._factor
             self._left_out += self._sum.add(forms, trainable, draw.units, scale)
+        elif self._sum is not None:
+            self._sum.add_nothing(trainable)
 
     @torch.no_grad()
     def _release(self, draw: Draw) -> None:
@@ -291,25 +298,36 @@ class PrivateStep:
         sums, observed = clipped.take(trainable), clipped.take_observed()
         left_out, self._left_out = torch.tensor([self._left_out]), 0
         event = self.event(clipped.noise_multiplier)
-        self.ranks.gather([*sums, *observed, left_out])
+        shared = [*observed, left_out] if self.shards is not None else [*sums, *observed, left_out]
+        self.ranks.gather(shared)
         grads: list[Tensor] = []
+
+        def noisy() -> None:
+            self.noise.add_to(sums, clipped.std)
+            if sums:  # nothing trains: a release of nothing
+                torch._foreach_div_(sums, self.sampling.expected_batch_size)
+            grads.extend(self._as_gradients(trainable, sums))
+
+        if self.shards is not None:  # every rank's own rows, with noise of their own
+            noisy()
+            mark = int(self._fingerprint.of([self.shards.local(g) for g in grads]), 16)
+            marks = [torch.tensor(self.ranks.collect(mark - (1 << 63)))]
 
         def release() -> bool:
             """Noise, and the count of it; what nobody may see before. Returns whether it is another one than before."""
-            self.noise.add_to(sums, clipped.std)
+            if self.shards is None:
+                noisy()
             self.noise.add_to(observed, clipped.observed_std)
-            if sums:  # nothing trains: a release of nothing
-                torch._foreach_div_(sums, self.sampling.expected_batch_size)
-            grads.extend(total.view(p.shape).to(p.dtype) for p, total in zip(trainable, sums, strict=True))
             repeated = self.spending.repeating
-            self.spending.record(event, [*grads, *observed])
+            self.spending.record(event, [*(grads if self.shards is None else marks), *observed])
             return not repeated
 
         counted = self.ranks.decide(release)
         if not self.ranks.first:
-            grads.extend(torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in trainable)
+            if self.shards is None:
+                grads.extend(torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in trainable)
             self.spending.follow(event if counted else None)
-        self.ranks.hand_out([*grads, *observed, left_out])
+        self.ranks.hand_out([*observed, left_out] if self.shards is not None else [*grads, *observed, left_out])
         self.ranks.done()
         self.nonfinite_records += int(left_out)
         if event is not None:
@@ -324,7 +342,7 @@ class PrivateStep:
     def _agree(self, draw: Draw, clipped: ClippedSum, trainable: dict[nn.Parameter, int]) -> None:
         """All ranks are at the same logical batch, with the same settings and, looked at now and then, weights."""
         number = self.spending.released
-        due = self._compared < 0 or number - self._compared >= self.ranks.compared_every
+        due = self.shards is None and (self._compared < 0 or number - self._compared >= self.ranks.compared_every)
         if due:
             self._compared = number
         self.ranks.agree(
@@ -338,6 +356,24 @@ class PrivateStep:
             optimizer=[_settings(group) for group in self.optimizer.param_groups],
             weights=self._fingerprint.of([p.detach() for p in self._parameters()]) if due else "",
         )
+
+    def _as_gradients(self, parameters: dict[nn.Parameter, int], sums: list[Tensor]) -> Iterator[Tensor]:
+        for p, total in zip(parameters, sums, strict=True):
+            yield total.view(p.shape).to(p.dtype) if self.shards is None else self.shards.as_gradient(p, total)
+
+    def _refuse_sharded(self) -> None:
+        """Raise for what is not known to be right, or not to part the ranks, where parameters are sharded."""
+        for seen, there, cure in (
+            ("noise_generator", self.noise.seeded, "leave it out: equal streams on two ranks are no fresh noise."),
+            ("correlated noise", isinstance(self.noise, Correlated), "use independent noise (noise=None)."),
+            ("a GradScaler", self._loss_scale is not None, "train in bfloat16 or float32."),
+        ):
+            if there:
+                raise ConfigurationError(
+                    f"{seen} with parameters that are sharded (fully_shard)",
+                    why="each rank adds the noise of its own rows.",
+                    cure=cure,
+                )
 
     def _parameters(self) -> list[nn.Parameter]:
         """The optimizer's parameters."""

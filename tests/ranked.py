@@ -16,6 +16,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -106,6 +108,102 @@ def equal(folder: Path) -> Any:
     """Every setting, with initial weights that differ until the engine makes them the same."""
     with mock.patch("tests.ranked.mlp", _of_its_own):
         return {name: trained(name) for name in SETTINGS}
+
+
+class Norm(nn.Module):
+    """A norm of a user's own: no rule, its scale is followed by a stand-in."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((d,), 1.2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.scale
+
+
+class Block(nn.Module):
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.norm, self.gain = Norm(d), nn.Parameter(torch.full((d,), 0.5))
+        self.mix, self.out = nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
+        self.frozen = nn.Linear(d, d).requires_grad_(False)
+        self.never = nn.Linear(d, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gain * self.out(torch.tanh(self.mix(self.norm(x)))) + self.frozen(x)
+
+
+class Reader(nn.Module):
+    """Embedding with a tied head, positions, blocks, a recurrent layer: what parameters are used in different ways."""
+
+    def __init__(self, d: int = 6, words: int = 11) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(words, d), nn.Parameter(torch.randn(5, d) * 0.1)
+        self.blocks = nn.ModuleList(Block(d) for _ in range(2))
+        self.memory, self.norm = nn.LSTM(d, d, batch_first=True), nn.LayerNorm(d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x) + self.position
+        for block in self.blocks:
+            h = block(h)
+        h = self.norm(self.memory(h)[0])
+        return torch.nn.functional.linear(h, self.embed.weight)
+
+
+def dealt(model: Any) -> Any:
+    """Sharded over the ranks, blocks by themselves; as it is in a single process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for m in model.modules():
+            if isinstance(m, Block | nn.LSTM):
+                fully_shard(m)
+        fully_shard(model)
+    return model
+
+
+def all_weights(model: nn.Module) -> Tensor:
+    parts = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([p.detach().double().flatten() for p in parts])
+
+
+SHARDED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "parts": {"max_physical_batch_size": 2},
+    "small": {"batch_size": 1},
+    "per_layer": {"clipping": "per_layer"},
+    "adaptive": {"clipping": "adaptive", "max_physical_batch_size": 3},
+    "strict": {"strict": True},
+}
+
+
+def sharded_run(name: str) -> dict[str, Any]:
+    """Two passes of a reader of sequences."""
+    options = dict(SHARDED[name])
+    strict = options.pop("strict", False)
+    torch.manual_seed(1)
+    model = dealt(Reader())
+    texts = TensorDataset(torch.randint(11, (24, 5), generator=seeded(2)))
+    engine, model, optimizer, loader = private(dataset=texts, model=model, optimizer=torch.optim.Adam, **options)
+    optimizer.param_groups[0]["lr"] = 0.01
+    for _ in range(2):
+        for (x,) in loader:
+            optimizer.zero_grad()
+            losses = torch.nn.functional.cross_entropy(model(x).transpose(1, 2), x.flip(1), reduction="none").mean(1)
+            if strict:
+                engine.backward(losses)
+            else:
+                losses.mean().backward()
+            optimizer.step()
+            with torch.no_grad():
+                model(x[:1])  # an evaluation in between
+    found = {"weights": all_weights(model), "C": engine.max_grad_norm, "releases": engine._spending.released}
+    engine.detach()
+    return found
+
+
+@scenario
+def sharded(folder: Path) -> Any:
+    """The same model in a single process, and dealt out over the ranks."""
+    return {name: sharded_run(name) for name in SHARDED}
 
 
 @scenario
