@@ -261,6 +261,13 @@ class PrivacyEngine:
         """All ranks have been asked for the same; they begin with rank 0's weights, and rank 0 keeps the ledger."""
         step = self._attached()
         try:
+            if step.shards is not None and callable(self._loader.limit):
+                raise ConfigurationError(
+                    'max_physical_batch_size="auto" with parameters that are sharded (fully_shard)',
+                    why="every rank finds a size of its own, and ranks that run forwards differently often wait for "
+                    "each other for ever.",
+                    cure="give a number.",
+                )
             budget = self._spending.budget
             limit = None if budget is None else [budget.max_epsilon, budget.delta]
             ranks.agree("make_private", **self._configuration(), max_epsilon=limit)
@@ -401,10 +408,12 @@ class PrivacyEngine:
 
         It is as confidential as the data: it holds sums without noise, and the streams that noise comes from.
         """
+        self._refuse_sharded_state()
         return {"version": 1, "configuration": self._configuration(), **collect(self._parts())}
 
     def load_state_dict(self, state: dict[str, Any], *, replay: bool = True) -> None:
         """Go on from what `state_dict` gave, after `make_private` with the same arguments; see `load_checkpoint`."""
+        self._refuse_sharded_state()
         self._load(copy.deepcopy(state), {}, replay)
 
     def save_checkpoint(
@@ -428,6 +437,7 @@ class PrivacyEngine:
             CheckpointError: it cannot be written, or something holds other than plain values. The file that was there
                 before is untouched.
         """
+        self._refuse_sharded_state()
         if not self._attached().ranks.first:
             return
         state = self.state_dict()
@@ -451,6 +461,7 @@ class PrivacyEngine:
             CheckpointError: damaged, or of another model, optimizer, data set or setting; nothing was loaded.
             LedgerError: the ledger is not the run's, or holds less than the checkpoint.
         """
+        self._refuse_sharded_state()
         ranks = self._attached().ranks
         ranks.agree("load_checkpoint")  # so that rank 0 has written it
         held = checkpoint.load(path)
@@ -459,6 +470,16 @@ class PrivacyEngine:
         refuse_others({"also": sorted(also or {})}, {"also": sorted(held["also"])})
         self._load({**held["state"], "also": held["also"]}, also or {}, replay)
         return held["extra"]
+
+    def _refuse_sharded_state(self) -> None:
+        if self._attached().shards is not None:
+            raise CheckpointError(
+                "the engine's state, with parameters that are sharded (fully_shard)",
+                why="each rank holds some rows of the model, and the stream of its own noise; no file has all of them.",
+                cure="save model and optimizer with torch.distributed.checkpoint and engine.accountant.state_dict() "
+                "beside them (on rank 0); load all three into what a new engine is made from. Draws and noise are then "
+                "fresh, and everything stays counted.",
+            )
 
     def _load(self, state: dict[str, Any], also: Mapping[str, Stateful], replay: bool) -> None:
         if not isinstance(state, dict) or not {"version", "configuration"} <= set(state):

@@ -96,12 +96,17 @@ class Shards:
         try:
             yield now
         finally:
-            for sharded, hooks in zip(self.modules, kept, strict=True):
+            for hooks in kept:
                 for held, entries in hooks:
                     held.clear()
                     held.update(entries)
             for sharded in self.modules[1:]:  # the whole model's own are needed by the call that goes on
                 sharded.reshard()
+
+    def dealt_out(self) -> None:
+        """Let go of what is gathered: it is old after the step (a forward without backward leaves the outermost's)."""
+        for sharded in self.modules:
+            sharded.reshard()
 
     @staticmethod
     def _aside(module: Any) -> list[tuple[dict[int, Any], dict[int, Any]]]:

@@ -336,6 +336,8 @@ class PrivateStep:
             self.sampling.advance()
         if observed and self.max_grad_norm == clipped.max_grad_norm:  # else it was set by hand meanwhile
             self.max_grad_norm = clipped.learned(float(observed[0]))
+        if self.shards is not None:
+            self.shards.dealt_out()
         for p, grad in zip(trainable, grads, strict=True):
             p.grad = grad
 

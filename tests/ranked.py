@@ -9,6 +9,7 @@ import datetime
 import os
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -133,6 +134,17 @@ class Block(nn.Module):
         return x + self.gain * self.out(torch.tanh(self.mix(self.norm(x)))) + self.frozen(x)
 
 
+class Recurrent(nn.Module):
+    """An LSTM whose output is no view (torch warns of those)."""
+
+    def __init__(self, *sizes: int, batch_first: bool) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(*sizes, batch_first=batch_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.lstm(x)[0])
+
+
 class Reader(nn.Module):
     """Embedding with a tied head, positions, blocks, a recurrent layer: what parameters are used in different ways."""
 
@@ -140,13 +152,13 @@ class Reader(nn.Module):
         super().__init__()
         self.embed, self.position = nn.Embedding(words, d), nn.Parameter(torch.randn(5, d) * 0.1)
         self.blocks = nn.ModuleList(Block(d) for _ in range(2))
-        self.memory, self.norm = nn.LSTM(d, d, batch_first=True), nn.LayerNorm(d)
+        self.memory, self.norm = Recurrent(d, d, batch_first=True), nn.LayerNorm(d)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.embed(x) + self.position
         for block in self.blocks:
             h = block(h)
-        h = self.norm(self.memory(h)[0])
+        h = self.norm(self.memory(h))
         return torch.nn.functional.linear(h, self.embed.weight)
 
 
@@ -154,7 +166,7 @@ def dealt(model: Any) -> Any:
     """Sharded over the ranks, blocks by themselves; as it is in a single process."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         for m in model.modules():
-            if isinstance(m, Block | nn.LSTM):
+            if isinstance(m, Block | Recurrent):
                 fully_shard(m)
         fully_shard(model)
     return model
@@ -204,6 +216,43 @@ def sharded_run(name: str) -> dict[str, Any]:
 def sharded(folder: Path) -> Any:
     """The same model in a single process, and dealt out over the ranks."""
     return {name: sharded_run(name) for name in SHARDED}
+
+
+@scenario
+def sharded_noise(folder: Path) -> Any:
+    """Steps of a sharded model whose gradient is zero; what is counted, and what is refused."""
+    model = nn.Linear(10, 3001, bias=False)
+    model.weight.data.zero_()
+    fully_shard(model)
+    dataset = TensorDataset(torch.zeros(24, 10))
+    ledger = folder / f"sharded{dist.get_world_size()}"
+    engine, model, optimizer, loader = private(
+        dataset=dataset, model=model, batch_size=6, noise_multiplier=1.5, max_grad_norm=0.5, ledger=ledger
+    )
+    seen = [all_weights(model)]
+    optimizer.register_step_post_hook(lambda *_: seen.append(all_weights(model)))
+    for (x,) in loader:
+        model(x).sum().backward()
+        optimizer.step()
+    held = None if engine.ledger is None else sum(engine.ledger.totals().values())
+    found = {"steps": [2 * (b - a) for a, b in pairwise(seen)], "held": held}
+    found["rows"] = model.weight.to_local().shape[0]
+    found["epsilon"] = engine.get_epsilon(1e-5)
+    found["checkpoint"] = refusal(lambda: engine.save_checkpoint(folder / "never"))
+    engine.detach()
+    for name, options in REFUSED_SHARDED.items():
+        found[name] = refusal(lambda options=options: private(model=dealt(Reader()), **options))  # type: ignore[misc]
+    parts = mlp()
+    fully_shard(parts[0])
+    found["parts"] = refusal(lambda: private(model=parts))
+    return found
+
+
+REFUSED_SHARDED: dict[str, dict[str, Any]] = {
+    "noise_generator": {"noise_generator": seeded(0)},
+    "correlated noise": {"noise": dpkit.BandedNoise(2)},
+    "auto": {"max_physical_batch_size": "auto"},
+}
 
 
 @scenario

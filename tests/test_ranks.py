@@ -19,6 +19,7 @@ import dpkit
 from dpkit.shares import shared
 from tests import ranked
 
+SHARDED = ("sharded", "sharded_noise")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -51,14 +52,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, Any]]:
     return started(
-        2, folder, "equal", "sampler", "noise", "ledger", "budget", "differ", "save", "resume", "replay", "page"
+        2,
+        folder,
+        "equal",
+        "sampler",
+        "noise",
+        "ledger",
+        "budget",
+        "differ",
+        "save",
+        "resume",
+        "replay",
+        "page",
+        *SHARDED,
     )
 
 
 @pytest.fixture(scope="module")
 def three(folder: Path, two: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """They also resume what two have saved."""
-    return started(3, folder, "equal", "resume", "noise")
+    return started(3, folder, "equal", "resume", "noise", *SHARDED)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +212,46 @@ def test_a_rank_that_dies_is_an_error(tmp_path: Path) -> None:
     assert found["seconds"] < 30
     assert found["held"] == found["steps"] >= 3
     assert "parted before" in found["again"]
+
+
+@pytest.mark.parametrize("name", list(ranked.SHARDED))
+def test_sharded_parameters_as_a_single_process(
+    name: str, two: list[dict[str, Any]], three: list[dict[str, Any]]
+) -> None:
+    """fully_shard, with parameters that are used in all kinds of ways, and forwards without gradient in between."""
+    alone = ranked.sharded_run(name)
+    for ranks in (two, three):
+        for found in (rank["sharded"][name] for rank in ranks):
+            assert close(found["weights"], alone["weights"])
+            assert found["C"] == pytest.approx(alone["C"], rel=1e-9)
+            assert found["releases"] == alone["releases"]
+
+
+def test_every_rank_adds_the_noise_of_its_own_rows(two: list[dict[str, Any]], three: list[dict[str, Any]]) -> None:
+    """σ C / B on every row, no two ranks' alike; one count of it."""
+    for ranks in (two, three):
+        steps = ranks[0]["sharded_noise"]["steps"]
+        sizes = [rank["sharded_noise"]["rows"] * 10 for rank in ranks]
+        assert sum(sizes) == 30010
+        assert [rank["sharded_noise"]["held"] for rank in ranks] == [len(steps), *[None] * (len(ranks) - 1)]
+        assert len({rank["sharded_noise"]["epsilon"] for rank in ranks}) == 1
+        rows = [part for step in steps[:2] for part in step.split(sizes)]
+        for k, one in enumerate(rows):
+            n = len(one)
+            assert float(one.std()) == pytest.approx(1.5 * 0.5 / 6, rel=5 / math.sqrt(2 * n))
+            for other in rows[:k]:
+                m = min(n, len(other))
+                correlation = float((one[:m] * other[:m]).mean() / (one.std() * other.std()))
+                assert abs(correlation) < 5 / math.sqrt(m)
+
+
+def test_what_is_refused_where_parameters_are_sharded(two: list[dict[str, Any]]) -> None:
+    found = two[1]["sharded_noise"]
+    for name in ("noise_generator", "correlated noise"):
+        assert found[name].startswith(f"ConfigurationError: {name} with parameters that are sharded")
+    assert found["auto"].startswith('ConfigurationError: max_physical_batch_size="auto" with parameters that')
+    assert found["checkpoint"].startswith("CheckpointError: the engine's state, with parameters that are sharded")
+    assert "whole on every rank" in found["parts"]
 
 
 def test_the_page_on_many_devices(two: list[dict[str, Any]]) -> None:
