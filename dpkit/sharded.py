@@ -12,19 +12,19 @@ torch's hooks are put aside.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import ConfigurationError, UncoveredParameterError
 from .ranks import Ranks
 
-if dist.is_available():
+if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor
 
 
 class Shards:
@@ -39,21 +39,21 @@ class Shards:
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self.ranks, self.root = ranks, model
-        self._owned = {
+        self._owned: dict[tuple[nn.Module, str], Any] = {
             (m, name): p
             for m in model.modules()
             for name, p in m._parameters.items()
-            if p is not None and isinstance(p, DTensor)
+            if p is not None and holds_rows(p)
         }
         for path, p in model.named_parameters():
             self._check(path, p)
-        if not isinstance(model, FSDPModule):
+        if not _is_sharded(model):
             _refuse("parts of the model are sharded, the model itself is not", "call fully_shard(model) last, too.")
-        self.modules: list[FSDPModule] = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self.modules: list[FSDPModule] = [m for m in self.root.modules() if _is_sharded(m)]
         self._origins: dict[Any, nn.Parameter] = {}  # of the gathered parameters
 
     def _check(self, path: str, p: nn.Parameter) -> None:
-        if not isinstance(p, DTensor):
+        if not holds_rows(p):
             if p.requires_grad:
                 _refuse(f"{path} is whole on every rank and others are sharded", "leave no parameter out.")
             return
@@ -63,13 +63,13 @@ class Shards:
                 f"{path} is sharded over a mesh of shape {list(mesh.shape)}, and there are {self.ranks.size} processes",
                 "shard over all of them in one dimension: fully_shard(model).",
             )
-        if len(placements) != 1 or not (isinstance(placements[0], Shard) and placements[0].dim == 0):
+        if len(placements) != 1 or not (placements[0].is_shard(0)):
             _refuse(f"{path} is placed by {placements}", "shard by rows (Shard(0)), as fully_shard does by itself.")
         if mesh.get_local_rank() != self.ranks.rank:
             _refuse(f"{path} is sharded in another order than that of the ranks", "use the default mesh.")
 
     def __contains__(self, module: object) -> bool:
-        return isinstance(module, FSDPModule)
+        return _is_sharded(module)
 
     def origin(self, parameter: Any) -> Any:
         """The sharded parameter that a gathered one is of; what is neither comes back."""
@@ -123,7 +123,7 @@ class Shards:
     def refuse_repeated(self, modules: set[nn.Module]) -> None:
         """Raise if a module that runs on one record at a time has sharded ones inside: ranks would part."""
         for m in modules:
-            if any(isinstance(inner, FSDPModule) for inner in m.modules() if inner is not m):
+            if any(_is_sharded(inner) for inner in m.modules() if inner is not m):
                 raise UncoveredParameterError(
                     f"{type(m).__name__} runs on one record at a time, and has modules in it that are sharded",
                     why="ranks with different numbers of records would gather parameters differently often, and wait "
@@ -148,30 +148,37 @@ class Shards:
     @staticmethod
     def local(p: Tensor) -> Tensor:
         """This rank's rows of a parameter."""
-        assert isinstance(p, DTensor)
+        assert holds_rows(p)
         return p.to_local()
 
     @staticmethod
     def as_gradient(p: Tensor, rows: Tensor) -> Tensor:
         """This rank's rows, flat, as the gradient of the sharded parameter."""
-        assert isinstance(p, DTensor)
+        assert holds_rows(p)
         shaped = rows.view(p.to_local().shape).to(p.dtype)
+        from torch.distributed.tensor import DTensor
+
         made: Tensor = DTensor.from_local(
             shaped, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
         )
         return made
 
 
-def holds_rows(parameter: object) -> bool:
+def holds_rows(parameter: object) -> TypeGuard[DTensor]:
     """Whether that is some rows of a parameter, not gathered now."""
-    return dist.is_available() and isinstance(parameter, DTensor)
+    found = sys.modules.get("torch.distributed.tensor")  # takes long to import; where nobody has, there are none
+    kind = getattr(found, "DTensor", None)
+    return kind is not None and isinstance(parameter, kind)
+
+
+def _is_sharded(module: object) -> TypeGuard[FSDPModule]:
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return kind is not None and isinstance(module, kind)
 
 
 def shards_of(model: nn.Module, ranks: Ranks) -> Shards | None:
     """How the model is dealt out over the ranks; None if every rank has the whole of it."""
-    if not dist.is_available() or not any(isinstance(p, DTensor) for p in model.parameters()):
-        return None
-    return Shards(model, ranks)
+    return Shards(model, ranks) if any(holds_rows(p) for p in model.parameters()) else None
 
 
 def _refuse(seen: str, cure: str) -> NoReturn:

@@ -215,7 +215,7 @@ def sharded_run(name: str) -> dict[str, Any]:
 @scenario
 def sharded(folder: Path) -> Any:
     """The same model in a single process, and dealt out over the ranks."""
-    return {name: sharded_run(name) for name in SHARDED}
+    return {name: sharded_run(name) for name in list(SHARDED)[: 6 if dist.get_world_size() == 2 else 3]}
 
 
 @scenario
