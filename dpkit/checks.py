@@ -75,6 +75,16 @@ def refuse_wrapped(model: nn.Module) -> None:
             )
 
 
+def refuse_inside_wrapper(path: str) -> None:
+    """Raise if the model is called by a DistributedDataParallel that somebody has put around it since."""
+    if getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
+        raise ConfigurationError(
+            f"{path} is called by a DistributedDataParallel around it",
+            why="it adds up the ranks' ordinary gradients, before anything is clipped per record.",
+            cure="call the model itself: among several processes the engine adds up their clipped sums.",
+        )
+
+
 def number(name: str, value: object, *, low: float, strict: bool = True, high: float = math.inf) -> float:
     """``value`` as a float within (low, high) or [low, high]; raises `ConfigurationError` else."""
     try:

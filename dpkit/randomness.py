@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
+from .trees import leaves
+
 
 def capture() -> dict[str, Any]:
     """The states of torch's global generators (CPU, and CUDA where in use), Python's and, where loaded, numpy's."""
@@ -57,6 +59,14 @@ def apart(state: dict[str, Any], rank: int) -> dict[str, Any]:
     made = capture()
     restore(before)
     return made
+
+
+def drawn_since(state: dict[str, Any]) -> bool:
+    """Whether anything was drawn from any of them since `capture` gave ``state``."""
+    now, before = leaves(capture()), leaves(state)
+    return len(now) != len(before) or any(
+        not torch.equal(a, b) if isinstance(a, torch.Tensor) else a != b for a, b in zip(now, before, strict=True)
+    )
 
 
 class BatchChance:

@@ -93,7 +93,7 @@ class FixedBatches:
         return inner if first else None
 
 
-def checked(loader: DataLoader[Any], ranks: Ranks) -> DataLoader[Any]:
+def checked(loader: DataLoader[Any], ranks: Ranks | None = None) -> DataLoader[Any]:
     """The user's loader, if it asks for a sampling that can be accounted; raises `SamplingError` if not."""
     if not isinstance(loader, DataLoader):
         _refuse(
@@ -119,7 +119,7 @@ def checked(loader: DataLoader[Any], ranks: Ranks) -> DataLoader[Any]:
     plain = type(sampler) is SequentialSampler or (
         type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == records
     )
-    if type(sampler) is DistributedSampler and ranks.size > 1:
+    if type(sampler) is DistributedSampler and ranks is not None and ranks.size > 1:
         if (sampler.num_replicas, sampler.rank) != (ranks.size, ranks.rank):
             _refuse(
                 f"the loader draws by a DistributedSampler for rank {sampler.rank} of {sampler.num_replicas}",
@@ -138,13 +138,13 @@ def checked(loader: DataLoader[Any], ranks: Ranks) -> DataLoader[Any]:
     return loader
 
 
-def sampling_of(loader: DataLoader[Any], units: UnitIndex, ranks: Ranks, *, poisson: bool) -> Sampling:
+def sampling_of(loader: DataLoader[Any], units: UnitIndex, ranks: Ranks | None = None, *, poisson: bool) -> Sampling:
     """How often each unit is drawn: the loader's batch size counts units, of all ranks together; with a
     DistributedSampler, of each rank."""
     size, many = loader.batch_size, "records" if units.records else "units"
     assert size is not None
     if isinstance(loader.sampler, DistributedSampler):
-        size *= ranks.size
+        size *= 1 if ranks is None else ranks.size
         if not poisson:
             _refuse(
                 "poisson_sampling=False with a DistributedSampler",

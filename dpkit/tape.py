@@ -148,6 +148,11 @@ class Tape:
         """The model's parameters, each once, with their names."""
         return self.names
 
+    @property
+    def examined(self) -> bool:
+        """Whether a forward was measured, and seen to keep the records apart."""
+        return bool(self._plans)
+
     # ---- batches
 
     def open(self, n: int, marked: Sequence[nn.Parameter] = ()) -> None:
@@ -416,6 +421,7 @@ class Tape:
                 self.router = Live(self, self.latest, batch, batch.n, again=True)
             return
         checks.refuse_problems(self._watched)
+        checks.refuse_inside_wrapper(self.path(module))
         key = (module, signature((args, kwargs)))
         plan = self._plans.get(key)
         tensors = [v for v in leaves((args, kwargs)) if isinstance(v, Tensor)]

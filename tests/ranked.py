@@ -396,6 +396,10 @@ def differ(folder: Path) -> dict[str, str]:
     engine.detach()
     wrapped = nn.parallel.DistributedDataParallel(mlp())
     found["wrapped"] = refusal(lambda: private(model=wrapped))
+    engine, model, optimizer, loader = private()
+    around = nn.parallel.DistributedDataParallel(model)
+    found["wrapped later"] = refusal(lambda: around(next(iter(loader))[0]))
+    engine.detach()
     return found
 
 
@@ -469,7 +473,7 @@ def page(folder: Path) -> Any:
     """The script of docs/many_devices.md."""
     script = (Path(__file__).parent.parent / "docs" / "many_devices.md").read_text().split("```python\n")[1]
     names: dict[str, Any] = {}
-    with mock.patch("torch.distributed.init_process_group"):
+    with mock.patch("torch.distributed.init_process_group"), mock.patch("torch.save"):
         exec(script.split("```")[0], names)
     engine = names["engine"]
     return {"weights": weights(names["model"]), "epsilon": engine.get_epsilon(), "statement": str(engine.statement())}

@@ -1,27 +1,107 @@
-"""What the pages in docs/ show can be run as it stands there."""
+"""What README.md and the pages in docs/ show can be run as it stands there."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import dpkit
 
 ROOT = Path(__file__).resolve().parent.parent
+ELSEWHERE = {"custom_layers.md", "long_runs.md"}  # tests/test_testing.py, and below
 
 
 def blocks(page: str) -> list[str]:
-    found = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.S)
-    assert found
-    return found
+    """The Python code of a page of docs/, or of README.md."""
+    path = ROOT / page if page == "README.md" else ROOT / "docs" / page
+    return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
+
+
+PAGES = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
+
+
+def test_pages_are_found() -> None:
+    """The page that is run elsewhere is there, and most pages have code."""
+    assert set(PAGES) >= ELSEWHERE
+    assert sum(bool(blocks(page)) for page in PAGES) >= 7
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE and blocks(page)])
+def test_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From top to bottom, in one namespace, from an empty folder; the line numbers are the page's."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    if "import opacus" in text:
+        pytest.importorskip("opacus")
+        warnings.simplefilter("ignore")  # Opacus's own; pytest puts the filters back
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for found in re.finditer(r"```python\n(.*?)```", text, re.S):
+        before = text[: found.start(1)].count("\n")
+        exec(compile("\n" * before + found[1], page, "exec"), names)
+
+
+class People(Dataset[dict[str, Any]]):
+    """100 rows of 50 users."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        x = torch.randn(4, generator=torch.Generator().manual_seed(k))
+        return {"x": x, "y": k % 2, "user_id": k // 2}
+
+
+class Readme(dict[str, Any]):
+    """The names that README's one-line examples take for granted, made anew for each."""
+
+    def make_private(self, **given: Any) -> dpkit.PrivacyEngine:
+        """An engine attached to a small model, with a batch in hand and its losses, one a record."""
+        engine = dpkit.PrivacyEngine()
+        model = nn.Linear(4, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        options = {"max_grad_norm": 1.0, "noise_multiplier": 1.1, "target_delta": 1e-5, **given}
+        _, _, loader = engine.make_private(model, optimizer, DataLoader(People(), batch_size=5), **options)
+        self["batches"] = iter(loader)
+        batch = next(self["batches"])
+        self["losses"] = nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+        return engine
+
+
+def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first block is run by tests/test_newcomer.py; here every line of the overview by itself, then the others."""
+    monkeypatch.chdir(tmp_path)
+    first, overview, *others = blocks("README.md")
+    assert "engine.make_private(\n" in first
+    names = Readme(dpkit=dpkit, torch=torch, nn=nn)
+    lines = [line for line in overview.splitlines() if line.strip()]
+    assert len(lines) > 10
+    for line in lines:
+        if "engine.make_private(..., " in line:
+            names["engine"] = eval(
+                line.replace("engine.make_private(..., ", "make(", 1), {**names, "make": names.make_private}
+            )
+            continue
+        if "engine.backward" not in line and "engine." in line and not line.startswith("engine ="):
+            names["engine"] = names.make_private()
+        exec(line, names)
+    for block in others:
+        if "Scale" in block:
+            names["Scale"] = type("Scale", (nn.Module,), {})
+        exec(block, names)
+    dpkit.unregister_rule(names["Scale"])
 
 
 def test_long_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script of docs/long_runs.md, stopped in the middle and started again, from the same file."""
     monkeypatch.chdir(tmp_path)
-    [script] = blocks("long_runs.md")
+    script = "\n".join(blocks("long_runs.md"))
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     with pytest.raises(KeyboardInterrupt):

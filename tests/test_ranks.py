@@ -167,6 +167,7 @@ def test_a_rank_that_fails_is_heard_by_the_others(two: list[dict[str, Any]]) -> 
 
 def test_wrapped_models_are_refused(two: list[dict[str, Any]]) -> None:
     assert "wrapped in DistributedDataParallel" in two[0]["differ"]["wrapped"]
+    assert "called by a DistributedDataParallel around it" in two[1]["differ"]["wrapped later"]
     with pytest.raises(dpkit.ConfigurationError, match="wrapped in DataParallel"):
         ranked.private(model=torch.nn.DataParallel(ranked.mlp()))
 
@@ -259,7 +260,7 @@ def test_the_page_on_many_devices(two: list[dict[str, Any]]) -> None:
     first, second = (rank["page"] for rank in two)
     assert torch.equal(first["weights"], second["weights"])
     assert 0 < first["epsilon"] == second["epsilon"] <= 3.0
-    assert "the 2 processes hold the same data in the same order" in first["statement"]
+    assert "all processes hold the same data in the same order" in first["statement"]
 
 
 class Rank:
