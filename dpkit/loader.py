@@ -6,9 +6,10 @@ pass goes on by repeating its draws from the pass's beginning and serving those 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import chain, islice
 from typing import Any, Protocol
 
@@ -16,10 +17,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from . import randomness
-from .errors import SamplingError
+from .errors import SamplingError, UnfinishedStepError
+from .ranks import Ranks
 from .sampling import Sampling
 from .seeds import scramble, unforeseeable
-from .units import UnitIndex, Units, packed
+from .shares import mark_of, shared
+from .trees import tree_map
+from .units import UnitIndex, Units
 
 Limit = int | Callable[[], int] | None
 """The most rows of a physical batch, or what says so when a logical batch is drawn."""
@@ -36,6 +40,8 @@ class Draw:
         number: how many batches with records were served before it in the pass.
         limit: the most rows that a part of its logical batch may have.
         done: whether it has been worked on, or skipped; then what follows it is next.
+        void: whether its rows are another rank's, and served to keep this one in step; they do not enter the sum.
+        mark: tells its logical batch from others, where several ranks draw the same.
     """
 
     units: Units
@@ -45,6 +51,8 @@ class Draw:
     number: int
     limit: int | None = None
     done: bool = False
+    void: bool = False
+    mark: int = 0
 
     @property
     def n(self) -> int:
@@ -62,8 +70,11 @@ class Draw:
 class _PhysicalBatches:
     """The batch sampler behind `PrivateDataLoader`: splits logical draws, notes each in ``log`` (workers run ahead)."""
 
-    def __init__(self, sampling: Sampling, units: UnitIndex, generator: torch.Generator, given: Limit) -> None:
+    def __init__(
+        self, sampling: Sampling, units: UnitIndex, generator: torch.Generator, given: Limit, ranks: Ranks
+    ) -> None:
         self.sampling, self.units, self.generator, self.given = sampling, units, generator, given
+        self.ranks = ranks
         self.log: deque[Draw] = deque()
         self.start, self.served = (0, 0), 0
         self.resumed: int | None = None  # the limit of the logical batch that a resumed pass starts in
@@ -87,14 +98,15 @@ class _PhysicalBatches:
     ) -> Iterator[list[int]]:
         for k, drawn in enumerate(islice(draws, logical, None), logical):
             limit = self.resumed if k == logical and self.resumed is not None else self.limit
-            parts = packed(drawn, limit)
+            parts, count = shared(drawn, limit, self.ranks)
+            mark = mark_of(drawn) if self.ranks.size > 1 else 0
             for j, mine in enumerate(parts):
                 if (k, j) < (logical, part):
                     continue
                 sizes = tuple(len(rows) for rows in mine)
-                log.append(
-                    Draw(Units(sizes, self.units.averaged), j == len(parts) - 1, k, j, number=number, limit=limit)
-                )
+                draw = Draw(Units(sizes, self.units.averaged), j == len(parts) - 1, k, j, number=number, limit=limit)
+                draw.void, draw.mark = j >= count, mark
+                log.append(draw)
                 if mine:
                     number += 1
                     yield list(chain(*mine))
@@ -118,6 +130,8 @@ class PrivateDataLoader(DataLoader[Any]):
         inside: whether a pass is under way: begun, and neither at its end nor left.
     """
 
+    _is_accelerate_prepared = True  # Accelerate takes other loaders apart and draws from their pieces
+
     def __init__(
         self,
         loader: DataLoader[Any],
@@ -125,6 +139,7 @@ class PrivateDataLoader(DataLoader[Any]):
         units: UnitIndex,
         listener: Listener,
         limit: Limit,
+        ranks: Ranks,
     ) -> None:
         generator = loader.generator
         if generator is None:
@@ -133,6 +148,7 @@ class PrivateDataLoader(DataLoader[Any]):
         self.completed, self.inside = 0, False
         self._listener: Listener | None = listener
         self._given = loader.generator
+        self._device: torch.device | None = getattr(loader, "device", None)  # where Accelerate's loaders put batches
         self._passes = 0
         self._latest: Draw | None = None
         self._place, self._served = (0, 0), 0  # where a resumed pass goes on, after how many batches with records
@@ -140,6 +156,7 @@ class PrivateDataLoader(DataLoader[Any]):
         self._fetched: Draw | None = None
         self._chance: dict[str, Any] = {}  # outside the engine, before that one was fetched
         self._resumed: dict[str, Any] | None = None  # chance at the moment of the checkpoint, until the pass goes on
+        self._then: dict[str, Any] | None = None  # and after the batch that had been fetched by then is fetched again
         workers: dict[str, Any] = {}
         self._workers: randomness.BatchChance | None = None
         if loader.num_workers > 0:
@@ -151,7 +168,7 @@ class PrivateDataLoader(DataLoader[Any]):
             }
         super().__init__(
             loader.dataset,
-            batch_sampler=_PhysicalBatches(sampling, units, generator, limit),
+            batch_sampler=_PhysicalBatches(sampling, units, generator, limit, ranks),
             num_workers=loader.num_workers,
             collate_fn=self._workers or loader.collate_fn,
             pin_memory=loader.pin_memory,
@@ -172,6 +189,11 @@ class PrivateDataLoader(DataLoader[Any]):
         return self._given is not None
 
     @property
+    def limit(self) -> Limit:
+        """The most rows of a physical batch as it was given, or what finds it."""
+        return self._batches.given
+
+    @property
     def units(self) -> UnitIndex:
         """Whose rows are drawn together."""
         return self._batches.units
@@ -185,39 +207,93 @@ class PrivateDataLoader(DataLoader[Any]):
     # ---- serving
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        listener = self._listener
-        if listener is None:
+        listener = self._attached()
+        with contextlib.closing(self._serve(listener)) as served:
+            for draw, batch in served:
+                if draw.n:
+                    yield batch
+                else:
+                    listener.empty_draw(draw)
+
+    def logical_batches(self) -> Iterator[Iterator[Any]]:
+        """One pass, one item for each optimizer step: the step's physical batches, none where nobody was drawn.
+
+        For loops that count steps, or do something after each of them:
+
+        >>> for parts in loader.logical_batches():                                              # doctest: +SKIP
+        ...     for batch in parts:
+        ...         engine.backward(losses(model, batch))
+        ...     optimizer.step()
+        ...     scheduler.step()
+
+        Call ``optimizer.step()`` once for each item, whether it held batches or not.
+
+        Raises:
+            UnfinishedStepError: the next item is asked for before all parts of this one were taken.
+        """
+        with contextlib.closing(self._serve(self._attached())) as served:
+            for draw, batch in served:
+                yield self._parts(draw, batch, served)
+                if self._latest is not None and not self._latest.last:
+                    raise UnfinishedStepError(
+                        "the next logical batch was asked for before all parts of this one were taken",
+                        why="its step would be taken on a part of the records that were drawn.",
+                        cure="go through all parts, then call optimizer.step(); or leave the pass (break).",
+                    )
+
+    def _parts(self, draw: Draw, batch: Any, served: Iterator[tuple[Draw, Any]]) -> Iterator[Any]:
+        if draw.n:
+            yield batch
+        while not draw.last:
+            draw, batch = next(served)
+            yield batch
+
+    def _attached(self) -> Listener:
+        if self._listener is None:
             raise SamplingError(
                 "this private data loader belongs to an engine that was detached",
                 why="nobody would count the batches it draws.",
                 cure="use the original data loader, or call make_private again.",
             )
+        return self._listener
+
+    def _serve(self, listener: Listener) -> Generator[tuple[Draw, Any], None, None]:
+        """A pass: every draw in its turn, handed out, with its batch (None where nobody was drawn); then taken back."""
         self._passes += 1
         this = self._passes
         inner = self._begin(listener)
         try:
             log, end = self._batches.log, object()
-            while True:
+            batch: Any = None
+            while batch is not end:
                 chance = randomness.capture()
                 batch = next(inner, end)
                 self._refuse_stale(this, listener)
-                if batch is end:
-                    break
-                self._fetched, self._chance = next(d for d in log if d.n), chance
-                while log[0].n == 0 and listener.admits():
-                    self._serve_nobody(listener, log.popleft())
-                if not listener.admits():
-                    return
-                draw = self._latest = log.popleft()
-                listener.hand_out(draw)
-                yield batch
-                listener.take_back(draw)
-            while log and listener.admits():
-                self._serve_nobody(listener, log.popleft())
-            self.completed += not log
+                if batch is not end:
+                    self._fetched, self._chance = next(d for d in log if d.n), chance
+                if self._then is not None:
+                    randomness.restore(self._then)
+                    self._then = None
+                while log:
+                    self._refuse_stale(this, listener)
+                    if not listener.admits():
+                        return
+                    draw = self._latest = log.popleft()
+                    listener.hand_out(draw)
+                    yield draw, self._placed(batch) if draw.n else None
+                    listener.take_back(draw)
+                    if draw.n:
+                        break
+            self.completed += 1
         finally:
             if self._passes == this:
                 self.inside, self._latest = False, None
+
+    def _placed(self, batch: Any) -> Any:
+        device = self._device
+        if device is None:
+            return batch
+        return tree_map(lambda v: v.to(device, non_blocking=self.pin_memory) if hasattr(v, "to") else v, batch)
 
     def _refuse_stale(self, this: int, listener: Listener) -> None:
         """Raise in a pass that another one, or the engine's end, has made void: not even its empty draws are steps."""
@@ -241,8 +317,9 @@ class PrivateDataLoader(DataLoader[Any]):
             listener.begin_pass()
             self._batches.resumed = None
             self._place, self._served = (0, 0), 0
-            self._origin = {"draws": self._batches.generator.get_state(), "torch": torch.get_rng_state()}
-        else:
+            self._origin = self._ranks_origin()
+        own = randomness.capture() if chance is None and not self._batches.ranks.first else chance
+        if own is not None:
             self._batches.generator.set_state(self._origin["draws"])
             torch.set_rng_state(self._origin["torch"])
         self.inside, self._latest, self._fetched = True, None, None
@@ -250,15 +327,19 @@ class PrivateDataLoader(DataLoader[Any]):
         if self._workers is not None:
             self._workers.first = self._served
         seed = torch.empty((), dtype=torch.int64).random_(generator=self._given)  # in every pass, as torch does itself
-        self.generator.manual_seed(int(seed))
+        self.generator.manual_seed((int(seed) + self._batches.ranks.rank) % (1 << 63))
         inner = super().__iter__()
-        if chance is not None:
-            randomness.restore(chance)
+        if own is not None:
+            randomness.restore(own)
         return inner
 
-    def _serve_nobody(self, listener: Listener, draw: Draw) -> None:
-        self._latest = draw
-        listener.empty_draw(draw)
+    def _ranks_origin(self) -> dict[str, torch.Tensor]:
+        """The generators that a pass is drawn from, in the state that they have on rank 0."""
+        origin = {"draws": self._batches.generator.get_state(), "torch": torch.get_rng_state()}
+        if self._batches.ranks.size == 1:
+            return origin
+        held = self._batches.ranks.decide(lambda: {name: state.tolist() for name, state in origin.items()})
+        return {name: torch.tensor(state, dtype=torch.uint8) for name, state in held.items()}
 
     # ---- state
 
@@ -279,10 +360,13 @@ class PrivateDataLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the pass, the generators that its draws repeat from, and the chance outside the engine."""
+        then = None
         if self._resumed is not None:
-            chance = self._resumed
+            chance, then = self._resumed, self._then
         elif self.inside and self._fetched is not None and not self._fetched.done:
             chance = self._chance  # it will be fetched again
+            if self._fetched is not self._latest:  # while draws of nobody came first
+                then = randomness.capture()
         else:
             chance = randomness.capture()
         place = self._latest.place if self._latest is not None else self._place
@@ -290,11 +374,12 @@ class PrivateDataLoader(DataLoader[Any]):
         return {
             "completed": self.completed,
             "inside": self.inside,
-            "place": list(place),
+            "place": list(place if self._batches.ranks.size == 1 else (place[0], 0)),
             "limit": self._limit_at(place),
             "served": self._served if self._fetched is None else self._fetched.number + self._fetched.done,
             "origin": self._origin if self.inside else {"draws": draws, "torch": torch.get_rng_state()},
             "chance": chance,
+            "then": then,
         }
 
     def _limit_at(self, place: tuple[int, int]) -> int | None:
@@ -306,17 +391,22 @@ class PrivateDataLoader(DataLoader[Any]):
         """Go on from there: where a pass was under way, the next one iterated is its rest."""
         self._passes += 1  # an iterator that is still about belongs to another life
         self.completed, self.inside = state["completed"], state["inside"]
-        self._place, self._served = tuple(state["place"]), state["served"]
+        ranks = self._batches.ranks
+        # the parts are other ones among several ranks: a logical batch that was begun is begun again
+        self._place = tuple(state["place"]) if ranks.size == 1 else (state["place"][0], 0)
+        self._served = state["served"]
         self._latest, self._fetched, self._origin = None, None, state["origin"]
         self._batches.resumed = state["limit"]
         self._batches.generator.set_state(state["origin"]["draws"])
-        self._resumed = state["chance"] if state["inside"] else None
-        randomness.restore(state["chance"])
+        chance = state["chance"] if ranks.first else randomness.apart(state["chance"], ranks.rank)
+        self._resumed = chance if state["inside"] else None
+        self._then = state["then"] if state["inside"] else None
+        randomness.restore(chance)
 
     def reseed(self) -> None:
         """Draw anew, by nobody's seed, from the current logical batch on; its parts that were served are forgotten."""
         self._place = (self._place[0], 0)
-        generator = scramble(self._batches.generator)
+        generator = self._batches.ranks.share(scramble(self._batches.generator))
         self._origin = {**self._origin, "draws": generator.get_state()}
 
 
