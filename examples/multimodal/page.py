@@ -116,6 +116,7 @@ def missing_curves(curves: Sequence[Curve]) -> Figure:
         axes.legend(frameon=False, fontsize=6)
     for axes in list(grid):
         axes.set_visible(False)
+    figure.get_layout_engine().set(hspace=0.06)
     return figure
 
 
@@ -141,6 +142,7 @@ def heat_map(curves: Sequence[Curve]) -> Figure:
         axes.set(xlabel="text available", ylabel="fused at layer", title=f"{panel[0]}, dropout {panel[1]:.0%}")
     for axes in grid:
         axes.set_visible(False)
+    figure.get_layout_engine().set(hspace=0.06)
     return figure
 
 

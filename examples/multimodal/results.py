@@ -11,6 +11,9 @@ from typing import Any
 from .pictures import Picture
 from .train import Run
 
+WORDS = {"auroc": "AUROC", "accuracy": "accuracy", "pairs": "whole pairs"}
+"""What the measures are called."""
+
 
 @dataclass
 class Table:
@@ -31,7 +34,7 @@ class Table:
     @property
     def heads(self) -> list[str]:
         """The columns' titles."""
-        measured = [f"{title}: {what}" for split, title in self.splits.items() for what in self._measures(split)]
+        measured = [f"{title}: {WORDS[what]}" for split, title in self.splits.items() for what in self._measures(split)]
         return ["model", "ε spent", *measured, "steps", "CPU s"]
 
     def cells(self) -> list[list[str]]:
