@@ -18,7 +18,7 @@ from . import page
 from .adapters import NO_LLAMA
 from .experiments import Setup, on_confounders, on_hatemoji, on_mix, with_llama
 from .results import Results
-from .robustness import on_missing, on_search
+from .robustness import on_missing, on_search, on_weights
 
 NOTES = (
     "ε is about one unit (a document, a pair of confounders, an emoji) that comes or goes, at δ = 1 / (10 units), "
@@ -38,7 +38,7 @@ NOTES = (
 def main(argv: Sequence[str] | None = None) -> Results:
     """Run the experiments, write multimodal.json, multimodal.md and multimodal.html."""
     parser = argparse.ArgumentParser(prog="python -m examples.multimodal", description=__doc__)
-    parts = ("confounders", "mix", "missing", "search", "hatemoji", "llama")
+    parts = ("confounders", "mix", "missing", "weights", "search", "hatemoji", "llama")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--epsilons", type=float, nargs="+", default=[8.0, 3.0], help="one private run for each")
     parser.add_argument("--seed", type=int, default=0)
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
         "confounders": lambda: on_confounders(setup, results, args.epsilons),
         "mix": lambda: on_mix(setup, results, args.epsilons),
         "missing": lambda: on_missing(setup, results),
+        "weights": lambda: on_weights(setup, results),
         "search": lambda: on_search(setup, results),
         "hatemoji": lambda: on_hatemoji(setup, results, args.epsilons),
         "llama": lambda: with_llama(setup, results, args.epsilons[:1]),

@@ -42,8 +42,6 @@ def on_missing(setup: Setup, results: Results, layers: Sequence[int] = (0, LAYER
                 _curves(setup, results, rows, records, recipe, layer)
         recipe = setup.shortened(SMALL.but(epochs=epochs, dropout=DROPOUT, tasks=True))
         _curves(setup, results, rows, records, recipe, layers[0])
-        if rows.name == "groups":
-            _weighted(setup, results, rows, records)
     _dropout_goals(results)
 
 
@@ -85,8 +83,10 @@ def _dropout_goals(results: Results) -> None:
         results.pieces.append(f"{'Reached' if ok else 'MISSED'}: {what}: {told} points.")
 
 
-def _weighted(setup: Setup, results: Results, rows: Rows, records: dict[str, Records]) -> None:
+def on_weights(setup: Setup, results: Results) -> None:
     """Class weights from noisy counts, inside one ε with the training."""
+    rows = data.groups(setup.limit)
+    records = prepare_small(rows, setup.images, setup.bert(), setup.tokenizer, 16)
     some = records["train"]
     weights, event = class_weights(
         some.labels.tolist(), some.units, len(rows.classes), 5.0, np.random.default_rng((setup.seed, 4))
