@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="about this many rows of each split: a quick try")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
+    parser.add_argument("--frozen", action="store_true", help="leave out the runs that train more than heads")
     parser.add_argument("--add", action="store_true", help="to what the folder holds from an earlier call")
     args = parser.parse_args(argv)
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     told = "python -m examples.multimodal" + (f" --only {' '.join(args.only)}" if tuple(args.only) != parts else "")
+    told += " --frozen" if args.frozen else ""
     machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
     results = Results(told, args.seed, machine, notes=list(NOTES))
     held = args.out / "results.pickle"
@@ -58,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> Results:
         results = pickle.loads(held.read_bytes())
         results.command, results.notes = f"{results.command}; {told} --add", list(NOTES)
     before, start = results.seconds, time.process_time()
-    setup = Setup(args.seed, args.limit, say=lambda line: console.print(line, soft_wrap=True, highlight=False))
+    setup = Setup(
+        args.seed, args.limit, args.frozen, say=lambda line: console.print(line, soft_wrap=True, highlight=False)
+    )
     experiments: dict[str, Callable[[], object]] = {
         "confounders": lambda: on_confounders(setup, results, args.epsilons),
         "mix": lambda: on_mix(setup, results, args.epsilons),
