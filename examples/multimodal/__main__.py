@@ -38,7 +38,7 @@ NOTES = (
 def main(argv: Sequence[str] | None = None) -> Results:
     """Run the experiments, write multimodal.json, multimodal.md and multimodal.html."""
     parser = argparse.ArgumentParser(prog="python -m examples.multimodal", description=__doc__)
-    parts = ("confounders", "mix", "missing", "weights", "search", "hatemoji", "llama")
+    parts = ("confounders", "mix", "missing-groups", "missing-mix", "weights", "search", "hatemoji", "llama")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--epsilons", type=float, nargs="+", default=[8.0, 3.0], help="one private run for each")
     parser.add_argument("--seed", type=int, default=0)
@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
     experiments: dict[str, Callable[[], object]] = {
         "confounders": lambda: on_confounders(setup, results, args.epsilons),
         "mix": lambda: on_mix(setup, results, args.epsilons),
-        "missing": lambda: on_missing(setup, results),
+        "missing-groups": lambda: on_missing(setup, results, "groups"),
+        "missing-mix": lambda: on_missing(setup, results, "mix"),
         "weights": lambda: on_weights(setup, results),
         "search": lambda: on_search(setup, results),
         "hatemoji": lambda: on_hatemoji(setup, results, args.epsilons),
