@@ -17,7 +17,15 @@ if not (_here / "accountants").is_dir():
     __path__.append(str(_here.parent))
 
 if TYPE_CHECKING:
-    from .clipping import AdaptiveClipping, AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
+    from .clipping import (
+        AdaptiveClipping,
+        AutomaticClipping,
+        Clipping,
+        FlatClipping,
+        HistogramClipping,
+        NormHistogram,
+        PerLayerClipping,
+    )
     from .correlated import BandedNoise, BufferedNoise
     from .engine import PrivacyEngine
     from .errors import (
@@ -45,7 +53,15 @@ if TYPE_CHECKING:
     from .statement import Statement
 
 _HOMES = {
-    "clipping": ["AdaptiveClipping", "AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"],
+    "clipping": [
+        "AdaptiveClipping",
+        "AutomaticClipping",
+        "Clipping",
+        "FlatClipping",
+        "HistogramClipping",
+        "NormHistogram",
+        "PerLayerClipping",
+    ],
     "correlated": ["BandedNoise", "BufferedNoise"],
     "engine": ["PrivacyEngine"],
     "errors": [
@@ -89,8 +105,10 @@ __all__ = [
     "FlatClipping",
     "FoldedBatchError",
     "GradientMismatchError",
+    "HistogramClipping",
     "LedgerError",
     "NonPrivateGradientError",
+    "NormHistogram",
     "NotAttachedError",
     "Outer",
     "PerLayerClipping",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from dpkit.accountants import Accountant, make_accountant
 
 from . import checkpoint, checks
-from .clipping import Clipping, clipping_of
+from .clipping import Clipping, NormHistogram, clipping_of
 from .correlated import Correlated, Correlation
 from .errors import CheckpointError, ConfigurationError, NotAttachedError
 from .facts import Facts, facts_of, lives_in, stated
@@ -36,6 +36,7 @@ from .state import Part, Stateful, collect, give_back, refuse_others
 from .statement import Statement
 from .step import PrivateStep, innermost
 from .targets import budget_for, noise_multiplier_for
+from .trees import leaves
 from .units import PrivacyUnit, refuse_reordering, units_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -146,7 +147,8 @@ class PrivacyEngine:
                 before a step would exceed it (see `budget_spent`). It holds for any stopping time, and for schedules of
                 σ that were fixed in advance; not for a σ that is chosen in view of the training.
             clipping: "flat", "automatic", "per_layer", "adaptive" (`AdaptiveClipping`: max_grad_norm is where C starts,
-                and σ covers what C is learned from), or an object with ``weights`` and ``sensitivity``.
+                and σ covers what C is learned from), "histogram" (`HistogramClipping`: flat, and σ covers a histogram
+                of the norms), or an object with ``weights`` and ``sensitivity``.
             loss_reduction: whether the loss that is back-propagated is the "mean" or the "sum" over the batch.
             poisson_sampling: draw each record independently (amplification is accounted); if False, the loader's own
                 batches are kept and no amplification is claimed.
@@ -253,6 +255,8 @@ class PrivacyEngine:
             limit = partial(self._step.tape.methods.most_records, room)
         self._loader = PrivateDataLoader(data_loader, sampling, units, self._step, limit)
         self._target_delta, self._spending.budget = target_delta, budget
+        if target_epsilon is not None and target_delta is not None:
+            self._spending.target = float(target_epsilon), float(target_delta)
         self._mark = self._spending.released
         self._spending.about = {"sampling": sampling.name, "target_delta": target_delta}
         return module, optimizer, self._loader
@@ -370,6 +374,11 @@ class PrivacyEngine:
         return not self._attached().admits()
 
     @property
+    def releases(self) -> int:
+        """How many steps the run has released, those that it made before a checkpoint was loaded included."""
+        return self._spending.released
+
+    @property
     def completed_passes(self) -> int:
         """How many passes over the data came to their end: ``for epoch in range(engine.completed_passes, epochs)``."""
         self._attached()
@@ -383,6 +392,51 @@ class PrivacyEngine:
     def profile(self) -> Profile:
         """What was done for each trainable parameter in the last batch: method, time, memory. Printed, a table."""
         return self._attached().tape.methods.profile()
+
+    @property
+    def norm_histogram(self) -> NormHistogram:
+        """How large gradients are beside C, from the noisy counts that ``clipping="histogram"`` releases with each sum.
+        They are covered by ε: `dpkit.plots.gradient_norms` draws them."""
+        histogram = self._attached().histogram
+        if histogram is None:
+            raise ConfigurationError(
+                "this engine's clipping releases no histogram of norms",
+                why="norms are those of private gradients.",
+                cure='pass make_private(clipping="histogram"); or look at them without privacy (engine.norms_of).',
+            )
+        return histogram
+
+    @torch.enable_grad()
+    def norms_of(
+        self, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, *, records: int | None = None
+    ) -> Tensor:
+        """The gradient norm of each row of a batch, float64 [n], before clipping. NON-PRIVATE.
+
+        Guarantee: none. These are exact numbers of single rows: look at them where the data are, or at public data, and
+        neither publish them nor choose C by them; ``clipping="histogram"`` tells of norms under ε. Nothing is released
+        or counted, and weights, ``p.grad`` and the run go on as if nothing had been asked, but for what a forward does
+        to the global random generators (dropout) and the model's buffers.
+
+        Args:
+            loss_fn: from the model and the batch to one loss a row, [n] or [n, 1].
+            batch: whatever ``loss_fn`` takes.
+            records: n; by default the length of the batch's first tensor.
+
+        Raises:
+            ConfigurationError: n is not known, or losses of another shape.
+            UnfinishedStepError: a batch of the private loader is in hand.
+        """
+        step = self._attached()
+        if records is None:
+            tensors = [v for v in leaves(batch) if isinstance(v, Tensor) and v.ndim]
+            if not tensors:
+                raise ConfigurationError(
+                    f"the batch is a {type(batch).__name__} without tensors",
+                    why="how many records it holds is not known.",
+                    cure="pass records=...",
+                )
+            records = len(tensors[0])
+        return step.norms_of(lambda: loss_fn(step.model, batch), checks.count("records", records))
 
     def backward(self, losses: Tensor) -> None:
         """The strict door: one loss a record, [n] or [n, 1]; checks that they are what they say.

@@ -6,7 +6,8 @@ they meet. σ and C have their one home here.
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ from torch.optim import Optimizer
 
 from dpkit.accountants import Event, Gaussian
 
-from .clipping import Clipping, learns, noises_of
+from . import checks
+from .clipping import Clipping, HistogramClipping, NormHistogram, learns, noises_of
 from .correlated import Correlated
 from .errors import CheckpointError, ConfigurationError, DoubleUseError, UncoveredParameterError, UnfinishedStepError
 from .fingerprint import Fingerprint
 from .forms import joined
 from .loader import Draw
 from .noise import Source
+from .optional import register_optional
 from .paced import Paced
 from .proof import prove, refuse_coupled_losses
 from .sampling import Sampling
@@ -42,6 +45,7 @@ class PrivateStep:
     Attributes:
         noise_multiplier, max_grad_norm: σ and C of the next logical batch.
         nonfinite_records: records left out because their gradient was not finite.
+        histogram: the noisy counts of norms so far, where the clipping releases some.
         strictly_examined: whether losses were given one by one, and seen to be each of its own record.
     """
 
@@ -75,6 +79,7 @@ class PrivateStep:
             )
         noises_of(clipping, noise_multiplier, sampling.expected_batch_size)  # raises where they cannot amount to sigma
         self.nonfinite_records = 0
+        self.histogram = clipping.nothing() if isinstance(clipping, HistogramClipping) else None
         self._given = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm}
         self._draw: Draw | None = None
         self._sum: ClippedSum | None = None
@@ -116,6 +121,9 @@ class PrivateStep:
 
     def hand_out(self, draw: Draw) -> None:
         """A physical batch goes to the user."""
+        known = self.tape.parameters()
+        if any(p not in known for p in self._parameters()):
+            self._look_anew()
         if self._sum is None:
             self._sum = self._begin_sum()
         for p in self._parameters():
@@ -128,6 +136,13 @@ class PrivateStep:
             self.tape.open(draw.n, placeholders(list(self._trainable())))
         if draw.last and draw.n and self.noise_multiplier > 0:
             self.noise.prepare([p for p in self._parameters() if p.requires_grad])
+
+    def _look_anew(self) -> None:
+        """The optimizer has got parameters that were not there before: of new modules (adapters), or of no module."""
+        register_optional(self.model)
+        checks.validate_model(self.model)
+        self.tape.renew()
+        self._trainable()
 
     def _begin_sum(self) -> ClippedSum:
         if isinstance(self.noise, Correlated) and self.noise_multiplier != self._given["noise_multiplier"]:
@@ -204,6 +219,40 @@ class PrivateStep:
         if not self.strictly_examined and batch.n > 1:
             self.strictly_examined = refuse_coupled_losses(self.tape, batch, losses)
         (losses.mean() if self.loss_reduction == "mean" else losses.sum()).backward()
+
+    def norms_of(self, losses_of: Callable[[], Tensor], n: int) -> Tensor:
+        """The gradients' norms [n] of the losses of n records, exact and not private; see `dpkit.PrivacyEngine`."""
+        if self._draw is not None:
+            raise UnfinishedStepError(
+                "norms were asked for while a batch of the private loader is in hand",
+                why="its records and the others would meet in one step.",
+                cure="ask right after optimizer.step(), or outside the loop.",
+            )
+        grads = {p: p.grad for p in self._parameters()}
+        before, self.tape.paused = self.tape.paused, False
+        try:
+            for p in grads:
+                p.grad = None
+            self.tape.open(n)
+            losses = losses_of()
+            shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            if shape not in ([n], [n, 1]):
+                raise ConfigurationError(
+                    f"losses has shape {shape}, for {n} records",
+                    why="a norm is that of one record's gradient.",
+                    cure='compute one loss a record (reduction="none"), and bring them to shape [n].',
+                )
+            losses.sum().backward()
+            batch = self.tape.close()
+            assert batch is not None
+            prove(self.tape, batch, self.max_grad_norm)
+            squares = [joined(found).sq_norm().double() for p, found in batch.forms.items() if p.requires_grad]
+            return torch.stack(squares).sum(0).sqrt() if squares else torch.zeros(n, dtype=torch.float64)
+        finally:
+            self.tape.close()
+            self.tape.paused = before
+            for p, grad in grads.items():
+                p.grad = grad
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if self.tape.paused:
@@ -298,7 +347,9 @@ class PrivateStep:
         if self._paced is not None:
             self._paced.advance()
         if observed and self.max_grad_norm == clipped.max_grad_norm:  # else it was set by hand meanwhile
-            self.max_grad_norm = clipped.learned(float(observed[0]))
+            self.max_grad_norm = clipped.learned(observed[0])
+        if self.histogram is not None:
+            self.histogram = self.histogram.plus(observed[0], clipped.observed_std, self.sampling.expected_batch_size)
         for p, grad in zip(trainable, grads, strict=True):
             p.grad = grad
 
@@ -380,6 +431,7 @@ class PrivateStep:
             "max_grad_norm": self.max_grad_norm,
             "charged": self._charged if inside else None,
             "nonfinite_records": self.nonfinite_records,
+            "histogram": None if self.histogram is None else asdict(self.histogram),
             "trainable": [name for p, name in names.items() if p.requires_grad],
             "sum": self._sum.state_dict(names) if self._sum is not None and inside else None,
         }
@@ -388,6 +440,7 @@ class PrivateStep:
         self.drop()
         self.noise_multiplier, self.max_grad_norm = state["noise_multiplier"], state["max_grad_norm"]
         self._charged, self.nonfinite_records = state["charged"], state["nonfinite_records"]
+        self.histogram = None if state["histogram"] is None else NormHistogram(**state["histogram"])
         parameters = {name: p for p, name in self.tape.parameters().items()}
         for name, p in parameters.items():
             p.requires_grad_(name in state["trainable"])

@@ -101,7 +101,7 @@ def head_losses(model: Any, inputs: dict[str, Any], call: Any, *, smoothing: flo
     missing = [name for name in needed if inputs.get(name) is None]
     if kind not in known or missing:
         raise ConfigurationError(
-            f"{type(model).__name__} has a loss of kind {kind}" + (f"; the batch has no {missing[0]}" * bool(missing)),
+            f"{type(model).__name__} has a loss of kind {kind}, the batch has {', '.join(inputs)}",
             why="the model's own loss is one for the whole batch, and the loss of each record is not known.",
             cure="pass losses=f, a function of (model, inputs) that returns one loss a record.",
         )

@@ -113,7 +113,8 @@ class PrivateMixin:
             model.eval()
             for i in range(min(n, 2)):
                 row = {k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in batch.items()}
-                own, ours = float(super().compute_loss(model, dict(row))), float(self.compute_losses(model, dict(row)))  # type: ignore[misc]
+                ours = float(self.compute_losses(model, dict(row)))
+                own = float(super().compute_loss(model, dict(row)))  # type: ignore[misc]
                 if math.isfinite(own) and abs(own - ours) > tolerance * max(abs(own), 1e-2):
                     raise ConfigurationError(
                         f"the loss of {type(self.model).__name__} for a single record is {own:.5g}, and the loss that "
@@ -384,7 +385,7 @@ def _overrides(trainer: Any, name: str, *owners: type) -> str:
 def _refuse_settings(trainer: Any) -> None:
     """Raise for the first setting that would break the guarantee, or that the private loop would pass over."""
     args, accelerator = trainer.args, trainer.accelerator
-    several = max(args.n_gpu, args.world_size)
+    several, optim = max(args.n_gpu, args.world_size), str(getattr(args.optim, "value", args.optim))
     own = [name for name in ("compute_loss", "training_step") if _overrides(trainer, name, PrivateMixin, Trainer)]
     one_loss = "write the loss as one a record: losses=f, a function of (model, inputs), or override compute_losses."
     reasons = [
@@ -437,8 +438,8 @@ def _refuse_settings(trainer: Any) -> None:
             "save by save_strategy and save_steps.",
         ),
         (
-            "lomo" in str(args.optim) or "layerwise" in str(args.optim),
-            f"optim={str(getattr(args.optim, 'value', args.optim))!r}",
+            "lomo" in optim or "layerwise" in optim,
+            f"optim={optim!r}",
             "it updates weights during the backward pass, before anything was clipped or noised.",
             'use another optimizer, "adamw_torch" say.',
         ),

@@ -137,7 +137,7 @@ _SPAN = ("start_positions", "end_positions")
 
 @pytest.mark.parametrize("name", CASES)
 def test_is_the_plain_loop(name: str, tmp_path: Path) -> None:
-    """σ = 0: the weights are those of the plain loop with the loss written down record by record; dropped lr in steps."""
+    """σ = 0: the weights are those of the plain loop the loss written down record by record, lr falling by step."""
     make, records, losses = CASES[name]
     data = records()
     private = trainer(tmp_path, make(), data)
@@ -155,7 +155,7 @@ def test_is_the_plain_loop(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("accumulated", "size"), [(2, None), (4, None), (1, 3)])
 def test_accumulation(accumulated: int, size: int | None, tmp_path: Path) -> None:
-    """B is the size times the batches accumulated; the size bounds the parts; noise, draws and ε are the plain loop's."""
+    """B is the size times the batches accumulated, the size bounds the parts; noise, draws, ε are the plain loop's."""
     make, records, losses = CASES["causal"]
     data, seen = records(), []
 
@@ -182,7 +182,7 @@ def test_accumulation(accumulated: int, size: int | None, tmp_path: Path) -> Non
     torch.testing.assert_close(flat(private.model), flat(other), rtol=1e-4, atol=1e-5)
     assert max(seen) == (size or batch)
     assert private.engine.get_epsilon() == pytest.approx(
-        epsilon(noise_multiplier=0.8, sample_rate=4 / RECORDS, steps=10, delta=DELTA), rel=1e-6
+        epsilon(noise_multiplier=0.8, sample_rate=4 / RECORDS, steps=10, delta=DELTA), rel=1e-4
     )
     assert [log["epoch"] for log in private.state.log_history[:-1]] == [k / 5 for k in range(1, 11)]
 
@@ -221,7 +221,7 @@ def test_target_and_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     spent = [log["epsilon"] for log in private.state.log_history if "loss" in log]
     sigma = private.engine.noise_multiplier
     expected = [epsilon(noise_multiplier=sigma, sample_rate=0.2, steps=k, delta=DELTA) for k in range(1, 8)]
-    assert spent == pytest.approx(expected, rel=1e-6)
+    assert spent == pytest.approx(expected, rel=1e-4)
     assert all("epsilon" in log and "grad_norm" not in log for log in private.state.log_history)
     assert f"ε={private.engine.get_epsilon():.3f}" in capsys.readouterr().err
     with refused(dpkit.ConfigurationError, "spent budget already"):
@@ -234,13 +234,21 @@ def test_budget(tmp_path: Path) -> None:
         "privacy": {"noise_multiplier": 1.0, "target_delta": DELTA, "max_epsilon": 4.0},
         "save_strategy": "steps", "save_steps": 100, "num_train_epochs": 20,
     }  # fmt: skip
-    private = trainer(tmp_path, bert("SequenceClassification", num_labels=LABELS), rows(classes), **options)
+
+    def engine() -> dpkit.PrivacyEngine:
+        return dpkit.PrivacyEngine(accountant="rdp")
+
+    private = trainer(
+        tmp_path, bert("SequenceClassification", num_labels=LABELS), rows(classes), engine=engine(), **options
+    )
     private.train()
     steps = private.state.global_step
     assert 3 < steps < 100
-    more = epsilon(noise_multiplier=1.0, sample_rate=0.2, steps=steps + 1, delta=DELTA)
+    more = epsilon(noise_multiplier=1.0, sample_rate=0.2, steps=steps + 1, delta=DELTA, accountant="rdp")
     assert private.engine.get_epsilon() <= 4.0 < more
-    again = trainer(tmp_path, bert("SequenceClassification", num_labels=LABELS), rows(classes), **options)
+    again = trainer(
+        tmp_path, bert("SequenceClassification", num_labels=LABELS), rows(classes), engine=engine(), **options
+    )
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == steps
     assert torch.equal(flat(again.model), flat(private.model))
@@ -259,7 +267,7 @@ def test_resumed_bit_for_bit(options: dict[str, Any], tmp_path: Path) -> None:
             tmp_path, bert("SequenceClassification", num_labels=LABELS, dropout=True), rows(classes), sgd=False,
             privacy={"target_epsilon": 6.0, "target_delta": DELTA}, save_strategy="steps", save_steps=3,
             num_train_epochs=3, data_seed=None, eval_dataset=rows(classes, 4), eval_strategy="steps", eval_steps=3,
-            learning_rate=0.05, **options,
+            learning_rate=0.05, engine=dpkit.PrivacyEngine(accountant="rdp"), **options,
         )  # fmt: skip
 
     whole = begin()
@@ -334,21 +342,22 @@ def test_label_smoothing_in_a_run(tmp_path: Path) -> None:
 def test_a_model_with_another_loss(tmp_path: Path) -> None:
     """A head of a known kind whose own loss is another one is found out; so is a head of no known kind."""
 
-    class Weighted(transformers.BertForSequenceClassification):  # type: ignore[misc, name-defined]
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            out = super().forward(*args, **kwargs)
+    class WeightedForSequenceClassification(transformers.BertForSequenceClassification):  # type: ignore[misc, name-defined]
+        def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None) -> Any:
+            out = super().forward(input_ids, attention_mask, labels=labels)
             if out.loss is not None:
                 out.loss = 1.01 * out.loss
             return out
 
     config = bert("SequenceClassification", num_labels=LABELS).config
     with refused(dpkit.ConfigurationError, "for a single record", "losses=f"):
-        trainer(tmp_path, Weighted(config), rows(classes)).train()
-    trainer(tmp_path, Weighted(config), rows(classes), losses=classified, max_steps=1).train()
+        trainer(tmp_path, WeightedForSequenceClassification(config), rows(classes)).train()
+    own: dict[str, Any] = {"losses": classified, "max_steps": 1}
+    trainer(tmp_path, WeightedForSequenceClassification(config), rows(classes), **own).train()
     with refused(dpkit.ConfigurationError, "BertForNextSentencePrediction", "losses=f"):
         trainer(tmp_path, bert("NextSentencePrediction"), rows(classes)).train()
-    with refused(dpkit.ConfigurationError, "no labels"):
-        trainer(tmp_path, Weighted(config), rows(lambda g, _: {})).train()
+    with refused(dpkit.ConfigurationError, "BertForMaskedLM", "the batch has input_ids, attention_mask"):
+        trainer(tmp_path, bert("MaskedLM"), rows(lambda g, _: {})).train()
 
 
 def test_a_loss_for_the_whole_batch(tmp_path: Path) -> None:
