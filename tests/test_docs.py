@@ -20,6 +20,9 @@ from tests.lives import begin
 ROOT = Path(__file__).resolve().parent.parent
 ELSEWHERE = {"custom_layers.md", "long_runs.md"}  # tests/test_testing.py, and below
 
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+"""For pages of scripts that run under torchrun: one process."""
+
 
 def blocks(page: str) -> list[str]:
     """The Python code of a page of docs/, or of README.md."""
@@ -40,6 +43,8 @@ def test_pages_are_found() -> None:
 def test_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From top to bottom, in one namespace, from an empty folder; the line numbers are the page's."""
     monkeypatch.chdir(tmp_path)
+    for name, value in ALONE.items():
+        monkeypatch.setenv(name, value)
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     if "import opacus" in text:
         pytest.importorskip("opacus")
@@ -48,6 +53,8 @@ def test_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for found in re.finditer(r"```python\n(.*?)```", text, re.S):
         before = text[: found.start(1)].count("\n")
         exec(compile("\n" * before + found[1], page, "exec"), names)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class People(Dataset[dict[str, Any]]):
