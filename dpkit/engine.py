@@ -27,10 +27,12 @@ from .methods import MODES, Profile, free_bytes
 from .noise import Source, source_of
 from .optional import register_optional
 from .paced import CyclicPoisson, paced
+from .ranks import Ranks, is_first
 from .sampling import checked, sampling_of
 from .scaler import LossScale
 from .secure import SecureNoise
 from .seeds import unforeseeable
+from .shares import refuse_other_data, same_weights
 from .spending import Spending
 from .state import Part, Stateful, collect, give_back, refuse_others
 from .statement import Statement
@@ -87,7 +89,7 @@ class PrivacyEngine:
                 cure='use accountant="pld".',
             )
         self._spending = Spending(
-            self.accountant, None if ledger is None else Ledger(ledger, self.accountant.adjacency)
+            self.accountant, None if ledger is None or not is_first() else Ledger(ledger, self.accountant.adjacency)
         )
         self._step: PrivateStep | None = None
         self._before = 0
@@ -201,7 +203,7 @@ class PrivacyEngine:
                 "use the data beyond the one noisy gradient that is accounted.",
                 cure="use any first-order optimizer (SGD, Adam, AdamW, ...).",
             )
-        checks.refuse_other_processes()
+        checks.refuse_wrapped(module)
         checks.choice("loss_reduction", loss_reduction, ("mean", "sum"))
         max_grad_norm = checks.number("max_grad_norm", max_grad_norm, low=0.0)
         size = checks.physical_batch_size(max_physical_batch_size, memory_budget)
@@ -209,20 +211,21 @@ class PrivacyEngine:
         checks.flag("batch_first", batch_first)
         rule = clipping_of(clipping)
         refuse_private(data_loader)
+        ranks = Ranks()
         units = units_of(
-            checked(data_loader).dataset,
+            checked(data_loader, ranks).dataset,
             privacy_unit,
             max_rows_per_unit=max_rows_per_unit,
             unit_reduction=unit_reduction,
             augmentations=augmentations,
             max_physical_batch_size=size,
         )
-        sampling = sampling_of(data_loader, units, poisson=poisson_sampling)
+        sampling = sampling_of(data_loader, units, ranks, poisson=poisson_sampling)
         if not units.records or units.copies > 1:
             refuse_reordering(data_loader.dataset, data_loader.collate_fn)
         source = source_of(self._secure, noise_generator, data_loader.generator)
         if noise is not None:
-            sampling = paced(sampling, noise, data_loader.generator or unforeseeable())
+            sampling = paced(sampling, noise, ranks.share(data_loader.generator or unforeseeable()))
             source = Correlated(noise, source)
             self._cyclic = self._cyclic or isinstance(sampling, CyclicPoisson)
         register_optional(module)
@@ -241,6 +244,7 @@ class PrivacyEngine:
             rule,
             source,
             self._spending,
+            ranks,
             noise_multiplier=sigma,
             max_grad_norm=max_grad_norm,
             loss_reduction=loss_reduction,
@@ -253,13 +257,39 @@ class PrivacyEngine:
             first = next(module.parameters(), torch.zeros(0))
             room = free_bytes(first.device) // 2 if memory_budget is None else memory_budget
             limit = partial(self._step.tape.methods.most_records, room)
-        self._loader = PrivateDataLoader(data_loader, sampling, units, self._step, limit)
+        self._loader = PrivateDataLoader(data_loader, sampling, units, self._step, limit, ranks)
         self._target_delta, self._spending.budget = target_delta, budget
         if target_epsilon is not None and target_delta is not None:
             self._spending.target = float(target_epsilon), float(target_delta)
         self._mark = self._spending.released
         self._spending.about = {"sampling": sampling.name, "target_delta": target_delta}
+        if ranks.size > 1:
+            self._begin_together(ranks)
         return module, optimizer, self._loader
+
+    def _begin_together(self, ranks: Ranks) -> None:
+        """All ranks have been asked for the same; they begin with rank 0's weights, and rank 0 keeps the ledger."""
+        step = self._attached()
+        try:
+            if step.shards is not None and callable(self._loader.limit):
+                raise ConfigurationError(
+                    'max_physical_batch_size="auto" with parameters that are sharded (fully_shard)',
+                    why="every rank finds a size of its own, and ranks that run forwards differently often wait for "
+                    "each other for ever.",
+                    cure="give a number.",
+                )
+            budget = self._spending.budget
+            limit = None if budget is None else [budget.max_epsilon, budget.delta]
+            ranks.agree("make_private", **self._configuration(), max_epsilon=limit)
+            ranks.done()
+            refuse_other_data(self._loader.dataset, ranks)
+            if not ranks.first:
+                self._spending.leave_ledger()
+            self._spending.mirror(ranks.decide(self._spending.state_dict))
+            same_weights(step.model, ranks)
+        except BaseException:
+            self.detach()
+            raise
 
     def make_private_with_epsilon(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, DataLoader[Any]]:
         """`make_private` under the name that Opacus gives the call with ``target_epsilon``."""
@@ -463,6 +493,7 @@ class PrivacyEngine:
             weights: if False, model and optimizer are left to somebody else's checkpoint (Trainer, Lightning,
                 Accelerate), which has to be loaded first: `load_state_dict` compares them with a fingerprint.
         """
+        self._refuse_sharded_state()
         lives = [life.to_dict() for life in self._told() or [self._facts()]]
         about = {"lives": lives, "target_delta": self._target_delta}
         parts = collect(self._parts(weights=weights))
@@ -470,6 +501,7 @@ class PrivacyEngine:
 
     def load_state_dict(self, state: dict[str, Any], *, replay: bool = True) -> None:
         """Go on from what `state_dict` gave, after `make_private` with the same arguments; see `load_checkpoint`."""
+        self._refuse_sharded_state()
         self._load(copy.deepcopy(state), {}, replay)
 
     def save_checkpoint(
@@ -487,6 +519,9 @@ class PrivacyEngine:
 
         The file is for resuming, and as confidential as the data. Publish ``model.state_dict()`` instead.
 
+        Among several processes rank 0 writes it, and the call does nothing on the others. A logical batch that was
+        begun will be begun again.
+
         Args:
             also: what else belongs to the run and has ``state_dict`` and ``load_state_dict``: schedulers, averages.
             extra: any plain values of your own; `load_checkpoint` returns them.
@@ -496,6 +531,9 @@ class PrivacyEngine:
             CheckpointError: it cannot be written, or something holds other than plain values. The file that was there
                 before is untouched.
         """
+        self._refuse_sharded_state()
+        if not self._attached().ranks.first:
+            return
         state = self.state_dict(weights=weights)
         checkpoint.save(path, {"state": state, "also": collect(also or {}), "extra": extra})
 
@@ -517,11 +555,25 @@ class PrivacyEngine:
             CheckpointError: damaged, or of another model, optimizer, data set or setting; nothing was loaded.
             LedgerError: the ledger is not the run's, or holds less than the checkpoint.
         """
-        self._attached()
+        self._refuse_sharded_state()
+        ranks = self._attached().ranks
+        ranks.agree("load_checkpoint")  # so that rank 0 has written it
         held = checkpoint.load(path)
+        ranks.agree("the checkpoint", **{k: held["state"].get("spending", {}).get(k) for k in ("run", "released")})
+        ranks.done()
         refuse_others({"also": sorted(also or {})}, {"also": sorted(held["also"])})
         self._load({**held["state"], "also": held["also"]}, also or {}, replay)
         return held["extra"]
+
+    def _refuse_sharded_state(self) -> None:
+        if self._attached().shards is not None:
+            raise CheckpointError(
+                "the engine's state, with parameters that are sharded (fully_shard)",
+                why="each rank holds some rows of the model, and the stream of its own noise; no file has all of them.",
+                cure="save model and optimizer with torch.distributed.checkpoint and engine.accountant.state_dict() "
+                "beside them (on rank 0); load all three into what a new engine is made from. Draws and noise are then "
+                "fresh, and everything stays counted.",
+            )
 
     def _load(self, state: dict[str, Any], also: Mapping[str, Stateful], replay: bool) -> None:
         if not isinstance(state, dict) or not {"version", "configuration", "about"} <= set(state):
@@ -547,7 +599,13 @@ class PrivacyEngine:
         spending, step = self._spending, self._attached()
 
         def load(state: dict[str, Any]) -> None:
-            spending.load_state_dict(state, replay=replay, repeatable=not step.noise.secure)
+            def told() -> dict[str, Any]:
+                spending.load_state_dict(state, replay=replay, repeatable=not step.noise.secure)
+                return spending.state_dict()
+
+            known = step.ranks.decide(told)
+            if not step.ranks.first:
+                spending.mirror(known)
 
         return {
             **step.parts(self._loader.inside, weights=weights),

@@ -43,6 +43,7 @@ class Facts:
         losses_examined: whether losses were given one by one, and seen to be each of its own record.
         durable: whether a ledger's file holds every release.
         max_epsilon: the hard budget, or None.
+        processes: how many trained together.
     """
 
     unit: str
@@ -62,6 +63,7 @@ class Facts:
     losses_examined: bool
     durable: bool
     max_epsilon: float | None
+    processes: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -96,6 +98,7 @@ def facts_of(step: PrivateStep, spending: Spending, loader: PrivateDataLoader) -
         losses_examined=step.strictly_examined,
         durable=spending.ledger is not None,
         max_epsilon=None if spending.budget is None else spending.budget.max_epsilon,
+        processes=step.ranks.size,
     )
 
 
@@ -278,6 +281,11 @@ def _assumptions(lives: Sequence[Facts], events: Sequence[tuple[Event, int]]) ->
         "the run was not interrupted and repeated from an earlier state",
         seen("durable", "every release is in a ledger on disk, and repeated ones were compared with it"),
     )
+    if any(life.processes > 1 for life in lives):
+        yield Assumption(
+            "all processes hold the same data in the same order",
+            "some rows were compared, and at every step what was drawn",
+        )
     drawn = "" if all(life.fixed for life in lives) else "who was drawn, "
     yield Assumption(f"nobody sees {drawn}sums before noise, the engine's checkpoints, or gradients of a batch")
     yield Assumption("a record moves the computed sum by at most C, but for the rounding of floating point")

@@ -80,6 +80,23 @@ class Spending:
             self.composed += 1
         self.released += 1
 
+    def follow(self, event: Event | None) -> None:
+        """Another rank has made a release, and counted it as ``event`` (None: it repeats one that was)."""
+        if event is not None:
+            self.accountant.compose(event)
+        self.released += 1
+
+    def mirror(self, state: dict[str, Any]) -> None:
+        """Know what rank 0 knows, from its `state_dict`; it alone keeps the ledger."""
+        self.accountant.load_state_dict(state["accountant"])
+        self.run, self.released, self._latest = state["run"], state["released"], state["latest"]
+
+    def leave_ledger(self) -> None:
+        """Another rank keeps the ledger."""
+        if self.ledger is not None:
+            self.ledger.close()
+        self.ledger = None
+
     def _repeat(self, event: Event | None, release: Sequence[Tensor]) -> None:
         expected = self._pending[0]
         if (event, self._fingerprint.of(release)) != (expected.event, expected.fingerprint):

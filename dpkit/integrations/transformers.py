@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from dpkit.engine import PrivacyEngine
 from dpkit.errors import BudgetExhaustedError, CheckpointError, ConfigurationError, SamplingError
 from dpkit.loader import PrivateDataLoader
+from dpkit.ranks import world
 from dpkit.sampling import checked, sampling_of
 from dpkit.units import units_of
 
@@ -188,6 +189,12 @@ class PrivateMixin:
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Attach the engine, now that there is an optimizer and a number of steps; then as the Trainer does."""
         self.engine.detach()
+        if world() > 1:
+            raise ConfigurationError(
+                f"a Trainer in one of {world()} processes",
+                why="it wraps the model in DistributedDataParallel, which adds up gradients that nobody has clipped.",
+                cure="train in one process; several processes run a loop of one's own (docs/many_devices.md).",
+            )
         loader, units = self._data()
         options = {"max_grad_norm": self.args.max_grad_norm, **self._privacy, **units}
         if self.args.gradient_accumulation_steps > 1:
