@@ -138,12 +138,10 @@ class Spending:
         if budget is not None and delta == budget.delta and value > budget.max_epsilon and budget.holds(self._totals()):
             return budget.max_epsilon  # both are upper bounds; the other was found on a finer grid
         if self.target is not None and delta == self.target[1] and 0 < value - self.target[0] < 1e-3 * self.target[0]:
-            judge = make_accountant(
-                kind_of(self.accountant), self.accountant.adjacency
-            )  # as it was calibrated, at once
+            once = make_accountant(kind_of(self.accountant), self.accountant.adjacency)  # as it was calibrated
             for event, count in self.accountant.totals().items():
-                judge.compose(event, count)
-            value = min(value, judge.epsilon(delta))
+                once.compose(event, count)
+            value = min(value, once.epsilon(delta))
         return value
 
     def together(self, delta: float) -> tuple[int, float] | None:
