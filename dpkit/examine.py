@@ -242,9 +242,11 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
             terms.append((rows * torch.linspace(-1.0, 1.3, rows.shape[1], device=v.device).cos()).sum(1))
         return torch.stack([t.to(terms[0].dtype) for t in terms]).sum(0) if terms else None
 
-    with (kept := Kept(tape.names)).counting:
+    with (kept := Kept(tape.names)).counting, kept.noting(tape.model):
         plain = run.plain(arguments)
     tape.methods.activations = max(tape.methods.activations, kept.bytes / n)
+    for name, left in kept.left.items():
+        tape.methods.left[name] = max(tape.methods.left.get(name, 0.0), left / n)
     theirs = losses(plain)
     if theirs is None:
         return
