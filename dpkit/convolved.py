@@ -86,8 +86,10 @@ class Convolved(Form):
         squares = []
         for k in range(0, self.n, each):
             some = replace(self, x=self.x[k : k + each], grad=self.grad[k : k + each])
-            formed = Dense(some._patches() if way == "patches" else some._grouped())
-            squares.append(not_below(formed.sq_norm(), some.lengths().square()))  # the sum is rounded in another way
+            lengths: list[Tensor] = []
+            formed = Dense(some._patches(lengths) if way == "patches" else some._grouped())
+            terms = torch.cat(lengths) if lengths else some.lengths()
+            squares.append(not_below(formed.sq_norm(), terms.square()))  # the sum is rounded in another way
         return Normed(self, torch.cat(squares))
 
     def _backward(self, x: Tensor, grad: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -115,15 +117,20 @@ class Convolved(Form):
             out[k : k + each] = found
         return grad.new_empty(0, *self.shape) if out is None else out
 
-    def _patches(self) -> Tensor:
-        """[n, o, c, *k] for one group, some records at a time: their patches stay in the processor's cache."""
+    def _patches(self, lengths: list[Tensor] | None = None) -> Tensor:
+        """[n, o, c, *k] for one group, some records at a time: their patches stay in the processor's cache. What
+        `lengths` gives for them is appended to the list."""
         x, grad = self._wide()
         (o, c, *kernel), t = self.shape, grad.shape[2:].numel()
         size = math.prod(kernel) * c
         out = grad.new_empty(self.n, o, size)
         each = max(1, _CACHED // (size * t)) if grad.device.type == "cpu" else max(self.n, 1)
         for some in (slice(k, k + each) for k in range(0, self.n, each)):
-            torch.bmm(grad[some].flatten(2), self._patched(x[some], grad.shape[2:]), out=out[some])
+            g, patches = grad[some].flatten(2), self._patched(x[some], grad.shape[2:])
+            torch.bmm(g, patches, out=out[some])
+            if lengths is not None:
+                products = torch.linalg.vector_norm(g, dim=1) * torch.linalg.vector_norm(patches, dim=2)
+                lengths.append(products.sum(1))
         return out.view(self.n, o, *kernel, c).movedim(-1, 2) if kernel else out
 
     def _patched(self, x: Tensor, spatial: torch.Size) -> Tensor:
