@@ -14,10 +14,12 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data.distributed import DistributedSampler
 
 from dpkit.accountants import Event, PoissonSampled
 
 from .errors import SamplingError
+from .ranks import Ranks
 from .units import UnitIndex
 
 
@@ -91,7 +93,7 @@ class FixedBatches:
         return inner if first else None
 
 
-def checked(loader: DataLoader[Any]) -> DataLoader[Any]:
+def checked(loader: DataLoader[Any], ranks: Ranks | None = None) -> DataLoader[Any]:
     """The user's loader, if it asks for a sampling that can be accounted; raises `SamplingError` if not."""
     if not isinstance(loader, DataLoader):
         _refuse(
@@ -105,19 +107,26 @@ def checked(loader: DataLoader[Any]) -> DataLoader[Any]:
             "records of a stream cannot be drawn independently, so no sampling rate is true.",
             "use a map-style dataset (__getitem__ and __len__).",
         )
-    batches, size = loader.batch_sampler, loader.batch_size
-    if type(batches) is not BatchSampler or size is None:
+    batches = loader.batch_sampler
+    if type(batches) is not BatchSampler:
         _refuse(
             f"the loader batches by {type(batches).__name__}",
             "batches composed by the user's own rule have no known sampling rate.",
             "build the DataLoader with batch_size=..., and let the engine draw.",
         )
-    sampler = loader.sampler
+    sampler: Any = batches.sampler
     records = len(loader.dataset)  # type: ignore[arg-type]
     plain = type(sampler) is SequentialSampler or (
         type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == records
     )
-    if not plain:
+    if type(sampler) is DistributedSampler and ranks is not None and ranks.size > 1:
+        if (sampler.num_replicas, sampler.rank) != (ranks.size, ranks.rank):
+            _refuse(
+                f"the loader draws by a DistributedSampler for rank {sampler.rank} of {sampler.num_replicas}",
+                f"this is rank {ranks.rank} of {ranks.size}.",
+                "build it as DistributedSampler(dataset), or leave it out.",
+            )
+    elif not plain:
         _refuse(
             f"the loader draws by {type(sampler).__name__}",
             "uniform sampling would be accounted while other records are drawn, or others than asked for.",
@@ -129,10 +138,19 @@ def checked(loader: DataLoader[Any]) -> DataLoader[Any]:
     return loader
 
 
-def sampling_of(loader: DataLoader[Any], units: UnitIndex, *, poisson: bool) -> Sampling:
-    """How often each unit is drawn: the loader's batch size counts units."""
-    size, many = loader.batch_size, "records" if units.records else "units"
-    assert size is not None
+def sampling_of(loader: DataLoader[Any], units: UnitIndex, ranks: Ranks | None = None, *, poisson: bool) -> Sampling:
+    """How often each unit is drawn: the loader's batch size counts units, of all ranks together; with a
+    DistributedSampler, of each rank."""
+    batches: Any = loader.batch_sampler
+    size, many = batches.batch_size, "records" if units.records else "units"
+    if isinstance(loader.sampler, DistributedSampler):
+        size *= 1 if ranks is None else ranks.size
+        if not poisson:
+            _refuse(
+                "poisson_sampling=False with a DistributedSampler",
+                "it deals some records out twice, so that all ranks have as many.",
+                "leave the sampler out: every rank takes its share of the loader's batches.",
+            )
     if units.records and _repeats(loader.dataset):
         _refuse(
             "the data set is a Subset that holds a record several times",
@@ -145,15 +163,14 @@ def sampling_of(loader: DataLoader[Any], units: UnitIndex, *, poisson: bool) -> 
             "no sampling rate gives that expected batch size.",
             f"use batch_size <= {units.count}.",
         )
-    steps = units.count // size if loader.drop_last else math.ceil(units.count / size)
+    steps = units.count // size if batches.drop_last else math.ceil(units.count / size)
     if poisson:
         return PoissonSampling(units.count, float(size), steps)
-    batches: Any = loader.batch_sampler
     if not units.records:
         order: Any = range(units.count)
-        shuffled = isinstance(loader.sampler, RandomSampler)
+        shuffled = isinstance(batches.sampler, RandomSampler)
         sampler = RandomSampler(order, generator=loader.generator) if shuffled else SequentialSampler(order)
-        batches = BatchSampler(sampler, size, loader.drop_last)
+        batches = BatchSampler(sampler, size, batches.drop_last)
     return FixedBatches(batches, float(size), steps)
 
 

@@ -6,7 +6,8 @@ they meet. σ and C have their one home here.
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import torch
@@ -15,17 +16,21 @@ from torch.optim import Optimizer
 
 from dpkit.accountants import Event, Gaussian
 
-from .clipping import Clipping, learns, noises_of
+from . import checks
+from .clipping import Clipping, HistogramClipping, NormHistogram, learns, noises_of
 from .correlated import Correlated
 from .errors import CheckpointError, ConfigurationError, DoubleUseError, UncoveredParameterError, UnfinishedStepError
 from .fingerprint import Fingerprint
 from .forms import joined
 from .loader import Draw
 from .noise import Source
+from .optional import register_optional
 from .paced import Paced
 from .proof import prove, refuse_coupled_losses
+from .ranks import Ranks
 from .sampling import Sampling
 from .scaler import LossScale, placeholders
+from .sharded import shards_of
 from .spending import Spending
 from .state import Part, Stateful
 from .sums import ClippedSum
@@ -42,6 +47,7 @@ class PrivateStep:
     Attributes:
         noise_multiplier, max_grad_norm: σ and C of the next logical batch.
         nonfinite_records: records left out because their gradient was not finite.
+        histogram: the noisy counts of norms so far, where the clipping releases some.
         strictly_examined: whether losses were given one by one, and seen to be each of its own record.
     """
 
@@ -53,6 +59,7 @@ class PrivateStep:
         clipping: Clipping,
         noise: Source,
         spending: Spending,
+        ranks: Ranks,
         *,
         noise_multiplier: float,
         max_grad_norm: float,
@@ -62,7 +69,7 @@ class PrivateStep:
         loss_scale: LossScale | None = None,
     ) -> None:
         self.model, self.optimizer, self.sampling = model, optimizer, sampling
-        self.clipping, self.noise, self.spending = clipping, noise, spending
+        self.clipping, self.noise, self.spending, self.ranks = clipping, noise, spending, ranks
         self._paced = sampling if isinstance(sampling, Paced) else None
         self.noise_multiplier, self.max_grad_norm = noise_multiplier, max_grad_norm
         self.loss_reduction = loss_reduction
@@ -75,12 +82,19 @@ class PrivateStep:
             )
         noises_of(clipping, noise_multiplier, sampling.expected_batch_size)  # raises where they cannot amount to sigma
         self.nonfinite_records = 0
+        self.histogram = clipping.nothing() if isinstance(clipping, HistogramClipping) else None
         self._given = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm}
         self._draw: Draw | None = None
         self._sum: ClippedSum | None = None
         self._charged: float | None = None  # fixed batches: the least σ charged for in this pass
+        self._left_out = 0  # of the logical batch, by this rank
+        self._fingerprint, self._compared = Fingerprint(), -1
+        self._admitted: tuple[Any, bool] | None = None
         self.strictly_examined = False
-        self.tape = Tape(model, batch_first=batch_first, method=method)
+        self.shards = shards_of(model, ranks)
+        if self.shards is not None:
+            self._refuse_sharded()
+        self.tape = Tape(model, batch_first=batch_first, method=method, shards=self.shards)
         try:
             self._trainable()
         except Exception:
@@ -107,15 +121,30 @@ class PrivateStep:
         """A new pass over the data: what an abandoned one left unfinished is dropped; it was never released."""
         self.drop()
         self._charged = None
+        self.ranks.refuse_change()
+        self.ranks.agree("a pass over the data", releases=self.spending.released)
+        self.ranks.done()
         if self._paced is not None and self._paced.begin_pass() and isinstance(self.noise, Correlated):
             self.noise.restart()
 
     def admits(self) -> bool:
         """Whether the budget allows for the next logical batch; the rest of one that was begun always is."""
-        return self._sum is not None or self.spending.admits(self.event())
+        if self._sum is not None or self.spending.budget is None:
+            return True
+        if self.ranks.size == 1:
+            return self.spending.admits(self.event())
+        asked = (self.spending.released, self.noise_multiplier, self._charged)
+        if self._admitted is None or self._admitted[0] != asked:  # all ranks ask, once; rank 0 knows the ledger
+            self.ranks.agree("the budget", releases=asked[0], noise_multiplier=asked[1])
+            self._admitted = asked, self.ranks.decide(lambda: self.spending.admits(self.event()))
+            self.ranks.done()
+        return self._admitted[1]
 
     def hand_out(self, draw: Draw) -> None:
         """A physical batch goes to the user."""
+        known = self.tape.parameters()
+        if any(p not in known for p in self._parameters()):
+            self._look_anew()
         if self._sum is None:
             self._sum = self._begin_sum()
         for p in self._parameters():
@@ -126,8 +155,15 @@ class PrivateStep:
         else:
             self._factor = self._loss_scale.current()
             self.tape.open(draw.n, placeholders(list(self._trainable())))
-        if draw.last and draw.n and self.noise_multiplier > 0:
+        if draw.last and draw.n and self.noise_multiplier > 0 and self.ranks.first and self.shards is None:
             self.noise.prepare([p for p in self._parameters() if p.requires_grad])
+
+    def _look_anew(self) -> None:
+        """The optimizer has got parameters that were not there before: of new modules (adapters), or of no module."""
+        register_optional(self.model)
+        checks.validate_model(self.model)
+        self.tape.renew()
+        self._trainable()
 
     def _begin_sum(self) -> ClippedSum:
         if isinstance(self.noise, Correlated) and self.noise_multiplier != self._given["noise_multiplier"]:
@@ -137,7 +173,7 @@ class PrivateStep:
                 cure="keep it as it was given, or use independent noise (noise=None).",
             )
         batch = self.sampling.expected_batch_size
-        return ClippedSum(self.clipping, self.noise_multiplier, self.max_grad_norm, batch)
+        return ClippedSum(self.clipping, self.noise_multiplier, self.max_grad_norm, batch, self.shards)
 
     def take_back(self, draw: Draw) -> None:
         """The user asks for the next batch."""
@@ -171,7 +207,7 @@ class PrivateStep:
         if self._draw is not None:
             for p in self._parameters():
                 p.grad = None
-        self._draw, self._sum = None, None
+        self._draw, self._sum, self._left_out = None, None, 0
 
     # ---- the user's side
 
@@ -201,9 +237,43 @@ class PrivateStep:
                 why="each record that was drawn enters the step once.",
                 cure="compute the losses of the batch that the private loader has just yielded.",
             )
-        if not self.strictly_examined and batch.n > 1:
+        if not self.strictly_examined and batch.n > 1 and self.shards is None:  # sharded: ranks would part
             self.strictly_examined = refuse_coupled_losses(self.tape, batch, losses)
         (losses.mean() if self.loss_reduction == "mean" else losses.sum()).backward()
+
+    def norms_of(self, losses_of: Callable[[], Tensor], n: int) -> Tensor:
+        """The gradients' norms [n] of the losses of n records, exact and not private; see `dpkit.PrivacyEngine`."""
+        if self._draw is not None:
+            raise UnfinishedStepError(
+                "norms were asked for while a batch of the private loader is in hand",
+                why="its records and the others would meet in one step.",
+                cure="ask right after optimizer.step(), or outside the loop.",
+            )
+        grads = {p: p.grad for p in self._parameters()}
+        before, self.tape.paused = self.tape.paused, False
+        try:
+            for p in grads:
+                p.grad = None
+            self.tape.open(n)
+            losses = losses_of()
+            shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            if shape not in ([n], [n, 1]):
+                raise ConfigurationError(
+                    f"losses has shape {shape}, for {n} records",
+                    why="a norm is that of one record's gradient.",
+                    cure='compute one loss a record (reduction="none"), and bring them to shape [n].',
+                )
+            losses.sum().backward()
+            batch = self.tape.close()
+            assert batch is not None
+            prove(self.tape, batch, self.max_grad_norm)
+            squares = [joined(found).sq_norm().double() for p, found in batch.forms.items() if p.requires_grad]
+            return torch.stack(squares).sum(0).sqrt() if squares else torch.zeros(n, dtype=torch.float64)
+        finally:
+            self.tape.close()
+            self.tape.paused = before
+            for p, grad in grads.items():
+                p.grad = grad
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if self.tape.paused:
@@ -243,8 +313,9 @@ class PrivateStep:
             self._close(draw)
             if draw.last:
                 self._release(draw)
-        except BaseException:
+        except BaseException as error:
             self.drop()
+            self.ranks.give_up(error)
             raise
 
     @torch.no_grad()
@@ -268,9 +339,11 @@ class PrivateStep:
                     why="it would take its share of the clipping norm and never be trained or accounted.",
                     cure="add it to the optimizer (optimizer.add_param_group) or freeze it.",
                 )
-        if forms and self._sum is not None:
+        if forms and self._sum is not None and not draw.void:
             scale = (float(batch.n) if self.loss_reduction == "mean" else 1.0) / self._factor
-            self.nonfinite_records += self._sum.add(forms, trainable, draw.units, scale)
+            self._left_out += self._sum.add(forms, trainable, draw.units, scale)
+        elif self._sum is not None:
+            self._sum.add_nothing(trainable)
 
     @torch.no_grad()
     def _release(self, draw: Draw) -> None:
@@ -284,23 +357,91 @@ class PrivateStep:
         clipped, self._sum = self._sum, None
         assert clipped is not None
         trainable = self._trainable()
-        sums = clipped.take(trainable)
-        self.noise.add_to(sums, clipped.std)
-        observed = clipped.take_observed()
-        self.noise.add_to(observed, clipped.observed_std)
-        if sums:  # nothing trains: a release of nothing
-            torch._foreach_div_(sums, self.sampling.expected_batch_size)
-        grads = [total.view(p.shape).to(p.dtype) for p, total in zip(trainable, sums, strict=True)]
+        if self.ranks.size > 1:
+            self._agree(draw, clipped, trainable)
+        sums, observed = clipped.take(trainable), clipped.take_observed()
+        left_out, self._left_out = torch.tensor([self._left_out]), 0
         event = self.event(clipped.noise_multiplier)
-        self.spending.record(event, [*grads, *observed])
+        shared = [*observed, left_out] if self.shards is not None else [*sums, *observed, left_out]
+        self.ranks.gather(shared)
+        grads: list[Tensor] = []
+
+        def noisy() -> None:
+            self.noise.add_to(sums, clipped.std)
+            if sums:  # nothing trains: a release of nothing
+                torch._foreach_div_(sums, self.sampling.expected_batch_size)
+            grads.extend(self._as_gradients(trainable, sums))
+
+        if self.shards is not None:  # every rank's own rows, with noise of their own
+            noisy()
+            mark = int(self._fingerprint.of([self.shards.local(g) for g in grads]), 16)
+            marks = [torch.tensor(self.ranks.collect(mark - (1 << 63)))]
+
+        def release() -> bool:
+            """Noise, and the count of it; what nobody may see before. Returns whether it is another one than before."""
+            if self.shards is None:
+                noisy()
+            self.noise.add_to(observed, clipped.observed_std)
+            repeated = self.spending.repeating
+            self.spending.record(event, [*(grads if self.shards is None else marks), *observed])
+            return not repeated
+
+        counted = self.ranks.decide(release)
+        if not self.ranks.first:
+            if self.shards is None:
+                grads.extend(torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in trainable)
+            self.spending.follow(event if counted else None)
+        self.ranks.hand_out([*observed, left_out] if self.shards is not None else [*grads, *observed, left_out])
+        self.ranks.done()
+        self.nonfinite_records += int(left_out)
         if event is not None:
             self._charged = clipped.noise_multiplier
         if self._paced is not None:
             self._paced.advance()
         if observed and self.max_grad_norm == clipped.max_grad_norm:  # else it was set by hand meanwhile
-            self.max_grad_norm = clipped.learned(float(observed[0]))
+            self.max_grad_norm = clipped.learned(observed[0])
+        if self.histogram is not None:
+            self.histogram = self.histogram.plus(observed[0], clipped.observed_std, self.sampling.expected_batch_size)
+        if self.shards is not None:
+            self.shards.dealt_out()
         for p, grad in zip(trainable, grads, strict=True):
             p.grad = grad
+
+    def _agree(self, draw: Draw, clipped: ClippedSum, trainable: dict[nn.Parameter, int]) -> None:
+        """All ranks are at the same logical batch, with the same settings and, looked at now and then, weights."""
+        number = self.spending.released
+        due = self.shards is None and (self._compared < 0 or number - self._compared >= self.ranks.compared_every)
+        if due:
+            self._compared = number
+        self.ranks.agree(
+            "a release",
+            releases=number,
+            batch=draw.logical,
+            records_drawn=draw.mark,
+            noise_multiplier=clipped.noise_multiplier,
+            max_grad_norm=clipped.max_grad_norm,
+            trained=[p.requires_grad for p in self._parameters()],
+            optimizer=[_settings(group) for group in self.optimizer.param_groups],
+            weights=self._fingerprint.of([p.detach() for p in self._parameters()]) if due else "",
+        )
+
+    def _as_gradients(self, parameters: dict[nn.Parameter, int], sums: list[Tensor]) -> Iterator[Tensor]:
+        for p, total in zip(parameters, sums, strict=True):
+            yield total.view(p.shape).to(p.dtype) if self.shards is None else self.shards.as_gradient(p, total)
+
+    def _refuse_sharded(self) -> None:
+        """Raise for what is not known to be right, or not to part the ranks, where parameters are sharded."""
+        for seen, there, cure in (
+            ("noise_generator", self.noise.seeded, "leave it out: equal streams on two ranks are no fresh noise."),
+            ("correlated noise", isinstance(self.noise, Correlated), "use independent noise (noise=None)."),
+            ("a GradScaler", self._loss_scale is not None, "train in bfloat16 or float32."),
+        ):
+            if there:
+                raise ConfigurationError(
+                    f"{seen} with parameters that are sharded (fully_shard)",
+                    why="each rank adds the noise of its own rows.",
+                    cure=cure,
+                )
 
     def _parameters(self) -> list[nn.Parameter]:
         """The optimizer's parameters."""
@@ -380,20 +521,31 @@ class PrivateStep:
             "max_grad_norm": self.max_grad_norm,
             "charged": self._charged if inside else None,
             "nonfinite_records": self.nonfinite_records,
+            "histogram": None if self.histogram is None else asdict(self.histogram),
             "trainable": [name for p, name in names.items() if p.requires_grad],
-            "sum": self._sum.state_dict(names) if self._sum is not None and inside else None,
+            "sum": self._sum.state_dict(names) if self._sum is not None and inside and self.ranks.size == 1 else None,
+            "left_out": self._left_out if inside and self.ranks.size == 1 else 0,
         }
 
     def _load(self, state: dict[str, Any]) -> None:
         self.drop()
         self.noise_multiplier, self.max_grad_norm = state["noise_multiplier"], state["max_grad_norm"]
         self._charged, self.nonfinite_records = state["charged"], state["nonfinite_records"]
+        self.histogram = None if state["histogram"] is None else NormHistogram(**state["histogram"])
         parameters = {name: p for p, name in self.tape.parameters().items()}
         for name, p in parameters.items():
             p.requires_grad_(name in state["trainable"])
-        if state["sum"] is not None:
+        self._compared, self._admitted = -1, None
+        if state["sum"] is not None and self.ranks.size == 1:  # among several ranks the batch is begun again
+            self._left_out = state["left_out"]
             self._sum = self._begin_sum()
             self._sum.load_state_dict(state["sum"], parameters)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer does with a gradient: its plain numbers."""
+    numbers = {k: float(v) if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in group.items()}
+    return {k: v for k, v in numbers.items() if isinstance(v, bool | int | float | str | tuple)}
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:

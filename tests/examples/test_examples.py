@@ -14,7 +14,7 @@ for needed in ("sklearn", "rich", "matplotlib"):
     pytest.importorskip(needed)
 transformers = pytest.importorskip("transformers")
 
-from examples import two_lines  # noqa: E402
+from examples import trainer, two_lines  # noqa: E402
 from examples.guard_minilm import data, guard, report, train  # noqa: E402
 
 WORDS = 800
@@ -59,6 +59,14 @@ def test_two_lines_learns_within_its_budget(capsys: pytest.CaptureFixture[str]) 
     accuracy, epsilon = two_lines.main(["--epochs", "4", "--epsilon", "3"])
     assert accuracy > 0.5  # a guess: 0.1
     assert 2.9 < epsilon <= 3.0  # calibrated to the target, and never over it
+    assert f"ε = {epsilon:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_trainer_learns_within_its_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    accuracy, epsilon = trainer.main(["--epochs", "4", "--epsilon", "8"])
+    assert accuracy > 0.15  # a guess: 0.1
+    assert 7.9 < epsilon <= 8.0
     assert f"ε = {epsilon:.2f}" in capsys.readouterr().out
 
 

@@ -35,7 +35,9 @@ def exact(model: MMBT, rows: Batch, losses: Losses = tiny.losses) -> None:
         torch.testing.assert_close(-got[name], value / n, **near, msg=lambda m, k=name: f"{k}: {m}")
 
 
-@pytest.mark.parametrize("options", [{}, {"tokens": 4, "image_first": False, "readout": "mean"}, {"fusion": 1, "tasks": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"tokens": 4, "image_first": False, "readout": "mean"}, {"fusion": 1, "tasks": True}]
+)
 def test_gradients_are_the_loops_with_the_shared_tables(options: dict) -> None:
     """The image's tables are the text's: both uses of each are one gradient, counted once."""
     model = tiny.mmbt(**options)
@@ -112,7 +114,9 @@ def test_layers_are_berts_own(readout: str) -> None:
     unit = torch.nn.functional.normalize
     expected = {
         "first": torch.cat([unit(tokens[:, 0], dim=-1), unit(tokens[:, 3], dim=-1)], 1),
-        "mean": torch.cat([unit(part.sum(1), dim=-1) for part in (tokens[:, :3], tokens[:, 3:] * rows.mask[..., None])], 1),
+        "mean": torch.cat(
+            [unit(part.sum(1), dim=-1) for part in (tokens[:, :3], tokens[:, 3:] * rows.mask[..., None])], 1
+        ),
         "cls": model.bert.pooler(tokens),
     }
     torch.testing.assert_close(model.features(rows.image, rows.text, rows.mask), expected[readout])
