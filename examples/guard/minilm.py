@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,6 @@ from .train import Privacy, Recipe, Run, seeds_of, train
 
 RECIPE = Recipe(epochs=20, batch_size=1024, lr=5.0)
 FPR = 0.05  # at which thresholds are set, on the validation splits
-HEADLINES = {"XSTest": "AUPRC", "OpenAI moderation": "AUPRC", "DiaSafety responses": "AUROC", "hazard": "accuracy"}
 
 
 @dataclass
@@ -75,10 +75,11 @@ def study(
     hashed: int = 0,
     max_tokens: int = 128,
     limit: int | None = None,
+    cache: Path | None = None,
     told: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train without privacy and for each ε, with each seed; judge; everything that the report shows (first seed)."""
-    encoder = Encoder(find_weights(model), max_tokens)
+    encoder = Encoder(find_weights(model), max_tokens, cache)
     features = prepare(encoder, hashed, limit, told)
     asked = Questions(features.sources["prompts"].taxonomy, features.sources["responses"].taxonomy)
     train_rows = features.records("prompts", "train") + features.records("responses", "train")
@@ -219,7 +220,9 @@ def protected(features: Features, answers: Tensor, cut: float, asked: Tensor, cu
     chatbots = System(tuple(str(r.category) for r in rows), tuple(r.unsafe for r in rows))
     itself = reference([chatbots.counts()])
     grades, benign = chatbots.protected(answers, cut, itself)
-    known = [(r.category, bool(s >= cut_asked)) for r, s in zip(features.records("prompts", "test"), asked, strict=True)]
+    known = [
+        (r.category, bool(s >= cut_asked)) for r, s in zip(features.records("prompts", "test"), asked, strict=True)
+    ]
     obedient = {
         name: float(np.mean([not blocked for category, blocked in known if category == name]))
         for name in features.sources["prompts"].taxonomy.names
@@ -231,7 +234,7 @@ def protected(features: Features, answers: Tensor, cut: float, asked: Tensor, cu
         "chatbots, unguarded": Grades(chatbots.counts(), itself).as_dict(),
         "safe answers blocked": benign,
         "curve": chatbots.curve(answers, 41),
-        "an obedient system's violations": obedient,
+        "obedient": obedient,
     }
 
 
@@ -259,7 +262,13 @@ def shortened(record: Record) -> str:
 
 
 def canaries(
-    dataset: TensorDataset, units: Sequence[str], recipe: Recipe, epsilon: float, delta: float, seed: int, count: int = 500
+    dataset: TensorDataset,
+    units: Sequence[str],
+    recipe: Recipe,
+    epsilon: float,
+    delta: float,
+    seed: int,
+    count: int = 500,
 ) -> dict[str, float]:
     """An audit of the recipe: the same run with canaries, half of them in by a coin, that an attacker tells apart.
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("sklearn")
-from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score  # noqa: E402
+from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score
 
-from examples.guard import metrics  # noqa: E402
-from examples.guard.grading import V05, Grades, Hazard, System, grade_v05, grade_v10, reference  # noqa: E402
+from examples.guard import metrics
+from examples.guard.grading import V05, Grades, Hazard, System, grade_v05, grade_v10, reference
 
 labelled = st.lists(st.tuples(st.booleans(), st.integers(0, 20).map(lambda k: k / 20)), min_size=1, max_size=40)
 
