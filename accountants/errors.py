@@ -15,6 +15,7 @@ class AccountingError(ValueError):
     """
 
     def __init__(self, saw: str, *, why: str = "", cure: str = "") -> None:
+        self.saw, self.why, self.cure = saw, why, cure
         parts = [saw]
         if why:
             parts.append(f"  Why: {why}")

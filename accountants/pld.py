@@ -12,7 +12,7 @@ from .compose import MAX_SIZE, Chernoff, Plan, build, chernoff, jump_plan, make_
 from .errors import AccountingError
 from .events import Event
 from .mechanisms import judge
-from .pairs import GaussianPair, Pair
+from .pairs import DiscretePair, GaussianPair, Pair
 from .spectrum import Spectrum
 
 Counts = tuple[int, ...]
@@ -104,6 +104,16 @@ class Direction:
             return 0.0
         value = self._search(counts, log_delta, tolerance, upper)
         return min(value, self.pure(counts)) if upper and self._floor(counts) == -math.inf else value
+
+    def _one_loss(self, counts: Counts) -> tuple[float, float] | None:
+        """(the loss, log P(it is finite)) where nothing that runs has more than one finite loss: there is no noise."""
+        loss = log_mass = 0.0
+        for n, pair in zip(counts, self.pairs, strict=True):
+            if n and not (isinstance(pair, DiscretePair) and len(pair.losses) == 1):
+                return None
+            if n and isinstance(pair, DiscretePair):
+                loss, log_mass = loss + n * pair.losses[0], log_mass + n * math.log(pair.masses[0])
+        return loss, log_mass
 
     def _only(self, counts: Counts) -> Pair:
         """The pair that runs, where one does, once."""
@@ -223,6 +233,11 @@ class Direction:
         """The bound on log delta at ``epsilon``."""
         if self._floor(counts) >= 0.0 or epsilon >= self.pure(counts):
             return self._floor(counts)  # no finite loss lies beyond
+        point = self._one_loss(counts)
+        if point is not None:
+            loss, log_mass = point
+            value = math.exp(self._floor(counts)) - math.exp(log_mass) * math.expm1(min(0.0, epsilon - loss))
+            return min(0.0, math.log(value) + (1e-12 if upper else -1e-12)) if value > 0.0 else -math.inf
         if sum(counts) == 1:
             return single.log_delta(self._only(counts), epsilon, upper=upper)
         for built in reversed(self._built[upper]):
@@ -257,7 +272,7 @@ class PLDAccountant(Accountant):
     Args:
         adjacency: see `Accountant`.
         tolerance: how much of epsilon the grid may cost, relative; what is reported stays an upper bound whatever it
-        is.
+            is.
 
     >>> from dpkit.accountants import dpsgd
     >>> acc = PLDAccountant().compose(dpsgd(1.1, 0.01, 1000))

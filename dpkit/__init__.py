@@ -17,7 +17,15 @@ if not (_here / "accountants").is_dir():
     __path__.append(str(_here.parent))
 
 if TYPE_CHECKING:
-    from .clipping import AdaptiveClipping, AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
+    from .clipping import (
+        AdaptiveClipping,
+        AutomaticClipping,
+        Clipping,
+        FlatClipping,
+        HistogramClipping,
+        NormHistogram,
+        PerLayerClipping,
+    )
     from .correlated import BandedNoise, BufferedNoise
     from .engine import PrivacyEngine
     from .errors import (
@@ -38,11 +46,22 @@ if TYPE_CHECKING:
         UnfinishedStepError,
         UnsupportedModuleError,
     )
+    from .facts import statement_of
     from .forms import Dense, Outer, Routed, Rows
+    from .interop import load_opacus_checkpoint, opacus_state_dict
     from .rules import register_rule, unregister_rule
+    from .statement import Statement
 
 _HOMES = {
-    "clipping": ["AdaptiveClipping", "AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"],
+    "clipping": [
+        "AdaptiveClipping",
+        "AutomaticClipping",
+        "Clipping",
+        "FlatClipping",
+        "HistogramClipping",
+        "NormHistogram",
+        "PerLayerClipping",
+    ],
     "correlated": ["BandedNoise", "BufferedNoise"],
     "engine": ["PrivacyEngine"],
     "errors": [
@@ -63,8 +82,11 @@ _HOMES = {
         "UnfinishedStepError",
         "UnsupportedModuleError",
     ],
+    "facts": ["statement_of"],
     "forms": ["Dense", "Outer", "Routed", "Rows"],
+    "interop": ["load_opacus_checkpoint", "opacus_state_dict"],
     "rules": ["register_rule", "unregister_rule"],
+    "statement": ["Statement"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -83,8 +105,10 @@ __all__ = [
     "FlatClipping",
     "FoldedBatchError",
     "GradientMismatchError",
+    "HistogramClipping",
     "LedgerError",
     "NonPrivateGradientError",
+    "NormHistogram",
     "NotAttachedError",
     "Outer",
     "PerLayerClipping",
@@ -94,11 +118,15 @@ __all__ = [
     "Routed",
     "Rows",
     "SamplingError",
+    "Statement",
     "UncoveredParameterError",
     "UnfinishedStepError",
     "UnsupportedModuleError",
     "__version__",
+    "load_opacus_checkpoint",
+    "opacus_state_dict",
     "register_rule",
+    "statement_of",
     "unregister_rule",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 from dpkit.accountants import Accountant, make_accountant
 
 from . import checkpoint, checks
-from .clipping import Clipping, clipping_of
+from .clipping import Clipping, NormHistogram, clipping_of
 from .correlated import Correlated, Correlation
 from .errors import CheckpointError, ConfigurationError, NotAttachedError
+from .facts import Facts, facts_of, lives_in, stated
 from .ledger import Ledger
 from .loader import Limit, PrivateDataLoader, refuse_private
 from .methods import MODES, Profile, free_bytes
@@ -32,9 +33,10 @@ from .secure import SecureNoise
 from .seeds import unforeseeable
 from .spending import Spending
 from .state import Part, Stateful, collect, give_back, refuse_others
-from .statement import Statement, describe
-from .step import PrivateStep
+from .statement import Statement
+from .step import PrivateStep, innermost
 from .targets import budget_for, noise_multiplier_for
+from .trees import leaves
 from .units import PrivacyUnit, refuse_reordering, units_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -89,6 +91,8 @@ class PrivacyEngine:
         )
         self._step: PrivateStep | None = None
         self._before = 0
+        self._lives: list[Facts] = []  # what was released from, before this life
+        self._mark = 0  # how many releases there were when it began
         self._target_delta: float | None = None
         self._cyclic = False  # whether records took turns: then group privacy is not known
 
@@ -126,14 +130,15 @@ class PrivacyEngine:
         augmentations: int = 1,
         grad_scaler: torch.amp.GradScaler | None = None,
         noise: Correlation | None = None,
-    ) -> tuple[M, O, DataLoader[Any]]:
+    ) -> tuple[M, O, PrivateDataLoader]:
         """Attach to a model, its optimizer and its data; returns the same model and optimizer, and a private loader.
 
         Args:
             module: the model. It stays as it is; hooks observe it while the loader's batches are in the user's hands.
                 Attention, recurrent layers and bags need no conversion: they are taken apart inside the forward. What
                 has to be another function (BatchNorm) is refused; `dpkit.layers.convert` replaces it.
-            optimizer: any torch optimizer whose ``step`` needs no closure.
+            optimizer: any torch optimizer whose ``step`` needs its closure once at most. One that another library has
+                wrapped (and holds as ``optimizer.optimizer``) comes back as it is.
             data_loader: a DataLoader over a map-style dataset; its batch size B gives the sampling rate q = B / N.
             max_grad_norm: C, the bound on each record's gradient norm.
             noise_multiplier: σ, the noise's standard deviation divided by C; or leave it out and give
@@ -142,14 +147,15 @@ class PrivacyEngine:
                 before a step would exceed it (see `budget_spent`). It holds for any stopping time, and for schedules of
                 σ that were fixed in advance; not for a σ that is chosen in view of the training.
             clipping: "flat", "automatic", "per_layer", "adaptive" (`AdaptiveClipping`: max_grad_norm is where C starts,
-                and σ covers what C is learned from), or an object with ``weights`` and ``sensitivity``.
+                and σ covers what C is learned from), "histogram" (`HistogramClipping`: flat, and σ covers a histogram
+                of the norms), or an object with ``weights`` and ``sensitivity``.
             loss_reduction: whether the loss that is back-propagated is the "mean" or the "sum" over the batch.
             poisson_sampling: draw each record independently (amplification is accounted); if False, the loader's own
                 batches are kept and no amplification is claimed.
             max_physical_batch_size: serve a logical batch in parts of at most this many records. Call
                 ``optimizer.step()`` after each part as usual; only the last one of a logical batch takes the step. A
-                scheduler that is stepped beside it counts parts, not steps. "auto": as many as fit into the memory
-                budget, found from the first batch, which is served in small parts.
+                scheduler that is stepped beside it counts parts; ``loader.logical_batches()`` counts steps. "auto": as
+                many as fit into the memory budget, found from the first batch, which is served in small parts.
             memory_budget: bytes that a step may take with "auto", by default half of what is free on the model's
                 device. It is met by an estimate, not enforced.
             method: how norms and sums are computed, where several ways give the same: "model" takes the cheapest by a
@@ -187,9 +193,10 @@ class PrivacyEngine:
                 f"module is a {type(module).__name__}, optimizer a {type(optimizer).__name__}",
                 cure="pass an nn.Module and a torch.optim.Optimizer.",
             )
-        if isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
+        inner = innermost(optimizer)
+        if isinstance(inner, torch.optim.LBFGS | torch.optim.SparseAdam):
             raise ConfigurationError(
-                f"the optimizer is {type(optimizer).__name__}",
+                f"the optimizer is {type(inner).__name__}",
                 why="LBFGS evaluates the loss several times a step, SparseAdam skips rows without gradient: both would "
                 "use the data beyond the one noisy gradient that is accounted.",
                 cure="use any first-order optimizer (SGD, Adam, AdamW, ...).",
@@ -229,7 +236,7 @@ class PrivacyEngine:
         repeats = method == "auto" and (noise_generator is not None or self._spending.ledger is not None)
         self._step = PrivateStep(
             module,
-            optimizer,
+            inner,
             sampling,
             rule,
             source,
@@ -248,6 +255,9 @@ class PrivacyEngine:
             limit = partial(self._step.tape.methods.most_records, room)
         self._loader = PrivateDataLoader(data_loader, sampling, units, self._step, limit)
         self._target_delta, self._spending.budget = target_delta, budget
+        if target_epsilon is not None and target_delta is not None:
+            self._spending.target = float(target_epsilon), float(target_delta)
+        self._mark = self._spending.released
         self._spending.about = {"sampling": sampling.name, "target_delta": target_delta}
         return module, optimizer, self._loader
 
@@ -260,6 +270,7 @@ class PrivacyEngine:
         if self._step is None:
             return
         self._before += self._step.nonfinite_records
+        self._lives = self._told()
         self._step.detach()
         self._loader.close()
         self._step = None
@@ -331,16 +342,41 @@ class PrivacyEngine:
         return self._spending.epsilon(delta, group_size)
 
     def statement(self, delta: float | None = None) -> Statement:
-        """What the run promises at ``delta``, how it came about, what it takes for granted and leaves out, in words."""
-        step, epsilon = self._attached(), self.get_epsilon(delta)
+        """The whole guarantee at ``delta`` (by default target_delta), of everything released so far: printed, a text;
+        also Markdown, JSON and a model card.
+
+        Raises:
+            ConfigurationError: no delta, or the engine trained with several units of privacy.
+            NotAttachedError: the engine has never been attached to a model.
+        """
+        if self._step is None and not self._lives:
+            self._attached()
+        epsilon = self.get_epsilon(delta)
         at = self._target_delta if delta is None else delta
         assert at is not None
-        return describe(step, self._spending, self._loader, epsilon, float(at))
+        lives, spending = self._told() or [self._facts()], self._spending
+        counts = spending.released, spending.composed
+        return stated(lives, self.accountant, *counts, epsilon, float(at), spending.together(float(at)))
+
+    def _told(self) -> list[Facts]:
+        """What there is to know of all that was released from."""
+        lives = list(self._lives)
+        if self._step is not None and self._spending.released > self._mark:
+            lives.append(self._facts())
+        return list(dict.fromkeys(lives))
+
+    def _facts(self) -> Facts:
+        return facts_of(self._attached(), self._spending, self._loader)
 
     @property
     def budget_spent(self) -> bool:
         """Whether another step would exceed ``max_epsilon``: the private loader then serves nothing more."""
         return not self._attached().admits()
+
+    @property
+    def releases(self) -> int:
+        """How many steps the run has released, those that it made before a checkpoint was loaded included."""
+        return self._spending.released
 
     @property
     def completed_passes(self) -> int:
@@ -357,6 +393,51 @@ class PrivacyEngine:
         """What was done for each trainable parameter in the last batch: method, time, memory. Printed, a table."""
         return self._attached().tape.methods.profile()
 
+    @property
+    def norm_histogram(self) -> NormHistogram:
+        """How large gradients are beside C, from the noisy counts that ``clipping="histogram"`` releases with each sum.
+        They are covered by ε: `dpkit.plots.gradient_norms` draws them."""
+        histogram = self._attached().histogram
+        if histogram is None:
+            raise ConfigurationError(
+                "this engine's clipping releases no histogram of norms",
+                why="norms are those of private gradients.",
+                cure='pass make_private(clipping="histogram"); or look at them without privacy (engine.norms_of).',
+            )
+        return histogram
+
+    @torch.enable_grad()
+    def norms_of(
+        self, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, *, records: int | None = None
+    ) -> Tensor:
+        """The gradient norm of each row of a batch, float64 [n], before clipping. NON-PRIVATE.
+
+        Guarantee: none. These are exact numbers of single rows: look at them where the data are, or at public data, and
+        neither publish them nor choose C by them; ``clipping="histogram"`` tells of norms under ε. Nothing is released
+        or counted, and weights, ``p.grad`` and the run go on as if nothing had been asked, but for what a forward does
+        to the global random generators (dropout) and the model's buffers.
+
+        Args:
+            loss_fn: from the model and the batch to one loss a row, [n] or [n, 1].
+            batch: whatever ``loss_fn`` takes.
+            records: n; by default the length of the batch's first tensor.
+
+        Raises:
+            ConfigurationError: n is not known, or losses of another shape.
+            UnfinishedStepError: a batch of the private loader is in hand.
+        """
+        step = self._attached()
+        if records is None:
+            tensors = [v for v in leaves(batch) if isinstance(v, Tensor) and v.ndim]
+            if not tensors:
+                raise ConfigurationError(
+                    f"the batch is a {type(batch).__name__} without tensors",
+                    why="how many records it holds is not known.",
+                    cure="pass records=...",
+                )
+            records = len(tensors[0])
+        return step.norms_of(lambda: loss_fn(step.model, batch), checks.count("records", records))
+
     def backward(self, losses: Tensor) -> None:
         """The strict door: one loss a record, [n] or [n, 1]; checks that they are what they say.
 
@@ -369,7 +450,7 @@ class PrivacyEngine:
 
     # ---------------------------------------------------------------- state
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, weights: bool = True) -> dict[str, Any]:
         """Everything that the run needs to go on bit for bit, as plain values; `save_checkpoint` writes it to a file.
 
         Model, optimizer, σ and C, the place in the pass and in the logical batch, its sums so far, the generators of
@@ -377,15 +458,27 @@ class PrivacyEngine:
         Model and optimizer tensors are the live ones, as torch's own ``state_dict`` gives them.
 
         It is as confidential as the data: it holds sums without noise, and the streams that noise comes from.
+
+        Args:
+            weights: if False, model and optimizer are left to somebody else's checkpoint (Trainer, Lightning,
+                Accelerate), which has to be loaded first: `load_state_dict` compares them with a fingerprint.
         """
-        return {"version": 1, "configuration": self._configuration(), **collect(self._parts())}
+        lives = [life.to_dict() for life in self._told() or [self._facts()]]
+        about = {"lives": lives, "target_delta": self._target_delta}
+        parts = collect(self._parts(weights=weights))
+        return {"version": 1, "configuration": self._configuration(), "about": about, **parts}
 
     def load_state_dict(self, state: dict[str, Any], *, replay: bool = True) -> None:
         """Go on from what `state_dict` gave, after `make_private` with the same arguments; see `load_checkpoint`."""
         self._load(copy.deepcopy(state), {}, replay)
 
     def save_checkpoint(
-        self, path: str | os.PathLike[str], *, also: Mapping[str, Stateful] | None = None, extra: Any = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        also: Mapping[str, Stateful] | None = None,
+        extra: Any = None,
+        weights: bool = True,
     ) -> None:
         """Write `state_dict` to a file that is there whole or not at all, whatever happens meanwhile.
 
@@ -397,12 +490,13 @@ class PrivacyEngine:
         Args:
             also: what else belongs to the run and has ``state_dict`` and ``load_state_dict``: schedulers, averages.
             extra: any plain values of your own; `load_checkpoint` returns them.
+            weights: if False, model and optimizer are left to somebody else's checkpoint; see `state_dict`.
 
         Raises:
             CheckpointError: it cannot be written, or something holds other than plain values. The file that was there
                 before is untouched.
         """
-        state = self.state_dict()
+        state = self.state_dict(weights=weights)
         checkpoint.save(path, {"state": state, "also": collect(also or {}), "extra": extra})
 
     def load_checkpoint(
@@ -430,21 +524,25 @@ class PrivacyEngine:
         return held["extra"]
 
     def _load(self, state: dict[str, Any], also: Mapping[str, Stateful], replay: bool) -> None:
-        if not isinstance(state, dict) or not {"version", "configuration"} <= set(state):
+        if not isinstance(state, dict) or not {"version", "configuration", "about"} <= set(state):
             raise CheckpointError(
                 "what was given is no engine's state",
                 why="there is nothing to go on from.",
                 cure="pass what state_dict() returned.",
             )
         refuse_others({"version": 1, **self._configuration()}, {"version": state["version"], **state["configuration"]})
-        parts = {"also": Part(lambda: collect(also), lambda held: give_back(also, held)), **self._parts(replay)}
-        saved = {"also": {}, **{k: v for k, v in state.items() if k not in ("version", "configuration")}}
+        own = self._parts(replay, weights="weights" not in state)
+        parts = {"also": Part(lambda: collect(also), lambda held: give_back(also, held)), **own}
+        told = ("version", "configuration", "about")
+        saved = {"also": {}, **{k: v for k, v in state.items() if k not in told}}
+        lives = [*self._told(), *lives_in(state)]
         give_back(parts, saved)
+        self._lives, self._mark = lives, self._spending.released
         if not replay:
             self._attached().forget()
             self._loader.reseed()
 
-    def _parts(self, replay: bool = True) -> dict[str, Stateful]:
+    def _parts(self, replay: bool = True, *, weights: bool = True) -> dict[str, Stateful]:
         """All that has a state, in the order in which it is loaded; what was spent comes last, it is not undone."""
         spending, step = self._spending, self._attached()
 
@@ -452,7 +550,7 @@ class PrivacyEngine:
             spending.load_state_dict(state, replay=replay, repeatable=not step.noise.secure)
 
         return {
-            **step.parts(self._loader.inside),
+            **step.parts(self._loader.inside, weights=weights),
             "loader": self._loader,
             "spending": Part(spending.state_dict, load),
         }

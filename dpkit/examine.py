@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import probe
+from . import probe, randomness
 from .buffers import Buffers, differing, refuse_written
 from .errors import PrivacyError, UncoveredParameterError
 from .forms import joined
@@ -167,7 +167,9 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
     with probe.undisturbed(tape.model) as buffers, probe.opened(tape.model):
         run = _Run(tape, module, dims, buffers)
         probe.without_dropout(tape.model)
+        chance = randomness.capture()
         full, seen_full = run.recorded(probe.cut(arguments, dims, n, n), n)
+        by_chance = randomness.drawn_since(chance)
         written, held = buffers.reached(seen_full.taint), buffers.released()
         part, seen_part = run.recorded(probe.cut(arguments, dims, n, m), m)
         changed = differing(held, buffers.released()) - written
@@ -177,9 +179,10 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
         refuse_written(written)
         difference = probe.same(full, part, n, m)
         if difference is not None:
-            again, _ = run.recorded(probe.cut(arguments, dims, n, n), n)
-            if not _differ(full, again):
+            again = (run.recorded(probe.cut(arguments, dims, n, n), n)[0] for _ in range(32))  # most chances are slim
+            if not (by_chance and any(_differ(full, other) for other in again)):
                 probe.refuse_coupling(tape.path(module), difference)
+        if by_chance:
             tape.model.eval()  # random by design: judge it without chance
             full, seen_full = run.recorded(probe.cut(arguments, dims, n, n), n)
             part, seen_part = run.recorded(probe.cut(arguments, dims, n, m), m)
@@ -242,15 +245,17 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
             terms.append((rows * torch.linspace(-1.0, 1.3, rows.shape[1], device=v.device).cos()).sum(1))
         return torch.stack([t.to(terms[0].dtype) for t in terms]).sum(0) if terms else None
 
+    chance = randomness.capture()  # dropout that is no module (of attention weights) is the same draw in both runs
     with (kept := Kept(tape.names)).counting:
         plain = run.plain(arguments)
     tape.methods.activations = max(tape.methods.activations, kept.bytes / n)
     theirs = losses(plain)
-    if theirs is None:
+    if theirs is None or not trainable:
         return
     trial = Batch(n)
     router = Live(tape, plan, trial, n)
     tape.latest = plan
+    randomness.restore(chance)
     try:
         out = run.routed(router, tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, arguments))
         router.verify(plan)

@@ -27,9 +27,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -45,7 +47,12 @@ def rounded(size: int) -> int:
 
 def described(x: Tensor) -> str:
     """Dtype and kind of device."""
-    return f"{str(x.dtype).removeprefix('torch.')} {x.device.type}"
+    return _described(x.dtype, x.device)
+
+
+@cache
+def _described(dtype: torch.dtype, device: torch.device) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {device.type}"
 
 
 def times(w: Tensor, x: Tensor) -> Tensor:
@@ -326,17 +333,33 @@ class Rows(Form):
         out = g.new_zeros(g.shape[0], self.v, g.shape[-1])
         return out.scatter_add_(1, self.index.unsqueeze(-1).expand_as(g), g)
 
-    def summed(self) -> tuple[Tensor, Tensor]:
-        """Equal rows of one record added up: (keys [k] = n·v + row, ascending; sums [k, d])."""
-        keys = (torch.arange(self.n, device=self.index.device).unsqueeze(1) * self.v + self.index).flatten()
-        keys, where = torch.unique(keys, return_inverse=True)
-        g = wide(self.g).flatten(0, 1)
-        return keys, g.new_zeros(len(keys), g.shape[-1]).index_add_(0, where, g)
+    def _repeats(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where a record touches a row again: (positions in [n · t] that do [k], the number of the row among those that
+        are touched again [k], the position that touches each of these rows first)."""
+        (n, t), device = self.index.shape, self.index.device
+        bits = t.bit_length()
+        keys = self.index + torch.arange(0, n * self.v, self.v, device=device).unsqueeze(1)
+        keys = (keys << bits).bitwise_or_(torch.arange(t, device=device))  # row, then position
+        keys = (torch.from_numpy(np.sort(keys.numpy(), 1)) if device.type == "cpu" else keys.sort(1).values).flatten()
+        rows = keys >> bits
+        before = (rows[1:] == rows[:-1]).nonzero().flatten()  # in the sorted order, one place before each that repeats
+        opens = F.pad(before[1:] != before[:-1] + 1, (1, 0), value=True)[: len(before)]
+
+        def position(place: Tensor) -> Tensor:
+            record = torch.div(place, max(t, 1), rounding_mode="floor")
+            return record * t + (keys[place] & (1 << bits) - 1)
+
+        return position(before + 1), opens.cumsum(0) - 1, position(before[opens])
 
     def sq_norm(self) -> Tensor:
-        keys, sums = self.summed()
-        squares = sums.square().sum(-1)
-        return squares.new_zeros(self.n).index_add_(0, torch.div(keys, self.v, rounding_mode="floor"), squares)
+        g = wide(self.g).flatten(0, 1)
+        squares = torch.linalg.vector_norm(g, dim=1).square()
+        again, row, first = self._repeats()
+        if len(again):
+            sums = g[first].index_add_(0, row, g[again])
+            squares[first], squares[again] = torch.linalg.vector_norm(sums, dim=1).square(), 0.0
+        total: Tensor = squares.view(self.index.shape).sum(1)
+        return total
 
     def lengths(self) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(wide(self.g), dim=-1)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpkit.layers import known_linear
+
 from . import probe
 from .errors import CoupledRecordsError, DoubleUseError, UncoveredParameterError
 from .forms import Outer
@@ -93,9 +95,12 @@ class Live:
 
     def site(self, layer: nn.Module, k: int, values: list[Any]) -> probe.Site:
         """Where the records are in the k-th call of a layer with a rule."""
-        known = [s for (m, j), sites in self.plan.calls.items() if m is layer and (j == k or self.again) for s in sites]
+        if self.again:
+            known = [s for (m, _), sites in self.plan.calls.items() if m is layer for s in sites]
+        else:
+            known = self.plan.calls.get((layer, k), [])
         fitting = [s for s in known if s.fits(values, self.n)]
-        if fitting and all(s.agrees(fitting[0]) for s in fitting):
+        if fitting and all(s.agrees(fitting[0]) for s in fitting[1:]):
             return fitting[0]
         x = next((v for v in values if isinstance(v, Tensor)), None)
         if self.again or x is None or x.shape[:1] != (self.n,):
@@ -207,12 +212,12 @@ class Live:
         if len(args) < 2 or isinstance(args[0], StandIn) or not isinstance(args[1], StandIn) or not args[1].root:
             return None
         weight, x, there = args[1].origin, args[0], (site.arguments[0], site.outputs[0])
-        if func is F.linear and site.data and isinstance(there[0], Records) and isinstance(there[1], Records):
+        if func in _LINEAR and site.data and isinstance(there[0], Records) and isinstance(there[1], Records):
             b = args[2] if len(args) > 2 else kwargs.get("bias")
             if isinstance(b, StandIn) and not b.root:
                 return None
             bias = b.origin if isinstance(b, StandIn) else None
-            y = F.linear(x, self._seen(weight), b if bias is None else self._seen(bias))
+            y = func(x, self._seen(weight), b if bias is None else self._seen(bias), *args[3:])
 
             def emit(a: tuple[Tensor, ...], g: Tensor) -> Any:
                 return _linear_forms(weight, bias, a[0], g)
@@ -363,7 +368,12 @@ def _attention(
 
 
 _SHAPE_PRESERVING = frozenset(["contiguous", "clone", "to", "float", "double", "half", "bfloat16", "exp", "tanh"])
-_UNDER_VMAP: dict[Any, Callable[..., Any]] = {F.embedding: _embedding, F.scaled_dot_product_attention: _attention}
+_LINEAR = (F.linear, known_linear)
+_UNDER_VMAP: dict[Any, Callable[..., Any]] = {
+    F.embedding: _embedding,
+    F.scaled_dot_product_attention: _attention,
+    known_linear: lambda x, weight, bias, value: F.linear(x, weight, bias),
+}
 
 
 def _linear_forms(weight: nn.Parameter, bias: nn.Parameter | None, x: Tensor, grad: Tensor) -> Any:

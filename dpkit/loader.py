@@ -6,9 +6,10 @@ pass goes on by repeating its draws from the pass's beginning and serving those 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import chain, islice
 from typing import Any, Protocol
 
@@ -16,9 +17,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from . import randomness
-from .errors import SamplingError
+from .errors import SamplingError, UnfinishedStepError
 from .sampling import Sampling
 from .seeds import scramble, unforeseeable
+from .trees import tree_map
 from .units import UnitIndex, Units, packed
 
 Limit = int | Callable[[], int] | None
@@ -118,6 +120,8 @@ class PrivateDataLoader(DataLoader[Any]):
         inside: whether a pass is under way: begun, and neither at its end nor left.
     """
 
+    _is_accelerate_prepared = True  # Accelerate takes other loaders apart and draws from their pieces
+
     def __init__(
         self,
         loader: DataLoader[Any],
@@ -133,6 +137,7 @@ class PrivateDataLoader(DataLoader[Any]):
         self.completed, self.inside = 0, False
         self._listener: Listener | None = listener
         self._given = loader.generator
+        self._device: torch.device | None = getattr(loader, "device", None)  # where Accelerate's loaders put batches
         self._passes = 0
         self._latest: Draw | None = None
         self._place, self._served = (0, 0), 0  # where a resumed pass goes on, after how many batches with records
@@ -140,6 +145,7 @@ class PrivateDataLoader(DataLoader[Any]):
         self._fetched: Draw | None = None
         self._chance: dict[str, Any] = {}  # outside the engine, before that one was fetched
         self._resumed: dict[str, Any] | None = None  # chance at the moment of the checkpoint, until the pass goes on
+        self._then: dict[str, Any] | None = None  # and after the batch that had been fetched by then is fetched again
         workers: dict[str, Any] = {}
         self._workers: randomness.BatchChance | None = None
         if loader.num_workers > 0:
@@ -185,39 +191,93 @@ class PrivateDataLoader(DataLoader[Any]):
     # ---- serving
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        listener = self._listener
-        if listener is None:
+        listener = self._attached()
+        with contextlib.closing(self._serve(listener)) as served:
+            for draw, batch in served:
+                if draw.n:
+                    yield batch
+                else:
+                    listener.empty_draw(draw)
+
+    def logical_batches(self) -> Iterator[Iterator[Any]]:
+        """One pass, one item for each optimizer step: the step's physical batches, none where nobody was drawn.
+
+        For loops that count steps, or do something after each of them:
+
+        >>> for parts in loader.logical_batches():                                              # doctest: +SKIP
+        ...     for batch in parts:
+        ...         engine.backward(losses(model, batch))
+        ...     optimizer.step()
+        ...     scheduler.step()
+
+        Call ``optimizer.step()`` once for each item, whether it held batches or not.
+
+        Raises:
+            UnfinishedStepError: the next item is asked for before all parts of this one were taken.
+        """
+        with contextlib.closing(self._serve(self._attached())) as served:
+            for draw, batch in served:
+                yield self._parts(draw, batch, served)
+                if self._latest is not None and not self._latest.last:
+                    raise UnfinishedStepError(
+                        "the next logical batch was asked for before all parts of this one were taken",
+                        why="its step would be taken on a part of the records that were drawn.",
+                        cure="go through all parts, then call optimizer.step(); or leave the pass (break).",
+                    )
+
+    def _parts(self, draw: Draw, batch: Any, served: Iterator[tuple[Draw, Any]]) -> Iterator[Any]:
+        if draw.n:
+            yield batch
+        while not draw.last:
+            draw, batch = next(served)
+            yield batch
+
+    def _attached(self) -> Listener:
+        if self._listener is None:
             raise SamplingError(
                 "this private data loader belongs to an engine that was detached",
                 why="nobody would count the batches it draws.",
                 cure="use the original data loader, or call make_private again.",
             )
+        return self._listener
+
+    def _serve(self, listener: Listener) -> Generator[tuple[Draw, Any], None, None]:
+        """A pass: every draw in its turn, handed out, with its batch (None where nobody was drawn); then taken back."""
         self._passes += 1
         this = self._passes
         inner = self._begin(listener)
         try:
             log, end = self._batches.log, object()
-            while True:
+            batch: Any = None
+            while batch is not end:
                 chance = randomness.capture()
                 batch = next(inner, end)
                 self._refuse_stale(this, listener)
-                if batch is end:
-                    break
-                self._fetched, self._chance = next(d for d in log if d.n), chance
-                while log[0].n == 0 and listener.admits():
-                    self._serve_nobody(listener, log.popleft())
-                if not listener.admits():
-                    return
-                draw = self._latest = log.popleft()
-                listener.hand_out(draw)
-                yield batch
-                listener.take_back(draw)
-            while log and listener.admits():
-                self._serve_nobody(listener, log.popleft())
-            self.completed += not log
+                if batch is not end:
+                    self._fetched, self._chance = next(d for d in log if d.n), chance
+                if self._then is not None:
+                    randomness.restore(self._then)
+                    self._then = None
+                while log:
+                    self._refuse_stale(this, listener)
+                    if not listener.admits():
+                        return
+                    draw = self._latest = log.popleft()
+                    listener.hand_out(draw)
+                    yield draw, self._placed(batch) if draw.n else None
+                    listener.take_back(draw)
+                    if draw.n:
+                        break
+            self.completed += 1
         finally:
             if self._passes == this:
                 self.inside, self._latest = False, None
+
+    def _placed(self, batch: Any) -> Any:
+        device = self._device
+        if device is None:
+            return batch
+        return tree_map(lambda v: v.to(device, non_blocking=self.pin_memory) if hasattr(v, "to") else v, batch)
 
     def _refuse_stale(self, this: int, listener: Listener) -> None:
         """Raise in a pass that another one, or the engine's end, has made void: not even its empty draws are steps."""
@@ -256,10 +316,6 @@ class PrivateDataLoader(DataLoader[Any]):
             randomness.restore(chance)
         return inner
 
-    def _serve_nobody(self, listener: Listener, draw: Draw) -> None:
-        self._latest = draw
-        listener.empty_draw(draw)
-
     # ---- state
 
     def configuration(self) -> dict[str, Any]:
@@ -279,10 +335,13 @@ class PrivateDataLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the pass, the generators that its draws repeat from, and the chance outside the engine."""
+        then = None
         if self._resumed is not None:
-            chance = self._resumed
+            chance, then = self._resumed, self._then
         elif self.inside and self._fetched is not None and not self._fetched.done:
             chance = self._chance  # it will be fetched again
+            if self._fetched is not self._latest:  # while draws of nobody came first
+                then = randomness.capture()
         else:
             chance = randomness.capture()
         place = self._latest.place if self._latest is not None else self._place
@@ -295,6 +354,7 @@ class PrivateDataLoader(DataLoader[Any]):
             "served": self._served if self._fetched is None else self._fetched.number + self._fetched.done,
             "origin": self._origin if self.inside else {"draws": draws, "torch": torch.get_rng_state()},
             "chance": chance,
+            "then": then,
         }
 
     def _limit_at(self, place: tuple[int, int]) -> int | None:
@@ -311,6 +371,7 @@ class PrivateDataLoader(DataLoader[Any]):
         self._batches.resumed = state["limit"]
         self._batches.generator.set_state(state["origin"]["draws"])
         self._resumed = state["chance"] if state["inside"] else None
+        self._then = state["then"] if state["inside"] else None
         randomness.restore(state["chance"])
 
     def reseed(self) -> None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigurationError
+from .keystream import Keystream, available
+from .normals import PIECE, Encrypted, Generated, Normals
 from .secure import SecureNoise
 from .seeds import scramble, unforeseeable
 
@@ -46,15 +48,16 @@ class NoiseSource:
     """Independent standard normal tensors.
 
     Args:
-        generator: the user's generator, for runs that repeat exactly; by default one for each device, seeded from the
-            operating system. It is never torch's global one, whose seed experiments publish.
+        generator: the user's generator, for runs that repeat exactly; by default a stream for each device, begun by the
+            operating system: on a CPU from AES-256 (where the package ``cryptography`` is installed), else torch's. It
+            is never torch's global generator, whose seed experiments publish.
     """
 
     secure = False
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self._given = generator
-        self._own: dict[torch.device, torch.Generator] = {}
+        self._own: dict[torch.device, Normals] = {}
         self._ahead: Ahead | None = None
 
     @property
@@ -69,20 +72,30 @@ class NoiseSource:
                 "Noise is drawn from a generator that was seeded by hand: the guarantee holds against those only who "
                 "do not know the seed."
             )
+        torchs = "torch's generator, in a state drawn from the operating system"
+        if available():
+            return (
+                "Noise is drawn in floating point, whose last bits can tell more than real numbers would "
+                "(secure_mode=True rounds them away): on a CPU from AES-256 in counter mode with a key of the "
+                f"operating system's, elsewhere from {torchs}, which is not cryptographic."
+            )
         return (
-            "Noise is drawn in floating point from torch's generator, in a state drawn from the operating system. That "
-            "is not a cryptographic generator (secure_mode=True has one)."
+            f"Noise is drawn in floating point from {torchs}. That is not a cryptographic generator (secure_mode=True "
+            "has one)."
         )
 
-    def generator(self, device: torch.device) -> torch.Generator:
+    def stream(self, device: torch.device) -> Normals:
+        """Where the numbers for a device come from."""
         if self._given is not None and self._given.device.type == device.type:
-            return self._given
+            return Generated(self._given)
         if device not in self._own:
-            if self._given is None:
-                self._own[device] = unforeseeable(device)
-            else:  # the user's seed, carried over to another device
+            if self._given is not None:  # the user's seed, carried over to another device
                 seed = int(torch.randint(1 << 62, (), generator=self._given, device=self._given.device))
-                self._own[device] = torch.Generator(device).manual_seed(seed)
+                self._own[device] = Generated(torch.Generator(device).manual_seed(seed))
+            elif device.type == "cpu" and available():
+                self._own[device] = Encrypted(Keystream())
+            else:
+                self._own[device] = Generated(unforeseeable(device))
         return self._own[device]
 
     def refuse_shared(self, draws: torch.Generator | None) -> None:
@@ -101,19 +114,20 @@ class NoiseSource:
         return {
             "kind": "plain",
             "given": None if self._given is None else self._given.get_state(),
-            "own": {str(device): self._state(generator) for device, generator in self._own.items()},
+            "own": {str(device): self._state(stream) for device, stream in self._own.items()},
         }
 
-    def _state(self, generator: torch.Generator) -> Tensor:
+    def _state(self, stream: Normals) -> Any:
         """Where a stream stands, as if nothing had been drawn ahead."""
         ahead = self._ahead
-        return ahead.before if ahead is not None and ahead.generator is generator else generator.get_state()
+        return ahead.before if ahead is not None and ahead.stream is stream else stream.state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the streams that `state_dict` gave.
 
         Raises:
-            ConfigurationError: they are of secure noise, or only one of the two runs was seeded by hand.
+            ConfigurationError: they are of secure noise, or only one of the two runs was seeded by hand; or the package
+                that they come from is missing.
         """
         if state["kind"] != "plain" or (state["given"] is None) == self.seeded:
             raise ConfigurationError(
@@ -121,12 +135,10 @@ class NoiseSource:
                 why="the run would not go on as it began, and its statement would be untrue of one of its parts.",
                 cure="resume with the secure_mode and noise_generator that the run was started with.",
             )
+        own = {torch.device(name): _resumed(name, held) for name, held in state["own"].items()}
         if self._given is not None:
             self._given.set_state(state["given"])
-        self._own, self._ahead = {}, None
-        for name, held in state["own"].items():
-            self._own[torch.device(name)] = torch.Generator(name)
-            self._own[torch.device(name)].set_state(held)
+        self._own, self._ahead = own, None
 
     def reseed(self) -> None:
         """Go on with fresh streams: what was drawn before and may have been released is never drawn again."""
@@ -143,7 +155,7 @@ class NoiseSource:
         fitting = all(p.device == cpu and p.dtype == torch.float32 for p in parameters)
         sizes = [p.numel() for p in parameters]
         if not self.seeded and self._ahead is None and fitting and sum(sizes) >= _MANY and _PROCESSORS > 1:
-            self._ahead = Ahead(self.generator(cpu), sizes)
+            self._ahead = Ahead(self.stream(cpu), sizes)
 
     def add_to(self, sums: Sequence[Tensor], std: float) -> None:
         """Add independent N(0, std²) to every entry of flat float32 or float64 tensors, in place."""
@@ -153,38 +165,42 @@ class NoiseSource:
         if ahead is not None:
             drawn = ahead.take()
             if ahead.sizes == [s.numel() for s in sums] and all(s.dtype == torch.float32 for s in sums):
-                _add([s.view(-1) for s in sums], std, ahead.generator, drawn)
+                _add([s.view(-1) for s in sums], std, ahead.stream, drawn)
                 return
-            ahead.generator.set_state(ahead.before)  # other parameters are trained now
+            cpu = torch.device("cpu")  # other parameters are trained now
+            self._own[cpu] = _resumed("cpu", ahead.before)
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for s in sums:
             kinds.setdefault((s.device, s.dtype), []).append(s.view(-1))
         for (device, _), flat in kinds.items():
-            _add(flat, std, self.generator(device))
+            _add(flat, std, self.stream(device))
 
 
-def _add(sums: list[Tensor], std: float, generator: torch.Generator, drawn: Sequence[Tensor] | None = None) -> None:
+def _resumed(device: str, state: Any) -> Normals:
+    """The stream that goes on from a state."""
+    if isinstance(state, Tensor):
+        generator = torch.Generator(device)
+        generator.set_state(state)
+        return Generated(generator)
+    return Encrypted(Keystream.at(state))
+
+
+def _add(sums: list[Tensor], std: float, stream: Normals, drawn: Sequence[Tensor] | None = None) -> None:
     """Add noise to flat tensors of one kind: what was ``drawn`` ahead, else fresh numbers in the same order."""
     small, large = [s for s in sums if len(s) < _FEW], [s for s in sums if len(s) >= _FEW]
     if small:  # together: for few numbers a call takes as long as for thousands
         sizes = [len(s) for s in small]
-        noise = _filled(small[0].new_empty(sum(sizes)), generator) if drawn is None else drawn[0]
+        noise = stream.fill(small[0].new_empty(sum(sizes))) if drawn is None else drawn[0]
         torch._foreach_add_(small, list(noise.split(sizes)), alpha=std)
     for k, s in enumerate(large, 1):
         if drawn is not None:
             s.add_(drawn[k], alpha=std)
             continue
         # On a CPU in pieces that stay in its cache: a fresh buffer of the parameters' size costs as much again.
-        size = _PIECE if s.device.type == "cpu" else len(s)
+        size = PIECE if s.device.type == "cpu" else len(s)
         noise = s.new_empty(min(size, len(s)))
         for piece in s.split(size):
-            piece.add_(noise[: len(piece)].normal_(generator=generator), alpha=std)
-
-
-def _filled(flat: Tensor, generator: torch.Generator) -> Tensor:
-    for piece in flat.split(_PIECE):
-        piece.normal_(generator=generator)
-    return flat
+            piece.add_(stream.fill(noise[: len(piece)]), alpha=std)
 
 
 class Ahead:
@@ -192,11 +208,11 @@ class Ahead:
 
     Attributes:
         sizes: of the float32 tensors that they are for.
-        before: the generator's state before they are drawn.
+        before: the stream's state before they are drawn.
     """
 
-    def __init__(self, generator: torch.Generator, sizes: list[int]) -> None:
-        self.generator, self.sizes, self.before = generator, sizes, generator.get_state()
+    def __init__(self, stream: Normals, sizes: list[int]) -> None:
+        self.stream, self.sizes, self.before = stream, sizes, stream.state()
         together = sum(size for size in sizes if size < _FEW)
         self._drawn = [torch.empty(size) for size in (together, *(size for size in sizes if size >= _FEW))]
         self._error: BaseException | None = None
@@ -206,7 +222,7 @@ class Ahead:
     def _draw(self) -> None:
         try:
             for flat in self._drawn:
-                _filled(flat, self.generator)
+                self.stream.fill(flat)
         except BaseException as error:  # it is raised where the noise is asked for
             self._error = error
 
@@ -218,7 +234,6 @@ class Ahead:
         return self._drawn
 
 
-_PIECE = 1 << 16
 _FEW = 1 << 13
 _MANY = 1 << 17  # fewer numbers are drawn faster than a thread begins
 _PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

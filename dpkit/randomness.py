@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
+from .trees import leaves
+
 
 def capture() -> dict[str, Any]:
     """The states of torch's global generators (CPU, and CUDA where in use), Python's and, where loaded, numpy's."""
@@ -42,6 +44,14 @@ def restore(state: dict[str, Any]) -> None:
     if numpy is not None and "numpy" in state:
         key, pos, has_gauss, cached = state["numpy"]
         numpy.random.set_state(("MT19937", key.numpy().astype("uint32"), pos, has_gauss, cached))
+
+
+def drawn_since(state: dict[str, Any]) -> bool:
+    """Whether anything was drawn from any of them since `capture` gave ``state``."""
+    now, before = leaves(capture()), leaves(state)
+    return len(now) != len(before) or any(
+        not torch.equal(a, b) if isinstance(a, torch.Tensor) else a != b for a, b in zip(now, before, strict=True)
+    )
 
 
 class BatchChance:

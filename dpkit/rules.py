@@ -8,6 +8,7 @@ Letters: n record, t positions (all dimensions between record and features), i i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -226,63 +227,83 @@ def looked_up(index: Tensor, grad: Tensor, v: int, padding_idx: int | None) -> R
 # ---------------------------------------------------------------- normalisations
 
 
-def _affine_last(layer: Any, normalised: Tensor | None, grad: Tensor) -> Yields:
+Normalised = Callable[[Tensor], Tensor]
+
+
+def _products(normalised: Normalised, x: Tensor, grad: Tensor, total: Callable[[Tensor], Dense]) -> Dense:
+    """The sums of ``grad`` times the normalised input over all positions, some records at a time: what is in between
+    stays in the processor's cache."""
+    n = len(x)
+    each = max(1, _CACHED // max(1, grad[:1].numel())) if grad.device.type == "cpu" else max(1, n)
+    found = []
+    for k in range(0, max(1, n), each):
+        y, g = normalised(x[k : k + each]), grad[k : k + each]
+        found.append(total(y.mul_(g) if y.dtype == g.dtype else y * g).value)
+    return Dense(found[0] if len(found) == 1 else torch.cat(found))
+
+
+_CACHED = 1 << 17
+"""Numbers (512 KiB in float32) that are normalised again at a time on a CPU."""
+
+
+def _affine_last(layer: Any, normalised: Normalised, x: Tensor, grad: Tensor) -> Yields:
     """y = normalised * weight + bias over the last dimensions ``normalized_shape``."""
+    size = math.prod(layer.normalized_shape)
+
+    def total(v: Tensor) -> Dense:
+        return summed(v.reshape(v.shape[0], v[:1].numel() // size, size))
+
     if trains(layer.weight):
-        assert normalised is not None
-        yield layer.weight, summed((grad * normalised).reshape(grad.shape[0], -1, layer.weight.numel()))
+        yield layer.weight, _products(normalised, x, grad, total)
     bias: Tensor | None = getattr(layer, "bias", None)
     if bias is not None and bias.requires_grad:
-        yield bias, summed(grad.reshape(grad.shape[0], -1, bias.numel()))
+        yield bias, total(grad)
 
 
 @register_rule(nn.LayerNorm, input_for=["weight"])
 def layer_norm(layer: nn.LayerNorm, x: Tensor, grad: Tensor) -> Yields:
     """Layer normalisation, with or without bias."""
-    normalised = F.layer_norm(x, layer.normalized_shape, eps=layer.eps) if trains(layer.weight) else None
-    yield from _affine_last(layer, normalised, grad)
+    yield from _affine_last(layer, lambda v: F.layer_norm(v, layer.normalized_shape, eps=layer.eps), x, grad)
 
 
 @register_rule(nn.RMSNorm)
 def rms_norm(layer: nn.RMSNorm, x: Tensor, grad: Tensor) -> Yields:
     """Root-mean-square normalisation (torch's own; subclasses and look-alikes go their own way)."""
-    yield from _affine_last(layer, F.rms_norm(x, layer.normalized_shape, eps=layer.eps), grad)
+    yield from _affine_last(layer, lambda v: F.rms_norm(v, layer.normalized_shape, eps=layer.eps), x, grad)
 
 
-def _affine_channels(layer: Any, normalised: Tensor | None, grad: Tensor) -> Yields:
+def _affine_channels(layer: Any, normalised: Normalised, x: Tensor, grad: Tensor) -> Yields:
     """y = normalised * weight + bias with one weight a channel: [n, c, ...]."""
+
+    def total(v: Tensor) -> Dense:
+        return summed(_channels_last(v))
+
     if trains(layer.weight):
-        assert normalised is not None
-        yield (
-            layer.weight,
-            summed((grad * normalised).flatten(2).transpose(1, 2) if grad.ndim > 2 else grad * normalised),
-        )
+        yield layer.weight, _products(normalised, x, grad, total)
     if trains(layer.bias):
-        yield layer.bias, summed(grad.flatten(2).transpose(1, 2) if grad.ndim > 2 else grad)
+        yield layer.bias, total(grad)
 
 
 @register_rule(nn.GroupNorm, input_for=["weight"])
 def group_norm(layer: nn.GroupNorm, x: Tensor, grad: Tensor) -> Yields:
     """Group normalisation: [n, c, ...]."""
-    normalised = F.group_norm(x, layer.num_groups, eps=layer.eps) if trains(layer.weight) else None
-    yield from _affine_channels(layer, normalised, grad)
+    yield from _affine_channels(layer, lambda v: F.group_norm(v, layer.num_groups, eps=layer.eps), x, grad)
 
 
 @register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, input_for=["weight"])
 def instance_norm(layer: nn.InstanceNorm2d, x: Tensor, grad: Tensor) -> Yields:
     """Instance normalisation without running statistics: [n, c, ...]."""
-    normalised = F.instance_norm(x, eps=layer.eps) if trains(layer.weight) else None
-    yield from _affine_channels(layer, normalised, grad)
+    yield from _affine_channels(layer, lambda v: F.instance_norm(v, eps=layer.eps), x, grad)
 
 
 @register_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, input_for=["weight"])
 def batch_norm_in_eval_mode(layer: nn.BatchNorm2d, x: Tensor, grad: Tensor) -> Yields:
     """Normalisation by constant statistics (in train mode no forward is let through): [n, c, ...]."""
     mean, var, eps = layer.running_mean, layer.running_var, layer.eps
-    yield from _affine_channels(layer, F.batch_norm(x, mean, var, eps=eps) if trains(layer.weight) else None, grad)
+    yield from _affine_channels(layer, lambda v: F.batch_norm(v, mean, var, eps=eps), x, grad)
 
 
 @register_rule(FrozenBatchNorm, input_for=["weight"])
 def frozen_batch_norm(layer: FrozenBatchNorm, x: Tensor, grad: Tensor) -> Yields:
     """Normalisation by constant statistics: [n, c, ...]."""
-    yield from _affine_channels(layer, layer.normalised(x) if trains(layer.weight) else None, grad)
+    yield from _affine_channels(layer, layer.normalised, x, grad)

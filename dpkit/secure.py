@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigurationError
+from .keystream import Keystream, room
 
 _PAIRS = 1 << 13  # pairs of normal numbers drawn at a time: what is worked on stays in the processor's cache
 _DOUBT = 2.0**-20  # in units of g; the error of the float64 value is below 2^-26, and 2^-20 leaves 6 bits for bad luck
@@ -59,7 +60,7 @@ class SecureNoise:
 
     def __init__(self, entropy: Callable[[int], bytes] = os.urandom) -> None:
         self._entropy, self._workspace = entropy, _Workspace()
-        self._stream()
+        self._stream()  # raises where the cipher is missing
 
     def describe(self) -> str:
         """One sentence for the statement."""
@@ -119,23 +120,11 @@ class SecureNoise:
                 s.copy_(noisy)
 
     def _stream(self) -> Callable[[int], bytearray]:
-        """A fresh key's stream: from a number n <= 32 · _PAIRS of bytes to a buffer that begins with so many."""
-        try:
-            from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-        except ImportError as error:
-            raise ConfigurationError(
-                "secure_mode=True, and the package cryptography is not installed",
-                why="the noise has to come from a cryptographic generator.",
-                cure="pip install 'dpkit[secure]'.",
-            ) from error
-        encryptor = Cipher(algorithms.AES(self._entropy(32)), modes.CTR(bytes(16))).encryptor()
-
-        zeros = memoryview(bytes(32 * _PAIRS))
+        """A fresh key's stream: from a number of bytes (at most 2^19) to a buffer that begins with so many."""
+        stream = Keystream(self._entropy(32))
 
         def draw(n: int) -> bytearray:
-            out = bytearray(n + 15)  # the cipher asks for room for one block more
-            encryptor.update_into(zeros[:n], out)
-            return out
+            return stream.into(room(n), n)
 
         return draw
 

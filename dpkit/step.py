@@ -6,7 +6,8 @@ they meet. σ and C have their one home here.
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ from torch.optim import Optimizer
 
 from dpkit.accountants import Event, Gaussian
 
-from .clipping import Clipping, Learning, noises_of
+from . import checks
+from .clipping import Clipping, HistogramClipping, NormHistogram, learns, noises_of
 from .correlated import Correlated
-from .errors import ConfigurationError, DoubleUseError, UncoveredParameterError, UnfinishedStepError
+from .errors import CheckpointError, ConfigurationError, DoubleUseError, UncoveredParameterError, UnfinishedStepError
+from .fingerprint import Fingerprint
 from .forms import joined
 from .loader import Draw
 from .noise import Source
+from .optional import register_optional
 from .paced import Paced
 from .proof import prove, refuse_coupled_losses
 from .sampling import Sampling
@@ -29,6 +33,7 @@ from .spending import Spending
 from .state import Part, Stateful
 from .sums import ClippedSum
 from .tape import Tape
+from .trees import leaves
 
 
 class PrivateStep:
@@ -40,6 +45,7 @@ class PrivateStep:
     Attributes:
         noise_multiplier, max_grad_norm: σ and C of the next logical batch.
         nonfinite_records: records left out because their gradient was not finite.
+        histogram: the noisy counts of norms so far, where the clipping releases some.
         strictly_examined: whether losses were given one by one, and seen to be each of its own record.
     """
 
@@ -61,10 +67,11 @@ class PrivateStep:
     ) -> None:
         self.model, self.optimizer, self.sampling = model, optimizer, sampling
         self.clipping, self.noise, self.spending = clipping, noise, spending
+        self._paced = sampling if isinstance(sampling, Paced) else None
         self.noise_multiplier, self.max_grad_norm = noise_multiplier, max_grad_norm
         self.loss_reduction = loss_reduction
         self._loss_scale, self._factor = loss_scale, 1.0
-        if isinstance(clipping, Learning) and isinstance(noise, Correlated):
+        if learns(clipping) and isinstance(noise, Correlated):
             raise ConfigurationError(
                 "adaptive clipping with correlated noise",
                 why="what sum and count cost together is known for independent noise only.",
@@ -72,6 +79,7 @@ class PrivateStep:
             )
         noises_of(clipping, noise_multiplier, sampling.expected_batch_size)  # raises where they cannot amount to sigma
         self.nonfinite_records = 0
+        self.histogram = clipping.nothing() if isinstance(clipping, HistogramClipping) else None
         self._given = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm}
         self._draw: Draw | None = None
         self._sum: ClippedSum | None = None
@@ -104,7 +112,7 @@ class PrivateStep:
         """A new pass over the data: what an abandoned one left unfinished is dropped; it was never released."""
         self.drop()
         self._charged = None
-        if isinstance(self.sampling, Paced) and self.sampling.begin_pass() and isinstance(self.noise, Correlated):
+        if self._paced is not None and self._paced.begin_pass() and isinstance(self.noise, Correlated):
             self.noise.restart()
 
     def admits(self) -> bool:
@@ -113,6 +121,9 @@ class PrivateStep:
 
     def hand_out(self, draw: Draw) -> None:
         """A physical batch goes to the user."""
+        known = self.tape.parameters()
+        if any(p not in known for p in self._parameters()):
+            self._look_anew()
         if self._sum is None:
             self._sum = self._begin_sum()
         for p in self._parameters():
@@ -125,6 +136,13 @@ class PrivateStep:
             self.tape.open(draw.n, placeholders(list(self._trainable())))
         if draw.last and draw.n and self.noise_multiplier > 0:
             self.noise.prepare([p for p in self._parameters() if p.requires_grad])
+
+    def _look_anew(self) -> None:
+        """The optimizer has got parameters that were not there before: of new modules (adapters), or of no module."""
+        register_optional(self.model)
+        checks.validate_model(self.model)
+        self.tape.renew()
+        self._trainable()
 
     def _begin_sum(self) -> ClippedSum:
         if isinstance(self.noise, Correlated) and self.noise_multiplier != self._given["noise_multiplier"]:
@@ -151,7 +169,7 @@ class PrivateStep:
         self._close(draw)
         if draw.last:
             self.drop()
-            if isinstance(self.sampling, Paced):
+            if self._paced is not None:
                 raise UnfinishedStepError(
                     "a batch was drawn and no step was taken on it, under correlated noise",
                     why="how far apart two participations of a record are is counted in steps.",
@@ -160,7 +178,6 @@ class PrivateStep:
 
     def empty_draw(self, draw: Draw) -> None:
         """Nobody was drawn: the noisy step is taken, and accounted, all the same."""
-        self.hand_out(draw)
         self.optimizer.step()
 
     def drop(self) -> None:
@@ -203,15 +220,64 @@ class PrivateStep:
             self.strictly_examined = refuse_coupled_losses(self.tape, batch, losses)
         (losses.mean() if self.loss_reduction == "mean" else losses.sum()).backward()
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.tape.paused:
-            return
-        if any(a is not None for a in (*args[1:], *kwargs.values())):
-            raise ConfigurationError(
-                "optimizer.step() was given a closure",
-                why="it would back-propagate after the gradient of this step has been clipped and noised.",
-                cure="run forward and backward before optimizer.step().",
+    def norms_of(self, losses_of: Callable[[], Tensor], n: int) -> Tensor:
+        """The gradients' norms [n] of the losses of n records, exact and not private; see `dpkit.PrivacyEngine`."""
+        if self._draw is not None:
+            raise UnfinishedStepError(
+                "norms were asked for while a batch of the private loader is in hand",
+                why="its records and the others would meet in one step.",
+                cure="ask right after optimizer.step(), or outside the loop.",
             )
+        grads = {p: p.grad for p in self._parameters()}
+        before, self.tape.paused = self.tape.paused, False
+        try:
+            for p in grads:
+                p.grad = None
+            self.tape.open(n)
+            losses = losses_of()
+            shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            if shape not in ([n], [n, 1]):
+                raise ConfigurationError(
+                    f"losses has shape {shape}, for {n} records",
+                    why="a norm is that of one record's gradient.",
+                    cure='compute one loss a record (reduction="none"), and bring them to shape [n].',
+                )
+            losses.sum().backward()
+            batch = self.tape.close()
+            assert batch is not None
+            prove(self.tape, batch, self.max_grad_norm)
+            squares = [joined(found).sq_norm().double() for p, found in batch.forms.items() if p.requires_grad]
+            return torch.stack(squares).sum(0).sqrt() if squares else torch.zeros(n, dtype=torch.float64)
+        finally:
+            self.tape.close()
+            self.tape.paused = before
+            for p, grad in grads.items():
+                p.grad = grad
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if self.tape.paused:
+            return None
+        given = [a for a in (*args[1:], *kwargs.values()) if a is not None]
+        if not given:
+            self._take_step()
+            return None
+        closure = given[0]
+        if len(given) > 1 or not callable(closure):
+            raise ConfigurationError(
+                f"optimizer.step() was given {', '.join(type(a).__name__ for a in given)}",
+                why="what it does with the gradient is not known.",
+                cure="call optimizer.step(), with a closure or without.",
+            )
+        with torch.enable_grad():
+            loss = closure()  # here, so that its gradient is clipped and noised
+        self._take_step()
+        known = _Evaluated(loss)
+        return (
+            tuple(known if a is closure else a for a in args),
+            {name: known if a is closure else a for name, a in kwargs.items()},
+        )
+
+    def _take_step(self) -> None:
         draw = self._draw
         if draw is None:
             if any(p.grad is not None for p in self._parameters()):
@@ -258,7 +324,7 @@ class PrivateStep:
     @torch.no_grad()
     def _release(self, draw: Draw) -> None:
         """Sums + noise, divided by the expected batch size, become ``p.grad``; the ledger is written first."""
-        if isinstance(self.sampling, Paced) and not self.sampling.follows(draw.logical):
+        if self._paced is not None and not self._paced.follows(draw.logical):
             raise UnfinishedStepError(
                 "a batch before this one was drawn and not released (its step failed), under correlated noise",
                 why="how far apart two participations of a record are is counted in releases: it would come too soon.",
@@ -278,10 +344,12 @@ class PrivateStep:
         self.spending.record(event, [*grads, *observed])
         if event is not None:
             self._charged = clipped.noise_multiplier
-        if isinstance(self.sampling, Paced):
-            self.sampling.advance()
+        if self._paced is not None:
+            self._paced.advance()
         if observed and self.max_grad_norm == clipped.max_grad_norm:  # else it was set by hand meanwhile
-            self.max_grad_norm = clipped.learned(float(observed[0]))
+            self.max_grad_norm = clipped.learned(observed[0])
+        if self.histogram is not None:
+            self.histogram = self.histogram.plus(observed[0], clipped.observed_std, self.sampling.expected_batch_size)
         for p, grad in zip(trainable, grads, strict=True):
             p.grad = grad
 
@@ -306,11 +374,12 @@ class PrivateStep:
 
     # ---- state
 
-    def parts(self, inside: bool) -> dict[str, Stateful]:
-        """All that has a state here; ``inside``: whether a pass is under way, so that its sums go on."""
+    def parts(self, inside: bool, *, weights: bool = True) -> dict[str, Stateful]:
+        """All that has a state here; ``inside``: whether a pass is under way, so that its sums go on; ``weights``:
+        model and optimizer, or else what they are compared with when somebody else has loaded them."""
         parts: dict[str, Stateful] = {
-            "model": self.model,
-            "optimizer": self.optimizer,
+            **({"model": self.model, "optimizer": self.optimizer} if weights else {}),
+            **({} if weights else {"weights": Part(self._weights, self._refuse_other_weights)}),
             "noise": self.noise,
             "methods": self.tape.methods,
         }
@@ -320,6 +389,19 @@ class PrivateStep:
             parts["sampling"] = self.sampling
         parts["step"] = Part(lambda: self._state(inside), self._load)
         return parts
+
+    def _weights(self) -> dict[str, Any]:
+        """What tells the model's and the optimizer's tensors from others."""
+        held = leaves((self.model.state_dict(), self.optimizer.state_dict()["state"]))
+        return {"fingerprint": Fingerprint().of([v for v in held if isinstance(v, Tensor)])}
+
+    def _refuse_other_weights(self, state: dict[str, Any]) -> None:
+        if state != self._weights():
+            raise CheckpointError(
+                "model and optimizer are not in the state in which the checkpoint was saved",
+                why="it was saved without them; the run would go on from other weights than those it had.",
+                cure="load them first, from what was saved at the same step.",
+            )
 
     def configuration(self) -> dict[str, Any]:
         """What has to be the same where a saved state is loaded, in numbers and words."""
@@ -339,8 +421,8 @@ class PrivateStep:
         self.drop()
         self._charged = None
         self.noise.reseed()
-        if isinstance(self.sampling, Paced):
-            self.sampling.restart()
+        if self._paced is not None:
+            self._paced.restart()
 
     def _state(self, inside: bool) -> dict[str, Any]:
         names = self.tape.parameters()
@@ -349,6 +431,7 @@ class PrivateStep:
             "max_grad_norm": self.max_grad_norm,
             "charged": self._charged if inside else None,
             "nonfinite_records": self.nonfinite_records,
+            "histogram": None if self.histogram is None else asdict(self.histogram),
             "trainable": [name for p, name in names.items() if p.requires_grad],
             "sum": self._sum.state_dict(names) if self._sum is not None and inside else None,
         }
@@ -357,9 +440,37 @@ class PrivateStep:
         self.drop()
         self.noise_multiplier, self.max_grad_norm = state["noise_multiplier"], state["max_grad_norm"]
         self._charged, self.nonfinite_records = state["charged"], state["nonfinite_records"]
+        self.histogram = None if state["histogram"] is None else NormHistogram(**state["histogram"])
         parameters = {name: p for p, name in self.tape.parameters().items()}
         for name, p in parameters.items():
             p.requires_grad_(name in state["trainable"])
         if state["sum"] is not None:
             self._sum = self._begin_sum()
             self._sum.load_state_dict(state["sum"], parameters)
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer whose ``step`` runs hooks, inside what another library (Accelerate) has wrapped around it."""
+    while "_optimizer_step_pre_hooks" not in vars(optimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer):
+            return optimizer
+        optimizer = inner
+    return optimizer
+
+
+class _Evaluated:
+    """A closure's loss, for the optimizer that asks for it."""
+
+    def __init__(self, loss: Any) -> None:
+        self._loss, self._asked = loss, False
+
+    def __call__(self) -> Any:
+        if self._asked:
+            raise ConfigurationError(
+                "the optimizer evaluated its closure a second time",
+                why="it would use the data beyond the one noisy gradient that is accounted.",
+                cure="use any first-order optimizer (SGD, Adam, AdamW, ...).",
+            )
+        self._asked = True
+        return self._loss

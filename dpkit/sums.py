@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .clipping import Clipping, Learning, noises_of
+from .clipping import Clipping, Learning, learns, noises_of
 from .forms import Form
 from .units import Units
 
@@ -29,8 +29,8 @@ class ClippedSum:
     ) -> None:
         self.clipping, self.noise_multiplier, self.max_grad_norm = clipping, noise_multiplier, max_grad_norm
         self.expected_batch_size = expected_batch_size
-        self._observed = 0.0
-        self._learning = clipping if isinstance(clipping, Learning) else None
+        self._observed: Tensor | None = None  # [m], of the records so far
+        self._learning: Learning | None = clipping if learns(clipping) else None
         self._totals: dict[nn.Parameter, Tensor] = {}
 
     @property
@@ -71,7 +71,7 @@ class ClippedSum:
             units, rows = units.take(keep)
             forms, norms = {p: f.take(rows) for p, f in forms.items()}, norms[keep]
         if self._learning is not None:
-            self._observed += float(self._learning.observed(norms, self.max_grad_norm).sum())
+            self._observe(self._learning, norms)
         weights = self.clipping.weights(norms, self.max_grad_norm) * scale
         shared = units.spread(weights) if weights.ndim == 1 else None
         for p in list(forms):
@@ -83,11 +83,18 @@ class ClippedSum:
             self._totals[p] = total if held is None else held.add_(total)
         return left_out
 
-    def take_observed(self) -> list[Tensor]:
-        """What a clipping that learns C has observed [1] (float64); nothing for the others."""
-        return [torch.tensor([self._observed], dtype=torch.float64)] if self._learning is not None else []
+    def _observe(self, learning: Learning, norms: Tensor) -> Tensor:
+        """Add what a clipping that learns observes of some records; returns what it has observed of all [m]."""
+        answers = learning.observed(norms, self.max_grad_norm)
+        seen = (answers if answers.ndim == 2 else answers[:, None]).sum(0, dtype=torch.float64).cpu()
+        self._observed = seen if self._observed is None else self._observed + seen
+        return self._observed
 
-    def learned(self, observed: float) -> float:
+    def take_observed(self) -> list[Tensor]:
+        """What a clipping that learns has observed [m] (float64); nothing for the others."""
+        return [self._observe(self._learning, torch.zeros(0, 1))] if self._learning is not None else []
+
+    def learned(self, observed: Tensor) -> float:
         """C of the next logical batch, from what was observed, with its noise."""
         assert self._learning is not None
         return self._learning.learned(self.max_grad_norm, observed, self.expected_batch_size)

@@ -168,12 +168,13 @@ class Batch:
     marked: Sequence[nn.Parameter] = ()
     closed: bool = False
     examined: int | None = None  # strict door: the only record that the running backward may touch
+    _task: tuple[int, bool] = (-1, True)
 
     def add(self, parameter: Tensor | None, form: Form, *, tapped: bool) -> None:
         """Take a form in; ``tapped``: by a rule, so that autograd's own gradient of that use can be compared."""
         if not isinstance(parameter, nn.Parameter) or not parameter.requires_grad:
             return
-        if not accumulates(self.anchors.values()):
+        if not self._accumulates():
             return  # torch.autograd.grad for something else: no parameter's gradient is asked for
         if self.closed:
             raise DoubleUseError(
@@ -193,6 +194,13 @@ class Batch:
         if tapped and parameter in self.unproven:
             self.tapped[parameter].append(form)
         self._mark()
+
+    def _accumulates(self) -> bool:
+        """Whether the running backward pass is for the parameters' gradients; asked of autograd once a pass."""
+        task = torch._C._current_graph_task_id()
+        if task == -1 or task != self._task[0]:
+            self._task = (task, accumulates(self.anchors.values()))
+        return self._task[1]
 
     def _mark(self) -> None:
         for p in self.marked:

@@ -9,6 +9,7 @@ from .attention import MultiheadAttention, multi_head_attention
 from .cells import GRUCell, LSTMCell, RNNCell, gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 from .convert import Change, Conversion, convert
 from .embedding import Embedding, EmbeddingBag, embedding_bag
+from .known import known_linear
 from .norm import FrozenBatchNorm, group_norm, groups_for
 from .recurrent import GRU, LSTM, RNN, gru, lstm, rnn_relu, rnn_tanh
 from .validate import Problem, problems, validate
@@ -33,6 +34,7 @@ __all__ = [
     "groups_for",
     "gru",
     "gru_cell",
+    "known_linear",
     "lstm",
     "lstm_cell",
     "multi_head_attention",

@@ -22,18 +22,21 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence
 
 from .cells import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
+from .known import known_linear
 
 _BLOCK = 16
 """Positions whose slopes are computed at a time in a backward: few enough to stay in the cache."""
 
 
 class _LSTMStates(torch.autograd.Function):
-    """h [t, n, p] and c [t, n, h] as functions of the gates [t, n, 4h], the projections [t, n, p], h0 and c0."""
+    """h [t, n, p] and c [t, n, h] as functions of the input's and the state's part of the gates, [t, n, 4h] each, the
+    projections [t, n, p], h0 and c0."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        gates: Tensor,
+        from_x: Tensor,
+        from_h: Tensor,
         projected: Tensor | None,
         h0: Tensor,
         c0: Tensor,
@@ -84,7 +87,7 @@ class _LSTMStates(torch.autograd.Function):
                 torch.mul(dc[:, None], by_c[t], out=grads[start + t, :, :3])
                 torch.mul(dh, by_h[t], out=grads[start + t, :, 3])
                 dc_next, dh_next = dc.mul_(f[t]), flat[start + t]
-        return flat, grad_projected, torch.mm(flat[0], w_hh), dc_next, None, None, None, None, None
+        return flat, flat, grad_projected, torch.mm(flat[0], w_hh), dc_next, None, None, None, None, None
 
 
 def _slope(gate: Tensor) -> Tensor:
@@ -131,10 +134,11 @@ class _GRUStates(torch.autograd.Function):
 
 
 class _RNNStates(torch.autograd.Function):
-    """h [t, n, h] as a function of what goes into tanh or relu, [t, n, h], and h0."""
+    """h [t, n, h] as a function of the input's and the state's part of what goes into tanh or relu, [t, n, h] each, and
+    h0."""
 
     @staticmethod
-    def forward(ctx: Any, gates: Tensor, h0: Tensor, w_hh: Tensor, h: Tensor, relu: bool) -> Tensor:
+    def forward(ctx: Any, from_x: Tensor, from_h: Tensor, h0: Tensor, w_hh: Tensor, h: Tensor, relu: bool) -> Tensor:
         ctx.save_for_backward(w_hh, h)
         ctx.relu = relu
         return h.detach()
@@ -149,7 +153,7 @@ class _RNNStates(torch.autograd.Function):
         for t in range(len(h) - 1, -1, -1):
             torch.mul(dh, slope[t], out=grads[t])
             dh = torch.addmm(grad_h[t - 1], grads[t], w_hh) if t else grads[t] @ w_hh
-        return grads, dh, None, None, None
+        return grads, grads, dh, None, None, None
 
 
 def _fused(mode: str, x: Tensor, state: tuple[Tensor, ...], weights: Sequence[Tensor], biased: bool) -> Tensor:
@@ -173,29 +177,106 @@ def _direction(
     w_hr = weights[-1] if len(weights) in (3, 5) else None
     if any(type(v) not in (Tensor, nn.Parameter) for v in (x, *state)):
         return _stepwise(mode, x, state, (w_ih, w_hh, b_ih, b_hh), w_hr)
-    h0 = state[0]
+    if mode == "LSTM":
+        return _lstm(x, state, weights, biased, w_hr)
+    h0, chain = state[0], w_hh.detach()
+    if mode == "GRU" and _loops(x):
+        with torch.no_grad():
+            h_prev, h, *parts = _looped_gru(x, h0, [w.detach() for w in weights], biased)
+        from_x, from_h = known_linear(x, w_ih, b_ih, parts[0]), known_linear(h_prev, w_hh, b_hh, parts[1])
+        return _GRUStates.apply(from_x, from_h, h0, chain, h), None
     h = _fused(mode, x, state, weights, biased)
     h_prev = torch.cat([h0.detach()[None], h[:-1]])
-    from_x, from_h = F.linear(x, w_ih, b_ih), F.linear(h_prev, w_hh, b_hh)
-    chain = w_hh.detach()
     if mode == "GRU":
+        from_x, from_h = F.linear(x, w_ih, b_ih), F.linear(h_prev, w_hh, b_hh)
         return _GRUStates.apply(from_x, from_h, h0, chain, h), None
-    gates = from_x.add_(from_h)  # in place: a fresh [t, n, 4h] costs more than the sum
-    if mode != "LSTM":
-        return _RNNStates.apply(gates, h0, chain, h, mode == "RNN_RELU"), None
+    # what goes into tanh or relu is never used: the states tell their own slope
+    from_x, from_h = known_linear(x, w_ih, b_ih, h), known_linear(h_prev, w_hh, b_hh, h)
+    return _RNNStates.apply(from_x, from_h, h0, chain, h, mode == "RNN_RELU"), None
+
+
+def _loops(x: Tensor) -> bool:
+    """Whether a loop over positions is cheaper than the fused kernel and computing again what it keeps for itself."""
+    return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+def _looped_gru(x: Tensor, h0: Tensor, weights: Sequence[Tensor], biased: bool) -> tuple[Tensor, ...]:
+    """A GRU on a CPU: every h before and after [t, n, h], and the input's and the state's part of the gates
+    [t, n, 3h]."""
+    (steps, n, _), width = x.shape, h0.shape[-1]
+    from_x = F.linear(x, weights[0], weights[2] if biased else None)
+    chain, bias = weights[1].T.contiguous(), weights[3] if biased else x.new_zeros(3 * width)
+    from_h, h, gates = torch.empty_like(from_x), x.new_empty(steps + 1, n, width), x.new_empty(n, 2 * width)
+    h[0] = h0
+    r, z = gates.chunk(2, -1)
+    for a, b, last, h_t in zip(from_x.unbind(), from_h.unbind(), h[:-1].unbind(), h[1:].unbind(), strict=True):
+        torch.addmm(bias, last, chain, out=b)
+        torch.add(a[:, : 2 * width], b[:, : 2 * width], out=gates).sigmoid_()
+        new = torch.addcmul(a[:, 2 * width :], r, b[:, 2 * width :]).tanh_()
+        torch.lerp(new, last, z, out=h_t)
+    return h[:-1], h[1:], from_x, from_h
+
+
+def _lstm(
+    x: Tensor, state: tuple[Tensor, ...], weights: Sequence[Tensor], biased: bool, w_hr: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`_direction` of an LSTM."""
+    w_ih, w_hh = weights[:2]
+    b_ih, b_hh = (weights[2], weights[3]) if biased else (None, None)
+    h0, c0 = state
     with torch.no_grad():
-        acts = gates.detach().unflatten(-1, (4, -1))  # [t, n, 4, h]: input, forget, cell, output, in the gates' place
-        acts[:, :, :2].sigmoid_()
-        acts[:, :, 2].tanh_()
-        acts[:, :, 3].sigmoid_()
-        c = acts[:, :, 0] * acts[:, :, 2]
-        last = state[1].detach()
-        for t in range(len(c)):
-            last = c[t].addcmul_(acts[t, :, 1], last)
-    projected = None if w_hr is None else F.linear(acts[:, :, 3] * c.tanh(), w_hr)
+        if _loops(x):
+            h_prev, h, c, acts = _looped(x, h0, c0, [w.detach() for w in weights], biased)
+        else:
+            h = _fused("LSTM", x, state, weights, biased)
+            h_prev = torch.cat([h0.detach()[None], h[:-1]])
+            gates = F.linear(x, w_ih.detach(), None if b_ih is None else b_ih.detach())
+            gates += F.linear(h_prev, w_hh.detach(), None if b_hh is None else b_hh.detach())
+            acts = gates.unflatten(-1, (4, -1))  # [t, n, 4, h]: input, forget, cell, output, in the gates' place
+            acts[:, :, :2].sigmoid_()
+            acts[:, :, 2].tanh_()
+            acts[:, :, 3].sigmoid_()
+            c = acts[:, :, 0] * acts[:, :, 2]
+            last = c0.detach()
+            for t in range(len(c)):
+                last = c[t].addcmul_(acts[t, :, 1], last)
+    flat, chain = acts.flatten(2), w_hh.detach()
+    from_x, from_h = known_linear(x, w_ih, b_ih, flat), known_linear(h_prev, w_hh, b_hh, flat)
+    projected = None if w_hr is None else known_linear(acts[:, :, 3] * c.tanh(), w_hr, None, h)
     return _LSTMStates.apply(  # type: ignore[no-any-return]
-        gates, projected, h0, state[1], chain, None if w_hr is None else w_hr.detach(), h, c, acts
+        from_x, from_h, projected, h0, c0, chain, None if w_hr is None else w_hr.detach(), h, c, acts
     )
+
+
+def _looped(
+    x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], biased: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An LSTM on a CPU, a position at a time: every h before and after [t, n, p], c [t, n, h] and the gates' values
+    [t, n, 4, h]. The fused kernel keeps the gates for itself, and to compute them again costs more than this loop.
+
+    tanh z is 2 sigmoid(2 z) − 1, in a quarter of tanh's time, and z is doubled (exactly) in the weights.
+    """
+    w_ih, w_hh = weights[:2]
+    (steps, n, _), width, size = x.shape, c0.shape[-1], h0.shape[-1]
+    doubled = x.new_ones(4, 1).index_fill_(0, torch.tensor(2), 2.0).expand(4, width).flatten()
+    bias = (weights[2] + weights[3]) * doubled if biased else None
+    flat = F.linear(x.contiguous(), w_ih * doubled[:, None], bias)
+    chain = (w_hh * doubled[:, None]).T.contiguous()
+    acts, h, c = flat.unflatten(-1, (4, width)), x.new_empty(steps + 1, n, size), x.new_empty(steps, n, width)
+    h[0] = last_h = h0
+    last_c, tanh_c = c0, x.new_empty(n, width)
+    to_h = weights[-1].T if len(weights) in (3, 5) else None
+    every = zip(flat.unbind(), *(gate.unbind() for gate in acts.unbind(2)), h[1:].unbind(), c.unbind(), strict=True)
+    for z, i, f, g, o, h_t, c_t in every:
+        z.addmm_(last_h, chain).sigmoid_()
+        g.mul_(2).sub_(1)
+        last_c = torch.mul(f, last_c, out=c_t).addcmul_(i, g)
+        torch.mul(last_c, 2, out=tanh_c).sigmoid_().mul_(2).sub_(1)
+        if to_h is None:
+            last_h = torch.mul(o, tanh_c, out=h_t)
+        else:
+            last_h = torch.mm(tanh_c.mul_(o), to_h, out=h_t)
+    return h[:-1], h[1:], c, acts
 
 
 def _stepwise(
@@ -234,6 +315,7 @@ def _layers(
     rows = x if lengths is None else lengths.pad(x)
     # What is the same for all records (a parameter, zeros) becomes these records' own where it meets what is theirs.
     rows = rows if type(rows) is Tensor else rows + torch.zeros_like(hx[0][:1, :, :1])
+    rows = rows.contiguous()  # [n, t, i] seen as [t, n, i] would be multiplied position by position
     like = torch.zeros_like(rows[:1, :, :1])  # [1, n, 1]
     states = [s + like for s in hx]
     last: list[list[Tensor]] = [[] for _ in hx]

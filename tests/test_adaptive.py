@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 import dpkit
 from dpkit.accountants import AccountingError, Gaussian, PoissonSampled, adaptive_clipping
-from dpkit.clipping import AdaptiveClipping, Learning, noises_of
+from dpkit.clipping import AdaptiveClipping, learns, noises_of
 from dpkit.noise import NoiseSource
 from dpkit.secure import SecureNoise
 from tests.oracle import clipped_sum, norm, per_record_grads
@@ -283,7 +283,7 @@ def test_others_do_not_learn() -> None:
     """Flat, automatic and per-layer clipping see no second noise and keep C."""
     for name in ("flat", "automatic", "per_layer"):
         run = private(clipping=name, noise_multiplier=1.0)
-        assert not isinstance(run.engine._step.clipping, Learning)
+        assert not learns(run.engine._step.clipping)
         seen = noises_seen(run, DRAWS)
         assert len(seen) == len(DRAWS)
         assert run.engine.max_grad_norm == 0.5

@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "often nobody": {"batch_size": 1},
     "units": {"privacy_unit": [k // 2 for k in range(20)], "max_rows_per_unit": 1, "max_physical_batch_size": 2},
     "learned C": {"clipping": dpkit.AdaptiveClipping(count_noise=6.0), "max_physical_batch_size": 2},
+    "histogram": {"clipping": dpkit.HistogramClipping(count_noise=9.0), "max_physical_batch_size": 2},
     "per layer": {"clipping": "per_layer", "kind": torch.optim.AdamW},
 }
 

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
 from dpkit import noise
+from dpkit.keystream import Keystream, available
 from dpkit.noise import Ahead, NoiseSource
+from dpkit.normals import Encrypted, Generated, Normals
 from tests.training import attach, data, mlp, train
 
 SIZES = (3, 20_000, 9_000, 70_000, 1, 8_191, 8_192, 40_000)
 
 
+ENCRYPTED = available()
+
+
 @pytest.fixture(autouse=True)
 def two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "_PROCESSORS", 2)
+
+
+@pytest.fixture(autouse=True, params=["encrypted", "generated"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without the package that AES comes from."""
+    if request.param == "encrypted":
+        pytest.importorskip("cryptography")
+    monkeypatch.setattr(sys.modules[__name__], "ENCRYPTED", request.param == "encrypted")
+    monkeypatch.setattr(noise, "available", lambda: request.param == "encrypted")
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -27,7 +42,8 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 def own(seed: int = 3) -> NoiseSource:
     """A source without a user's generator, in a known state."""
     source = NoiseSource()
-    source.generator(torch.device("cpu")).manual_seed(seed)
+    stream = Encrypted(Keystream(bytes([seed] * 32))) if ENCRYPTED else Generated(torch.Generator().manual_seed(seed))
+    source._own[torch.device("cpu")] = stream
     return source
 
 
@@ -80,7 +96,7 @@ def test_the_state_is_that_before() -> None:
     assert source._ahead is not None
     source._ahead._thread.join()
     state = source.state_dict()
-    assert torch.equal(state["own"]["cpu"], before["own"]["cpu"])
+    assert str(state["own"]["cpu"]) == str(before["own"]["cpu"])
     expected, found = parameters(), parameters()
     source.add_to(expected, 1.0)
     other = own(99)
@@ -109,10 +125,11 @@ def test_never_from_the_users_generator() -> None:
 def test_an_error_in_the_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not swallowed: a release without noise would be a disaster."""
 
-    def fails(flat: Tensor, generator: torch.Generator) -> Tensor:
+    def fails(self: object, flat: Tensor) -> Tensor:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(noise, "_filled", fails)
+    monkeypatch.setattr(Encrypted, "fill", fails)
+    monkeypatch.setattr(Generated, "fill", fails)
     source, sums = own(), parameters()
     source.prepare(sums)
     with pytest.raises(MemoryError, match="no room"):
@@ -125,9 +142,9 @@ def test_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Ahead] = []
     begin = Ahead.__init__
 
-    def counted(self: Ahead, generator: torch.Generator, sizes: list[int]) -> None:
+    def counted(self: Ahead, stream: Normals, sizes: list[int]) -> None:
         made.append(self)
-        begin(self, generator, sizes)
+        begin(self, stream, sizes)
 
     monkeypatch.setattr(Ahead, "__init__", counted)
     model = mlp(width=4000)

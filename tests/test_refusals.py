@@ -23,7 +23,7 @@ from torch.utils.data import (
 )
 
 import dpkit
-from tests.training import Run, attach, data, drawing, mlp, squared_loss, train, work
+from tests.training import Run, attach, data, drawing, mlp, squared_loss, train, weights, work
 
 Refused = pytest.ExceptionInfo[dpkit.PrivacyError]
 
@@ -584,16 +584,49 @@ def test_a_refused_part_takes_its_logical_batch_with_it() -> None:
 
 
 def test_closure() -> None:
-    """A closure would back-propagate after the noise."""
-    run = attach(mlp())
-    for as_keyword in (False, True):
-        for batch in run.loader:
-            loss = squared_loss(run.model, batch)
-            loss.backward()
-            again: dict[str, Any] = {"closure": lambda: 0.0} if as_keyword else {}
-            with refused(dpkit.ConfigurationError, "closure"):
-                run.optimizer.step(*([] if as_keyword else [lambda: 0.0]), **again)
-            run.optimizer.step()
+    """It is evaluated before the gradient is clipped and noised: the step is the one without a closure."""
+    ends = []
+    for how in ("plain", "closure", "keyword"):
+        run = attach(mlp(), noise_multiplier=0.7, noise_generator=torch.Generator().manual_seed(0))
+        for _ in range(2):
+            for batch in run.loader:
+
+                def closure(batch: Any = batch, run: Any = run) -> torch.Tensor:
+                    run.optimizer.zero_grad()
+                    loss = squared_loss(run.model, batch)
+                    loss.backward()
+                    return loss
+
+                if how == "plain":
+                    closure()
+                    run.optimizer.step()
+                else:
+                    assert (
+                        run.optimizer.step(**{"closure": closure}) > 0
+                        if how == "keyword"
+                        else run.optimizer.step(closure)
+                    )
+        ends.append(weights(run.model))
+        assert run.engine.get_epsilon(1e-5) > 0
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+
+
+def test_closure_that_is_evaluated_again() -> None:
+    """SAM and line searches would use the data beyond the noisy gradient."""
+
+    class Twice(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            closure()
+            return super().step(closure)
+
+    model = mlp()
+    run = attach(model, optimizer=Twice(model.parameters(), lr=1.0))
+    for batch in run.loader:
+        with refused(dpkit.ConfigurationError, "second time", "first-order"):
+            run.optimizer.step(lambda batch=batch: squared_loss(model, batch).backward())
+        with refused(dpkit.ConfigurationError, "was given str", "closure"):
+            run.optimizer.step("closure")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam])

@@ -21,8 +21,10 @@ from scipy import stats
 from torch import Tensor
 
 import dpkit
+from dpkit import noise as noise_module
 from dpkit import secure
 from dpkit.noise import NoiseSource
+from dpkit.normals import Generated
 from dpkit.secure import SecureNoise, exact_pair, grid
 from dpkit.seeds import scramble, unforeseeable
 from tests.test_noise import assert_normal
@@ -446,7 +448,7 @@ def test_a_run_says_how_its_noise_was_drawn() -> None:
         assert (engine.noise.seeded, engine.noise.secure) == (name == "seeded", name == "secure")
         said[name] = engine.noise.describe()
     assert "seeded by hand" in said["seeded"]
-    assert "not a cryptographic" in said["plain"]
+    assert "in floating point" in said["plain"]
     assert "AES-256" in said["secure"]
 
 
@@ -464,7 +466,10 @@ def test_plain_noise_starts_from_more_than_32_bits() -> None:
     )
     assert not reachable(unforeseeable())
     assert not reachable(scramble(torch.Generator().manual_seed(7)))
-    assert not reachable(NoiseSource().generator(torch.device("cpu")))
+    with mock.patch.object(noise_module, "available", return_value=False):
+        stream = NoiseSource().stream(torch.device("cpu"))
+    assert isinstance(stream, Generated)
+    assert not reachable(stream.generator)
     run = attach(mlp(), data(), 4)
     assert not reachable(run.loader.batch_sampler.generator)
     sample = torch.rand(200_000, generator=unforeseeable(), dtype=torch.float64)

@@ -29,6 +29,7 @@ from dpkit.accountants import (
     PoissonSampled,
     RandomizedResponse,
     RDPAccountant,
+    TradeOff,
     UnsupportedEventError,
     compose,
     dpsgd,
@@ -134,6 +135,19 @@ def test_repeated_randomized_response_composes() -> None:
     assert delta(high) <= 1e-5 <= delta(low)
     assert low <= high <= low * 1.0002
     assert high > 90.0
+
+
+@pytest.mark.parametrize("adjacency", ["add_or_remove_one", "zero_out"])
+def test_sampling_without_noise(adjacency: str) -> None:
+    """Of n unnoised batches, delta is 1 − (1−q)^n at every epsilon; the curve tells no more than that."""
+    for n in (1, 2, 10):
+        acc, seen = PLDAccountant(adjacency).compose(dpsgd(0.0, 0.1, n)), 1.0 - 0.9**n
+        for eps in (0.0, 0.1, 1.0, 5.0):
+            low, high = acc.delta_bounds(eps)
+            assert low * (1 - 1e-9) <= seen <= high * (1 + 1e-9)
+            assert high == pytest.approx(seen, rel=1e-9)
+        assert seen + 0.01 * (1.0 - seen) <= TradeOff(acc).tpr(0.01) <= (seen + 0.01) * (1 + 1e-9)
+        assert TradeOff(acc).advantage == pytest.approx(seen, rel=1e-9)
 
 
 def test_infinite_loss_is_never_forgotten() -> None:

@@ -1,0 +1,1 @@
+"""Image and text classified together, privately: a bitransformer, confounders, a modality that is missing."""

@@ -1,0 +1,75 @@
+"""Public preparation of the image side: pictures of the emoji catalogue, told in the text encoder's own terms.
+
+Unicode's list of emoji, with names and tags, is public. A ridge regression from an emoji's picture to what MiniLM makes
+of its name and tags lets an image token arrive as if the words had been read. It is solved in closed form, before any
+private data is touched, so it costs no ε; and noise is not spent on learning what a happy face is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .encoders import ImageEncoder, encode_pictures, encode_texts
+from .mmbt import MMBT
+from .pictures import STYLES, Picture, catalogue
+
+
+@torch.no_grad()
+def align(
+    model: MMBT,
+    images: ImageEncoder,
+    tokenizer: Any,
+    *,
+    without: Collection[str] = (),
+    ridge: float = 0.3,
+    size: int = 128,
+    max_tokens: int = 32,
+) -> float:
+    """Set ``model``'s image projection; returns the share of the variance that it explains (R²).
+
+    Args:
+        without: hexcodes that are not looked at (emoji that a test wants unseen).
+        ridge: the penalty, as a share of the features' mean variance.
+    """
+    names = [f"{entry['label']}, {', '.join(entry['tags'])}" for entry in catalogue()]
+    texts = encode_texts(model.bert, tokenizer, names, max_tokens, model.below)
+    inner = texts.mask.bool().clone()
+    inner[:, 0] = False  # [CLS]
+    inner[torch.arange(len(inner)), texts.mask.sum(1) - 1] = False  # [SEP]
+    meant = (texts.hidden * inner[..., None]).sum(1) / inner.sum(1, keepdim=True).clamp(min=1)
+    norm = model.image_embeddings.norm
+    meant = (meant - norm.bias) / norm.weight  # what the norm, which comes after the projection, makes this of
+    meant = (meant - meant.mean(1, keepdim=True)) / meant.std(1, keepdim=True)
+    seen = torch.tensor([entry["hexcode"] not in without for entry in catalogue()]).repeat(len(STYLES))
+    features, meant = catalogue_features(images, size)[seen], meant.repeat(len(STYLES), 1)[seen]
+    weight, bias, explained = ridge_regression(features, meant, ridge)
+    model.image_embeddings.project.weight.copy_(weight)
+    model.image_embeddings.project.bias.copy_(bias)
+    return explained
+
+
+def catalogue_features(images: ImageEncoder, size: int = 128) -> Tensor:
+    """The features of all public emoji [styles * emoji, 1280]: the whole catalogue in one style, then in the next."""
+    shown = [Picture((entry["hexcode"],), style) for style in STYLES for entry in catalogue()]
+    return pooled(images, encode_pictures(images, shown, size))
+
+
+@torch.no_grad()
+def pooled(images: ImageEncoder, maps: Tensor) -> Tensor:
+    """The trunk's maps as one vector a picture [n, 1280]."""
+    return torch.cat([images.top(chunk).mean((2, 3)) for chunk in maps.split(128)])
+
+
+def ridge_regression(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor, float]:
+    """Weight [out, in], bias [out] and R² of the penalised least-squares map from x [n, in] to y [n, out]."""
+    centre_x, centre_y = x.mean(0), y.mean(0)
+    x, y = (x - centre_x).double(), (y - centre_y).double()
+    penalty = ridge * x.square().sum() / x.shape[1]
+    solved = torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
+    explained = 1 - float((y - x @ solved).square().sum() / y.square().sum())
+    weight = solved.T.float()
+    return weight, centre_y - weight @ centre_x, explained

@@ -1,0 +1,225 @@
+"""A supervised multimodal bitransformer: image tokens and text tokens in one BERT.
+
+Kiela, Bhooshan, Firooz, Perez, Testuggine, "Supervised Multimodal Bitransformers for Classifying Images and Text"
+(2019); attention masks for a missing modality, fusion layers and task heads follow Ma, Ren, Zhao, Testuggine, Peng,
+"Are Multimodal Transformers Robust to Missing Modality?" (2022).
+
+Letters: n record, t text token, N image token, s position in the joint sequence, d width, c channel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+SHAPES = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2), 5: (5, 1), 6: (3, 2), 7: (7, 1), 8: (4, 2), 9: (3, 3)}
+"""N image tokens: to which height and width an image's map is pooled."""
+
+IMAGE, TEXT = 0, 1
+"""Columns of ``present``."""
+
+
+class ImageEmbeddings(nn.Module):
+    """An image's map as the tokens [CLS] image × N [SEP], with segment and positions of their own.
+
+    The tables and the norm are the text's own modules, under a second name: what both modalities send through them is
+    one gradient of one parameter.
+    """
+
+    def __init__(self, embeddings: nn.Module, norm: nn.Module, image_dim: int, tokens: int, special: tuple[int, int]):
+        super().__init__()
+        if tokens not in SHAPES:
+            raise ValueError(f"tokens={tokens}: an image is pooled to 1 to 9 tokens")
+        self.word_embeddings = embeddings.word_embeddings
+        self.position_embeddings = embeddings.position_embeddings
+        self.token_type_embeddings = embeddings.token_type_embeddings
+        self.norm = norm
+        self.project = nn.Linear(image_dim, self.word_embeddings.embedding_dim)
+        self.tokens, self.special = tokens, special
+
+    def forward(self, maps: Tensor, segment: int) -> Tensor:
+        """Maps [n, c, h, w] to embeddings [n, N + 2, d]."""
+        pooled = F.adaptive_avg_pool2d(maps, SHAPES[self.tokens]).flatten(2).transpose(1, 2)
+        image = self.project(pooled)
+        ends = torch.tensor(self.special, device=maps.device).expand(len(maps), 2)
+        cls, sep = self.word_embeddings(ends).split(1, dim=1)
+        tokens = torch.cat([cls, image, sep], dim=1)
+        positions = torch.arange(tokens.shape[1], device=maps.device).expand(tokens.shape[:2])
+        segments = torch.full_like(positions, segment)
+        return self.norm(tokens + self.position_embeddings(positions) + self.token_type_embeddings(segments))
+
+
+class MMBT(nn.Module):
+    """Classifies an image and a text together, or one of them where the other is missing.
+
+    Up to layer ``fusion`` each modality attends to itself alone, from there on to both. With ``fusion`` at the number
+    of layers they meet in the head only: late fusion (a linear head adds their votes), or, with an "mlp" head, the
+    concatenation baseline.
+
+    Args:
+        bert: the transformer. Its ``below`` lowest layers are not run here: texts come as hidden states above them.
+        image_dim: c, the channels of what ``image_encoder`` returns.
+        outputs: how many classes, or labels that are not exclusive.
+        image_encoder: from what comes as image to maps [n, c, h, w]; by default maps come.
+        tokens: N, 1 to 9.
+        fusion: the first layer that sees both modalities; by default the lowest that is run.
+        image_first: the order of the two segments.
+        segments: which row of the segment table is the image's, which the text's.
+        modalities: what the model looks at: ("image",), ("text",), or both.
+        head: "linear" or "mlp".
+        tasks: a head each for full, image-only and text-only records, instead of one for all.
+        readout: what the heads see: "first", each segment's [CLS]; "mean", over each segment's tokens; or "cls", as
+            published, the first token of the sequence through BERT's pooler. What the last layer would say of tokens
+            that are not read is not computed: with "first" and "cls", that layer costs a quarter.
+        special: the ids of [CLS] and [SEP].
+    """
+
+    def __init__(
+        self,
+        bert: transformers.BertModel,
+        image_dim: int,
+        outputs: int,
+        *,
+        image_encoder: nn.Module | None = None,
+        below: int = 0,
+        tokens: int = 1,
+        fusion: int | None = None,
+        image_first: bool = True,
+        segments: tuple[int, int] = (0, 1),
+        modalities: tuple[str, ...] = ("image", "text"),
+        head: str = "linear",
+        tasks: bool = False,
+        readout: str = "first",
+        special: tuple[int, int] = (101, 102),
+    ) -> None:
+        super().__init__()
+        layers, width = bert.config.num_hidden_layers, bert.config.hidden_size
+        self.fusion = below if fusion is None else fusion
+        if not below <= self.fusion <= layers:
+            raise ValueError(f"fusion={fusion}: between {below} (the lowest layer run) and {layers} (late)")
+        self.bert, self.below = bert, below
+        self.image_encoder = nn.Identity() if image_encoder is None else image_encoder
+        norm = bert.encoder.layer[below - 1].output.LayerNorm if below else bert.embeddings.LayerNorm
+        self.image_embeddings = ImageEmbeddings(bert.embeddings, norm, image_dim, tokens, special)
+        self.image_first, self.segments, self.modalities, self.readout = image_first, segments, modalities, readout
+        features = width if readout == "cls" else 2 * width
+        names = ("full", "image", "text") if tasks else ("full",)
+        self.heads = nn.ModuleDict({name: _head(head, features, outputs) for name in names})
+
+    def forward(self, image: Tensor, text: Tensor, mask: Tensor, present: Tensor | None = None) -> Tensor:
+        """Logits [n, outputs].
+
+        Args:
+            image: what ``image_encoder`` takes.
+            text: token ids [n, t]; with ``below``, hidden states [n, t, d].
+            mask: [n, t], 1 on tokens and 0 on padding.
+            present: [n, 2], whether the image and the text are there; by default they are.
+        """
+        return self.classify(self.features(image, text, mask, present), present)
+
+    def features(self, image: Tensor, text: Tensor, mask: Tensor, present: Tensor | None = None) -> Tensor:
+        """What the heads see: [n, 2d], a vector of length 1 from each modality, 0 where it is missing; or [n, d]."""
+        there = self._there(present, len(text), text.device)
+        if "text" not in self.modalities:
+            text, mask = text[:, :1], mask[:, :1]  # not looked at: one token stands for it
+        parts = [self.image_embeddings(self.image_encoder(image), self.segments[IMAGE]), self._text(text)]
+        masks = [torch.ones(parts[0].shape[:2], device=text.device, dtype=torch.bool), mask.bool()]
+        order = (IMAGE, TEXT) if self.image_first else (TEXT, IMAGE)
+        hidden = torch.cat([parts[which] for which in order], dim=1)
+        whose = torch.cat([torch.full((parts[which].shape[1],), which, device=text.device) for which in order])
+        real = torch.cat([masks[which] & there[:, which, None] for which in order], dim=1)
+        starts = {order[0]: 0, order[1]: parts[order[0]].shape[1]}
+        if self.readout == "cls":
+            return self.bert.pooler(self._encode(hidden, real, whose, read=[0]))
+        if self.readout == "first":
+            firsts = self._encode(hidden, real, whose, read=[starts[IMAGE], starts[TEXT]])
+            return (F.normalize(firsts, dim=-1) * there[..., None]).flatten(1)
+        hidden = self._encode(hidden, real, whose)
+        return torch.cat([_mean(hidden, real & (whose == which)) for which in (IMAGE, TEXT)], dim=1)
+
+    def classify(self, features: Tensor, present: Tensor | None = None) -> Tensor:
+        """Logits [n, outputs], from the head of each record's task."""
+        full = self.heads["full"](features)
+        if len(self.heads) == 1 or present is None:
+            return full
+        alone = torch.where(present[:, IMAGE, None], self.heads["image"](features), self.heads["text"](features))
+        return torch.where(present.all(1)[:, None], full, alone)
+
+    def _text(self, text: Tensor) -> Tensor:
+        if self.below:
+            return text
+        return self.bert.embeddings(text, token_type_ids=torch.full_like(text, self.segments[TEXT]))
+
+    def _encode(self, hidden: Tensor, real: Tensor, whose: Tensor, read: list[int] | None = None) -> Tensor:
+        """Hidden states [n, s, d] through the layers, at the positions ``read``; ``real`` [n, s], ``whose`` [s].
+
+        A token attends to the tokens that are there and, below the fusion layer, of its own modality; and to itself, so
+        that a row of attention is never empty. A missing modality's tokens are attended to by nobody else.
+        """
+        itself = torch.eye(len(whose), dtype=torch.bool, device=hidden.device)
+        together = real[:, None, :] | itself
+        apart = together & (whose[:, None] == whose)
+        layers = list(self.bert.encoder.layer)
+        for i, layer in enumerate(layers[self.below :], self.below):
+            allowed = together if i >= self.fusion else apart
+            queries = hidden
+            if read is not None and layer is layers[-1]:
+                queries, allowed = hidden[:, read], allowed[:, read]
+            hidden = run_layer(layer, queries, hidden, allowed)
+        return hidden if layers[self.below :] or read is None else hidden[:, read]
+
+    def _there(self, present: Tensor | None, n: int, device: torch.device) -> Tensor:
+        """[n, 2]: what is there and looked at."""
+        looked = torch.tensor([name in self.modalities for name in ("image", "text")], device=device)
+        return looked.expand(n, 2) if present is None else present.bool() & looked
+
+    def trained(self, what: str) -> list[nn.Parameter]:
+        """The parameters of a part: "heads", "project", "text" (the layers that are run), "image" or "tables"."""
+        parts: dict[str, list[Any]] = {
+            "heads": [self.heads, *([self.bert.pooler] if self.readout == "cls" else [])],
+            "project": [self.image_embeddings.project],
+            "text": list(self.bert.encoder.layer[self.below :]),
+            "image": [self.image_encoder],
+            "tables": [self.bert.embeddings],
+        }
+        return [p for part in parts[what] for p in part.parameters()]
+
+
+def run_layer(layer: nn.Module, queries: Tensor, hidden: Tensor, allowed: Tensor) -> Tensor:
+    """A BERT layer's output [n, q, d] for the ``queries`` [n, q, d], which are some of ``hidden`` [n, s, d].
+
+    ``allowed`` [n, q, s] says which may attend to which. Where all are queries, this is what the layer computes.
+    """
+    attention = layer.attention.self
+    q, k, v = (
+        each.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+        for each in (attention.query(queries), attention.key(hidden), attention.value(hidden))
+    )
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
+    attended = layer.attention.output(mixed.transpose(1, 2).flatten(2), queries)
+    return layer.output(layer.intermediate(attended), attended)
+
+
+def _mean(hidden: Tensor, chosen: Tensor) -> Tensor:
+    """The mean [n, d] of the chosen positions, of length 1; 0 where none is chosen."""
+    total = (hidden * chosen[..., None]).sum(1)
+    return F.normalize(total, dim=-1) * chosen.any(1, keepdim=True)
+
+
+def _head(kind: str, features: int, outputs: int) -> nn.Module:
+    """A head that starts by knowing nothing: its last layer is zero."""
+    last = nn.Linear(features, outputs)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    if kind == "linear":
+        return last
+    if kind != "mlp":
+        raise ValueError(f'head={kind!r}: "linear" or "mlp"')
+    last = nn.Linear(256, outputs)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(features, 256), nn.ReLU(), last)

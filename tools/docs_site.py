@@ -1,0 +1,95 @@
+"""What mkdocs asks of the repository; called by it (``hooks`` in mkdocs.yml).
+
+Lays the three packages out as the wheel does (in build/docs-sources), so that the reference finds ``dpkit.accountants``
+and ``dpkit.layers``; makes a page of every results file of the benchmarks; leaves pages out of the navigation that are
+not there. `Examples` shows a docstring's doctests as code.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "build" / "docs-sources"
+RESULTS = ROOT / "benchmarks" / "results"
+log = logging.getLogger("mkdocs.plugins.dpkit")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Sources as in the wheel; the navigation as far as its pages exist, with the benchmarks in it."""
+    shutil.rmtree(SOURCES, ignore_errors=True)
+    skip = shutil.ignore_patterns("__pycache__", "*.pyi")
+    shutil.copytree(ROOT / "dpkit", SOURCES / "dpkit", ignore=skip)
+    for package in ("accountants", "layers"):
+        shutil.copytree(ROOT / package, SOURCES / "dpkit" / package, ignore=skip)
+    config.nav = [filled(entry, Path(config.docs_dir)) for entry in config.nav or []]
+    return config
+
+
+def filled(entry: Any, docs: Path) -> Any:
+    """A navigation entry without the pages that are not there."""
+    if not isinstance(entry, dict):
+        return entry
+    [(title, value)] = entry.items()
+    if title == "Benchmarks":
+        return {title: ["benchmarks/README.md", *(f"benchmarks/{path.name}" for path in sorted(RESULTS.glob("*.md")))]}
+    if isinstance(value, list):
+        return {title: [filled(each, docs) for each in value if is_there(each, docs)]}
+    return entry
+
+
+def is_there(entry: Any, docs: Path) -> bool:
+    """Whether the page of a navigation entry exists; said where it does not."""
+    page = next(iter(entry.values())) if isinstance(entry, dict) else entry
+    found = not isinstance(page, str) or (docs / page).exists()
+    if not found:
+        log.info("%s is not there: left out of the navigation", page)
+    return found
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """The benchmarks' README and results, and their pictures, as pages and files below benchmarks/."""
+    for path in [RESULTS.parent / "README.md", *RESULTS.glob("*.md"), *RESULTS.glob("*.png")]:
+        files.append(File.generated(config, f"benchmarks/{path.name}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links into benchmarks/results as they are in the repository lead to the generated pages here."""
+    if page.file.src_uri.startswith("benchmarks/"):
+        return markdown
+    return re.sub(r"\]\(\.\./benchmarks/results/", "](benchmarks/", markdown)
+
+
+class Examples(griffe.Extension):
+    """Doctests anywhere in a docstring become blocks of code."""
+
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Called by griffe for each module, class, function and attribute that it has read."""
+        if obj.docstring is not None:
+            obj.docstring.value = fenced(obj.docstring.value)
+
+
+def fenced(docstring: str) -> str:
+    """The docstring with a fence around each run of lines from ``>>>`` to the next empty one."""
+    lines: list[str] = []
+    inside = False
+    for line in [*docstring.splitlines(), ""]:
+        if not inside and line.lstrip().startswith(">>> "):
+            indent = line[: len(line) - len(line.lstrip())]
+            lines += ["", f"{indent}```pycon"]
+            inside = True
+        elif inside and not line.strip():
+            lines.append(f"{indent}```")
+            inside = False
+        lines.append(line.split("  # doctest:")[0].rstrip() if inside else line)
+    return "\n".join(lines[:-1])
