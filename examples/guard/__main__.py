@@ -13,7 +13,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from . import minilm, page, report, tiny
+from . import large, minilm, page, report, tiny
 
 OUT = Path(__file__).parent / "out"
 
@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--limit", type=int, help="about this many rows of each split: a quick try")
     parser.add_argument("--out", type=Path, default=OUT, help="where the report goes")
-    parser.add_argument("--cache", type=Path, default=OUT / "features", help="where the frozen encoder's outputs are kept")
+    parser.add_argument(
+        "--cache", type=Path, default=OUT / "features", help="where the frozen encoder's outputs are kept"
+    )
     args = parser.parse_args(argv)
     command = "python -m examples.guard " + " ".join(sys.argv[1:] if argv is None else argv)
 
@@ -52,14 +54,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             told=console.print,
         )
         parts, figures = list(report.sections(results, command)), report.kept(results)
-    else:
+    elif args.size == "tiny":
         plan = tiny.Plan()
         plan = replace(plan, tune=replace(plan.tune, **changes), method=args.train or plan.method)
         if args.limit:
             plan = replace(plan, public=args.limit, private=args.limit, test=args.limit)
-        model = args.model or ("135m" if args.size == "135m" else None)
-        results = tiny.study(plan, args.epsilons, seed=args.seeds[0], model=model, told=console.print)
+        results = tiny.study(plan, args.epsilons, seed=args.seeds[0], model=args.model, told=console.print)
         parts, figures = list(tiny.sections(results, command)), results
+    else:
+        large_plan = large.Plan(limit=args.limit, method=args.train or "lora")
+        large_plan = replace(large_plan, tune=replace(large_plan.tune, **changes))
+        results = large.study(
+            large_plan, args.epsilons, seed=args.seeds[0], model=args.model or "135m", told=console.print
+        )
+        parts, figures = list(large.sections(results, command)), results
     title, heads, rows = next(content for kind, content in parts if kind == "table")
     table = Table(*heads, title=title, title_justify="left")
     for row in rows:

@@ -73,7 +73,7 @@ def choose_trained(model: nn.Module, method: str, layers: int = 2, rank: int = 8
             lora_alpha=2 * rank,
             target_modules=["q_proj", "v_proj", "o_proj", "down_proj"],
             layers_to_transform=list(range(max(0, depth - layers), depth)),
-            task_type="CAUSAL_LM",
+            task_type="CAUSAL_LM" if hasattr(model, "lm_head") else None,
         )
         adapted: nn.Module = peft.get_peft_model(model, config)  # type: ignore[arg-type]
         return adapted
@@ -106,8 +106,10 @@ class Reader:
         found: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return found
 
-    def prompt(self, taxonomy: Taxonomy, conversation: Conversation, shots: Shots = ()) -> list[int]:
-        """Tokens up to the answer."""
+    def prompt(
+        self, taxonomy: Taxonomy, conversation: Conversation, shots: Shots = (), most: int | None = None
+    ) -> list[int]:
+        """Tokens up to the answer; at most ``most`` of them after the policy."""
         whole = render(taxonomy, conversation, shots=shots, layout=self.layout)
         head, told = whole.rsplit("\nConversation:\n", 1)
         policy, rest = self._tokens(f"{head}\nConversation:\n"), self._tokens(told)
@@ -115,7 +117,7 @@ class Reader:
         room = self.max_tokens - len(policy) - len(start)
         if room < 16:
             raise SystemExit(f"the policy alone takes {len(policy)} tokens of {self.max_tokens}: raise --max-tokens.")
-        return start + policy + rest[-room:]
+        return start + policy + rest[-min(room, most or room) :]
 
     def record(self, taxonomy: Taxonomy, verdict: Verdict, conversation: Conversation) -> tuple[list[int], list[int]]:
         """Tokens and labels: the answer's tokens are learned, and of "unsafe" without a category only that word."""
@@ -139,7 +141,7 @@ class Reader:
 
 
 class Conversations(torch.utils.data.Dataset[tuple[list[int], list[int]]]):
-    """A record is read under a policy that is drawn anew each time: no copy is made, so the unit stays one conversation."""
+    """A record is read under a policy that is drawn anew each time; no copy is made: a unit is one conversation."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""`--size minilm`: one linear layer on a frozen encoder, trained on prompts and responses, judged on sets it never saw."""
+"""`--size minilm`: one linear layer on a frozen encoder, on prompts and responses, judged on sets it never saw."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dpkit import audit
 
 from . import data
 from .data import Record, Source
-from .encoder import ANY, Encoder, Head, Questions, find_weights, losses, words
+from .encoder import ANY, Encoder, Head, Questions, find_weights, losses
 from .grading import NOT_MLCOMMONS, Grades, System, reference
 from .metrics import judge, one_vs_all, one_vs_benign, threshold_at_fpr
 from .prompt import Conversation
@@ -40,8 +40,8 @@ class Features:
         return self.sources[source].splits[split]
 
 
-def prepare(encoder: Encoder, hashed: int, limit: int | None, told: Callable[[str], None]) -> Features:
-    """Run every text through the encoder once (kept on disk), centred on the texts of the taxonomies, which are public."""
+def prepare(encoder: Encoder, limit: int | None, told: Callable[[str], None]) -> Features:
+    """Run every text through the encoder once (kept on disk), centred on the taxonomies' texts: public ones."""
     sources = {
         "prompts": data.prompts(),
         "responses": data.responses(),
@@ -61,8 +61,7 @@ def prepare(encoder: Encoder, hashed: int, limit: int | None, told: Callable[[st
     for name, source in sources.items():
         for split, rows in source.splits.items():
             told(f"reading {name}, {split}: {len(rows):,} conversations")
-            dense = encoder.features(rows) - centre
-            made.tensors[name, split] = torch.cat([dense, words(rows, hashed)], 1) if hashed else dense
+            made.tensors[name, split] = encoder.features(rows) - centre
     return made
 
 
@@ -72,7 +71,6 @@ def study(
     seeds: Sequence[int] = (0,),
     model: str | None = None,
     recipe: Recipe = RECIPE,
-    hashed: int = 0,
     max_tokens: int = 128,
     limit: int | None = None,
     cache: Path | None = None,
@@ -80,7 +78,7 @@ def study(
 ) -> dict[str, Any]:
     """Train without privacy and for each ε, with each seed; judge; everything that the report shows (first seed)."""
     encoder = Encoder(find_weights(model), max_tokens, cache)
-    features = prepare(encoder, hashed, limit, told)
+    features = prepare(encoder, limit, told)
     asked = Questions(features.sources["prompts"].taxonomy, features.sources["responses"].taxonomy)
     train_rows = features.records("prompts", "train") + features.records("responses", "train")
     inputs = torch.cat([features.tensors["prompts", "train"], features.tensors["responses", "train"]])
@@ -106,7 +104,7 @@ def study(
     most = max(epsilons, default=None)
     return {
         "size": "minilm",
-        "recipe": asdict(recipe) | {"hashed": hashed, "max_tokens": max_tokens, "seeds": list(seeds)},
+        "recipe": asdict(recipe) | {"max_tokens": max_tokens, "seeds": list(seeds)},
         "data": {
             "training rows": len(train_rows),
             "units": len(set(units)),

@@ -1,7 +1,7 @@
 """Pages: a list of parts becomes one HTML page that needs nothing else, a Markdown page and, with the figures, JSON.
 
-A part is a kind and its content: ("h1" | "h2" | "p" | "lead", text), ("table", (title, heads, rows)), ("details", (title,
-text)), ("plots", {title: PNG}).
+A part is a kind and its content: ("h1" | "h2" | "p" | "lead", text), ("table", (title, heads, rows)), ("details",
+(title, text)), ("plots", {title: PNG}).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var
   margin: 2rem auto; padding: 0 1rem } h1 { line-height: 1.2 } h2 { margin-top: 2.4rem }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums } caption { text-align: left;
   color: var(--soft); padding-bottom: .4rem } th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line);
-  text-align: right } th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid var(--line) }
+  text-align: right } th:first-child, td:first-child { text-align: left }
+  thead th { border-bottom: 2px solid var(--line) }
 .wide { overflow-x: auto } img { max-width: 100% } .note { color: var(--soft) } pre { background: var(--card);
   padding: 1rem; white-space: pre-wrap; border-radius: 6px; font-size: .85rem } .lead { border-left: 4px solid
   var(--mark); background: var(--card); padding: .8rem 1rem; border-radius: 0 6px 6px 0 } code { font-size: .9em }

@@ -38,9 +38,9 @@ def sections(results: dict[str, Any], command: str) -> Iterable[Part]:
     data, recipe = results["data"], results["recipe"]
     yield (
         "lead",
-        f"A frozen MiniLM and {data['trained parameters']:,} trained weights, fitted to {data['training rows']:,} labelled "
-        f"prompts and chatbot answers of {data['units']:,} conversations; without privacy, and so that nobody can tell "
-        "whether any one conversation was among them.",
+        f"A frozen MiniLM and {data['trained parameters']:,} trained weights, fitted to {data['training rows']:,} "
+        f"labelled prompts and chatbot answers of {data['units']:,} conversations; without privacy, and so that "
+        "nobody can tell whether any one conversation was among them.",
     )
     yield (
         "p",
@@ -50,11 +50,11 @@ def sections(results: dict[str, Any], command: str) -> Iterable[Part]:
     yield "table", headline_table(results, runs)
     yield (
         "p",
-        "XSTest: 450 prompts in matched style, 44.4% unsafe; nothing of it was trained on. OpenAI moderation: "
-        "its policy is met by mapping its categories by name, with nothing trained for it; rows about minors are left out, so "
-        "that the figures do not compare with published ones (for orientation, on the full set: Llama Guard .847, OpenAI's API .856). "
-        "DiaSafety: answers to prompts of which none was trained on. Hazard: which of 12 an unsafe held-out prompt violates. "
-        "Where several seeds ran: the mean, and in brackets the range.",
+        "XSTest: 450 prompts in matched style, 44.4% unsafe; nothing of it was trained on. OpenAI moderation: its "
+        "policy is met by mapping its categories by name, with nothing trained for it; rows about minors are left "
+        "out, so that the figures do not compare with published ones (for orientation, on the full set: Llama Guard "
+        ".847, OpenAI's API .856). DiaSafety: answers to prompts of which none was trained on. Hazard: which of 12 "
+        "an unsafe held-out prompt violates. Where several seeds ran: the mean, and in brackets the range.",
     )
     yield "plots", plots(results)
     yield "h2", "What is promised"
@@ -63,25 +63,26 @@ def sections(results: dict[str, Any], command: str) -> Iterable[Part]:
             yield "details", (f"{run['name']}: the engine's statement", run["statement"])
     yield (
         "p",
-        f"δ = 1/(10 units) = {data['delta']:.2g}. The unit is a conversation: all answers to one prompt together. Each private "
-        "run is judged by itself; who is given several of them is given the sum of their ε. The seeds are known, so that the "
-        "runs can be repeated: to release a model, give no generators. Thresholds come from the validation splits, which "
-        "are taken to be public. Recipes were found by trials on the validation splits; XSTest and OpenAI moderation were "
-        "looked at, too, while features and the policy's mapping were chosen, which favours those figures a little, "
-        "and is not in ε.",
+        f"δ = 1/(10 units) = {data['delta']:.2g}. The unit is a conversation: all answers to one prompt together. "
+        "Each private run is judged by itself; who is given several of them is given the sum of their ε. The seeds "
+        "are known, so that the runs can be repeated: to release a model, give no generators. Thresholds come from "
+        "the validation splits, which are taken to be public. Recipes were found by trials on the validation "
+        "splits; XSTest and OpenAI moderation were looked at, too, while features and the policy's mapping were "
+        "chosen, which favours those figures a little, and is not in ε.",
     )
     if results.get("audit"):
         found = results["audit"]
         yield (
             "p",
-            f"Audit: {found['canaries']} canaries were planted in one more run at ε = {found['claimed']:.2f}. The attacker who "
-            f"sees the weights proves ε ≥ {found['lower bound']:.2f} (95% confidence): below what is claimed. An audit can refute a "
-            "claim, and never prove one.",
+            f"Audit: {found['canaries']} canaries were planted in one more run at ε = {found['claimed']:.2f}. The "
+            f"attacker who sees the weights proves ε ≥ {found['lower bound']:.2f} (95% confidence): below what is "
+            "claimed. An audit can refute a claim, and never prove one.",
         )
     yield "h2", "By hazard"
     yield (
         "p",
-        "Under privacy the rare hazards suffer first, and an overall number hides it. A guess has the prevalence as AUPRC.",
+        "Under privacy the rare hazards suffer first, and an overall number hides it. A guess has the prevalence "
+        "as AUPRC.",
     )
     for which in next(iter(first.values()))["hazards"]:
         yield "table", hazard_table(results, which)
@@ -93,8 +94,8 @@ def sections(results: dict[str, Any], command: str) -> Iterable[Part]:
     yield "table", grade_table(results)
     yield (
         "p",
-        "The system: the chatbots whose answers DiaSafety labelled (test split), and itself, unguarded, as the reference. A "
-        "guard blocks an answer at the threshold that blocks 5% of safe validation answers.",
+        "The system: the chatbots whose answers DiaSafety labelled (test split), and itself, unguarded, as the "
+        "reference. A guard blocks an answer at the threshold that blocks 5% of safe validation answers.",
     )
     yield "table", obedient_table(results)
     yield "h2", "Hits and misses"

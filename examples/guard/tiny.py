@@ -1,14 +1,14 @@
 """`--size tiny`: grow a small Llama from nothing on the public part, fine-tune it privately on hazards it never saw.
 
-What it shows is not language but the method: a guard that reads its policy, whose policy changes inside the privacy unit,
-and what privacy costs on hazards that are new.
+What it shows is not language but the method: a guard that reads its policy, whose policy changes inside the privacy
+unit, and what privacy costs on hazards that are new.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,8 +33,8 @@ class Plan:
     public: int = 6000
     private: int = 6000
     test: int = 600
-    grow: Recipe = Recipe(epochs=14, batch_size=96, lr=3e-3, optimizer="adam")
-    tune: Recipe = Recipe(epochs=8, batch_size=512, lr=2e-3, optimizer="adam")
+    grow: Recipe = field(default_factory=lambda: Recipe(epochs=14, batch_size=96, lr=3e-3, optimizer="adam"))
+    tune: Recipe = field(default_factory=lambda: Recipe(epochs=8, batch_size=512, lr=2e-3, optimizer="adam"))
     width: int = 64
     layers: int = 2
     method: str = "full"
@@ -102,11 +102,12 @@ def sections(result: dict[str, Any], command: str) -> Iterable[Part]:
     yield "h1", "A guard that reads its policy, grown from nothing and privately fine-tuned"
     yield (
         "lead",
-        f"A Llama of {result['parameters']:,} weights, pre-trained on a public part in which only {', '.join(toy.PUBLIC)} are "
-        f"violated, then tuned on private conversations with {', '.join(toy.PRIVATE)}. A made-up world: it shows the "
-        "method, not language.",
+        f"A Llama of {result['parameters']:,} weights, pre-trained on a public part in which only "
+        f"{', '.join(toy.PUBLIC)} are violated, then tuned on private conversations with {', '.join(toy.PRIVATE)}. "
+        "A made-up world: it shows the method, not language.",
     )
     yield "p", f"Command: `{command}`. AUPRC, and in brackets the prevalence, which a guess reaches."
+    heads = ["run", "ε spent", "whole policy", "half dropped", "unseen taxonomy", "two examples shown", "F1 at 0.5"]
     questions = ("overall", "dropped", "zero-shot", "few-shot")
     rows = [
         [
@@ -117,8 +118,7 @@ def sections(result: dict[str, Any], command: str) -> Iterable[Part]:
         ]
         for name, of in figures.items()
     ]
-    yield "table", ("Judged under the whole policy, and under policies that training never showed",
-                    ("run", "ε spent", "whole policy", "half of it dropped", "unseen taxonomy", "two examples in the prompt", "F1 at 0.5"), rows)  # fmt: skip
+    yield "table", ("Judged under the whole policy, and under policies that training never showed", heads, rows)
     first = next(iter(figures.values()))["hazards"]
     rows = [
         [hazard, "public" if hazard in toy.PUBLIC else "private", f"{first[hazard]['prevalence']:.3f}"]
@@ -152,8 +152,9 @@ def sections(result: dict[str, Any], command: str) -> Iterable[Part]:
     )
     yield (
         "p",
-        "Policies are drawn anew each time a conversation is read (categories dropped, all violated ones dropped, order and "
-        f"codes shuffled). Nothing is copied, so the unit stays one conversation and ε what it is without; δ = {result['delta']:.2g}.",
+        "Policies are drawn anew each time a conversation is read (categories dropped, all violated ones dropped, "
+        "order and codes shuffled). Nothing is copied, so the unit stays one conversation and ε what it is without; "
+        f"δ = {result['delta']:.2g}.",
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("sklearn")
 
-from examples import two_lines  # noqa: E402
+from examples import two_lines
 
 
 def test_two_lines_learns_within_its_budget(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ for needed in ("sklearn", "rich", "matplotlib", "yaml"):
 transformers = pytest.importorskip("transformers")
 
 from examples.guard import __main__ as command  # noqa: E402
-from examples.guard import data, encoder, tiny, toy  # noqa: E402
+from examples.guard import data, encoder, large, tiny, toy, with_trainer  # noqa: E402
 from examples.guard.augment import Augmentation  # noqa: E402
 from examples.guard.data import Record  # noqa: E402
 from examples.guard.language_model import (  # noqa: E402
@@ -327,6 +327,50 @@ def test_the_tiny_size_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for of in results["figures"].values():
         assert set(of["hazards"]) == set(toy.DEEDS)
         assert all(0 <= of[q]["auprc"] <= 1 for q in ("overall", "dropped", "zero-shot", "few-shot"))
+
+
+@pytest.fixture
+def smollm(tmp_path: Path) -> str:
+    """A folder with a random Llama whose words are the commonest of the prompts, as `--model` takes it."""
+    return str(toy.fresh(tmp_path / "model", width=32, layers=3))
+
+
+def test_the_large_size_runs_on_a_folder(smollm: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    options = ["--size", "135m", "--model", smollm, "--limit", "60", "--epochs", "2", "--batch-size", "16"]
+    results = command.main([*options, "--epsilons", "8", "--out", str(tmp_path)])
+    assert list(results["figures"]) == ["zero-shot", "no privacy", "ε = 8"]
+    assert results["runs"][1]["epsilon"] <= 8.0
+    assert 0 < results["parameters"]["trained"] < results["parameters"]["all"]
+    assert "one record" in (tmp_path / "guard_135m.md").read_text(encoding="utf-8")
+
+
+def test_the_split_model_is_the_whole_one(smollm: str) -> None:
+    """Frozen layers once for the policy and once for each message, then the top: what the whole model says."""
+    model, tokenizer = load(smollm)
+    reader = Reader(tokenizer, SHORT, 160)
+    rows = [reader.prompt(toy.taxonomy(), r.conversation) for r in toy.conversations(6, toy.PRIVATE, 0)]
+    p = large._shared(rows)
+    assert p > 20
+    plan = large.Plan(method="last", layers=2)
+    lower = large.Lower(model, 2)
+    lower.base.float()
+    policy, hidden = lower(rows[0][:p], [row[p:] for row in rows], lambda _: None)
+    top = large.Top(model, plan, policy, reader)
+    found = large.probabilities(top, (hidden, torch.tensor([len(row) - p for row in rows])))
+    for row, one in zip(rows, found, strict=True):
+        whole = score(model(input_ids=torch.tensor([row])).logits[:, -1], reader.safe, reader.unsafe)[0]
+        torch.testing.assert_close(one, whole, atol=1e-2, rtol=0)  # kept in bfloat16
+
+
+def test_through_the_trainer(smollm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("peft")
+    options = ["--limit", "40", "--batch-size", "16", "--physical-batch-size", "8", "--short", "--max-tokens", "160"]
+    found = with_trainer.main(["--model", smollm, "--epsilon", "8", *options, "--out", str(tmp_path / "trained")])
+    assert 0 < found["epsilon"] <= 8.0
+    assert "differentially private" in capsys.readouterr().out
+    assert list((tmp_path / "trained").glob("adapter_model*"))
 
 
 # ------------------------------------------------------------------------------------------------ the real thing
