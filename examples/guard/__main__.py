@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--limit", type=int, help="about this many rows of each split: a quick try")
+    parser.add_argument("--resamples", type=int, default=500, help="of the bootstrap (minilm)")
     parser.add_argument("--out", type=Path, default=OUT, help="where the report goes")
     parser.add_argument(
         "--cache", type=Path, default=OUT / "features", help="where the frozen encoder's outputs are kept"
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             recipe=replace(minilm.RECIPE, **changes),
             limit=args.limit,
             cache=args.cache,
+            resamples=args.resamples,
             told=console.print,
         )
         parts, figures = list(report.sections(results, command)), report.kept(results)

@@ -72,7 +72,7 @@ def choose_trained(model: nn.Module, method: str, layers: int = 2, rank: int = 8
             r=rank,
             lora_alpha=2 * rank,
             target_modules=["q_proj", "v_proj", "o_proj", "down_proj"],
-            layers_to_transform=list(range(max(0, depth - layers), depth)),
+            layers_to_transform=None if layers >= depth else list(range(depth - layers, depth)),
             task_type="CAUSAL_LM" if hasattr(model, "lm_head") else None,
         )
         adapted: nn.Module = peft.get_peft_model(model, config)  # type: ignore[arg-type]
@@ -136,7 +136,7 @@ class Reader:
         for k, (ids, learned) in enumerate(rows):
             if ids:
                 tokens[k, -len(ids) :], mask[k, -len(ids) :] = torch.tensor(ids), 1
-                labels[k, -len(ids) :] = torch.tensor(learned)
+                labels[k, -len(ids) :] = torch.tensor(learned or [IGNORE])
         return tokens, mask, labels
 
 

@@ -8,6 +8,7 @@ words that it is read off from, as in Llama Guard 3 1B, whose output layer is cu
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -55,8 +56,11 @@ class Lower(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The policy's hidden states [p, d], and the messages' [n, t, d], padded on the right."""
         first = self.base(input_ids=torch.tensor([policy]), use_cache=True)
+        given = inspect.signature(self.base.forward).parameters
+        name = "cache" if "cache" in given else "past_key_values"  # renamed in transformers 5
         width = max(map(len, messages))
-        hidden = torch.zeros(len(messages), width, first.last_hidden_state.shape[-1], dtype=torch.bfloat16)
+        known = first.last_hidden_state
+        hidden = torch.zeros(len(messages), width, known.shape[-1], dtype=known.dtype)
         chunks = torch.tensor([len(m) for m in messages]).argsort().split(32)
         for k, chunk in enumerate(chunks):
             t = max(len(messages[i]) for i in chunk)
@@ -64,11 +68,11 @@ class Lower(nn.Module):
             cache = copy.deepcopy(first.past_key_values)
             cache.batch_repeat_interleave(len(chunk))
             mask = torch.ones(len(chunk), len(policy) + t, dtype=torch.long)  # causal: what is padded comes later
-            found = self.base(input_ids=tokens, past_key_values=cache, attention_mask=mask, use_cache=True)
+            found = self.base(input_ids=tokens, attention_mask=mask, use_cache=True, **{name: cache})
             hidden[chunk, :t] = found.last_hidden_state
             if k % 20 == 0:
                 told(f"  frozen layers: {k + 1} of {len(chunks)} batches")
-        return first.last_hidden_state[0], hidden
+        return known[0], hidden
 
 
 class Top(nn.Module):

@@ -74,6 +74,7 @@ def study(
     max_tokens: int = 128,
     limit: int | None = None,
     cache: Path | None = None,
+    resamples: int = 500,
     told: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train without privacy and for each ε, with each seed; judge; everything that the report shows (first seed)."""
@@ -100,7 +101,7 @@ def study(
             told(f"seed {seed}, {run.name}: " + ", ".join(f"{n} {v:.3f}" for n, v in by_seed[run.name][-1].items()))
             if seed == seeds[0]:
                 runs.append(run)
-                judged[run.name] = judgement(asked, features, logits)
+                judged[run.name] = judgement(asked, features, logits, resamples)
     most = max(epsilons, default=None)
     return {
         "size": "minilm",
@@ -147,7 +148,9 @@ def headlines(asked: Questions, features: Features, logits: dict[tuple[str, str]
     return figures
 
 
-def judgement(asked: Questions, features: Features, logits: dict[tuple[str, str], Tensor]) -> dict[str, Any]:
+def judgement(
+    asked: Questions, features: Features, logits: dict[tuple[str, str], Tensor], resamples: int
+) -> dict[str, Any]:
     """One run's tables: binary, by category, by kind of prompt, grades, and examples."""
     moderation = features.sources["openai"].taxonomy
     any_prompt, any_answer = asked.column("User", ANY), asked.column("Agent", ANY)
@@ -164,7 +167,10 @@ def judgement(asked: Questions, features: Features, logits: dict[tuple[str, str]
     cut = {s: threshold_at_fpr(unsafe(s, "val"), p(s, "val"), FPR) for s in ("prompts", "responses")}
     cut |= {"xstest": cut["prompts"], "openai": cut["prompts"]}
     binary = {
-        name: {"at 0.5": asdict(judge(unsafe(s), p(s))), "at 5% FPR on val": asdict(judge(unsafe(s), p(s), cut[s]))}
+        name: {
+            "at 0.5": asdict(judge(unsafe(s), p(s), 0.5, resamples)),
+            "at 5% FPR on val": asdict(judge(unsafe(s), p(s), cut[s], resamples)),
+        }
         for s, name in (
             ("xstest", "XSTest"),
             ("openai", "OpenAI moderation"),
@@ -176,7 +182,7 @@ def judgement(asked: Questions, features: Features, logits: dict[tuple[str, str]
     def by_category(source: str, names: Sequence[str], found: Tensor) -> dict[str, dict[str, Any]]:
         rows = features.records(source, "test")
         violated = [[name in r.violates for name in names] for r in rows]
-        everything = one_vs_all(violated, found, names, resamples=200)
+        everything = one_vs_all(violated, found, names, resamples=2 * resamples // 5)
         benign = one_vs_benign(violated, found, names, [not r.unsafe for r in rows], resamples=0)
         return {
             name: {"one-vs-all": asdict(everything[name]), "one-vs-benign": asdict(benign[name])}

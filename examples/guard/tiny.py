@@ -31,10 +31,10 @@ class Plan:
     """How much of everything."""
 
     public: int = 6000
-    private: int = 6000
-    test: int = 600
-    grow: Recipe = field(default_factory=lambda: Recipe(epochs=14, batch_size=96, lr=3e-3, optimizer="adam"))
-    tune: Recipe = field(default_factory=lambda: Recipe(epochs=8, batch_size=512, lr=2e-3, optimizer="adam"))
+    private: int = 3000
+    test: int = 400
+    grow: Recipe = field(default_factory=lambda: Recipe(epochs=10, batch_size=96, lr=3e-3, optimizer="adam"))
+    tune: Recipe = field(default_factory=lambda: Recipe(epochs=3, batch_size=256, lr=3e-3, optimizer="adam"))
     width: int = 64
     layers: int = 2
     method: str = "full"

@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
             seed=args.seed,
         ),
         train_dataset=dataset,

@@ -37,6 +37,8 @@ from examples.guard.prompt import SHORT, Conversation, Verdict, score  # noqa: E
 from examples.guard.taxonomy import built_in  # noqa: E402
 from examples.guard.train import Privacy, Recipe, seeds_of, train  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
+
 # ------------------------------------------------------------------------------------------------------- the data
 
 
@@ -150,7 +152,21 @@ def test_another_policy_is_met_by_names() -> None:
 @pytest.fixture(scope="module")
 def small(bert: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("out")
-    options = ["--model", bert, "--limit", "600", "--epochs", "6", "--batch-size", "128", "--epsilons", "8", "3"]
+    options = [
+        "--model",
+        bert,
+        "--limit",
+        "400",
+        "--epochs",
+        "6",
+        "--batch-size",
+        "128",
+        "--epsilons",
+        "8",
+        "3",
+        "--resamples",
+        "10",
+    ]
     return command.main([*options, "--out", str(out), "--cache", str(out / "kept")]), out
 
 
@@ -241,7 +257,6 @@ def test_a_records_loss_is_its_answers_and_its_own(guard: tuple[Any, Reader]) ->
         by_hand = torch.nn.functional.cross_entropy(logits[answered], wanted[1:][answered])
         torch.testing.assert_close(together[k], by_hand, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(losses(model, *reader.collate([rows[k]]))[0], together[k], atol=1e-5, rtol=1e-4)
-    assert losses(model, *reader.collate([])).shape == (0,)
 
 
 def test_scores_are_read_at_the_first_answer_token(guard: tuple[Any, Reader]) -> None:
@@ -349,7 +364,7 @@ def test_the_split_model_is_the_whole_one(smollm: str) -> None:
     """Frozen layers once for the policy and once for each message, then the top: what the whole model says."""
     model, tokenizer = load(smollm)
     reader = Reader(tokenizer, SHORT, 160)
-    rows = [reader.prompt(toy.taxonomy(), r.conversation) for r in toy.conversations(6, toy.PRIVATE, 0)]
+    rows = [reader.prompt(toy.taxonomy(), r.conversation) for r in toy.conversations(6, toy.PRIVATE, 0, answers=False)]
     p = large._shared(rows)
     assert p > 20
     plan = large.Plan(method="last", layers=2)
