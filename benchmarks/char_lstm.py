@@ -1,6 +1,6 @@
 """Opacus's character-level LSTM example with dpkit: accuracy with and without privacy, and ε by four judges.
 
-    python -m benchmarks.char_lstm        # some 10 minutes; writes results/char_lstm.json and results/char_lstm.md
+    python -m benchmarks.char_lstm        # some 10 minutes (50 epochs); writes results/char_lstm.json and results/char_lstm.md
 
 The settings are those of Opacus's examples/char-lstm_README.md. Its names (a zip of another project) are not ours to
 ship, so the data are other surnames, and accuracies do not compare; ε does, and so does what privacy costs.

@@ -150,7 +150,7 @@ ABOUT = """\
 a 95% interval for the choice of test images). Opacus's published accuracies are means of 10 runs, tested on all 10,000;
 its published ε are those of its accountant of that time. All ε in a row are of one and the same run (σ, q, steps): the
 lower, the tighter the accounting. dpkit's is an upper bound; the truth is between it and the lower bound beside it.
-"Opacus today" is one run with the release that is installed, same settings, same test images.
+Accuracies "today" are one run with the Opacus that is installed, same settings, same test images, where there was one.
 """
 
 
@@ -184,15 +184,21 @@ def main() -> None:
     """Runs the settings and writes results/mnist.json and results/mnist.md, anew after each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
+    parser.add_argument(
+        "--only", type=int, metavar="EPOCHS", help="the setting of so many epochs alone, into the results"
+    )
     parser.add_argument("--opacus", action="store_true", help="run Opacus on the first private setting, nothing else")
     args = parser.parse_args()
     torch.set_num_threads(1)
     about = conditions("benchmarks.mnist")
-    if args.opacus:
+    if args.opacus or args.only:
+        [new] = [run(s, args.seed) for s in SETTINGS if s.epochs == args.only] or [None]
+        today = opacus_today(SETTINGS[1], args.seed) if args.opacus else None
         held = json.loads((RESULTS / "mnist.json").read_text(encoding="utf-8"))["conditions"]
-        rows = stored()
-        k = next(k for k, row in enumerate(rows) if row.setting.sigma is not None)
-        rows[k] = dataclasses.replace(rows[k], opacus_today=opacus_today(rows[k].setting, args.seed))
+        rows = [row for row in stored() if new is None or row.setting != new.setting] + ([] if new is None else [new])
+        rows.sort(key=lambda row: SETTINGS.index(row.setting))
+        if today is not None:
+            rows[1] = dataclasses.replace(rows[1], opacus_today=today)
         about = {**held, "command": f"{held['command']}; {about['command']}"}
         write("mnist", about, rows, markdown(about, rows))
         return

@@ -259,6 +259,8 @@ class PrivacyEngine:
             limit = partial(self._step.tape.methods.most_records, room)
         self._loader = PrivateDataLoader(data_loader, sampling, units, self._step, limit, ranks)
         self._target_delta, self._spending.budget = target_delta, budget
+        if target_epsilon is not None and target_delta is not None:
+            self._spending.target = float(target_epsilon), float(target_delta)
         self._mark = self._spending.released
         self._spending.about = {"sampling": sampling.name, "target_delta": target_delta}
         if ranks.size > 1:
@@ -400,6 +402,11 @@ class PrivacyEngine:
     def budget_spent(self) -> bool:
         """Whether another step would exceed ``max_epsilon``: the private loader then serves nothing more."""
         return not self._attached().admits()
+
+    @property
+    def releases(self) -> int:
+        """How many steps the run has released, those that it made before a checkpoint was loaded included."""
+        return self._spending.released
 
     @property
     def completed_passes(self) -> int:

@@ -182,6 +182,7 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
             again = (run.recorded(probe.cut(arguments, dims, n, n), n)[0] for _ in range(32))  # most chances are slim
             if not (by_chance and any(_differ(full, other) for other in again)):
                 probe.refuse_coupling(tape.path(module), difference)
+        if by_chance:
             tape.model.eval()  # random by design: judge it without chance
             full, seen_full = run.recorded(probe.cut(arguments, dims, n, n), n)
             part, seen_part = run.recorded(probe.cut(arguments, dims, n, m), m)
@@ -249,7 +250,7 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
         plain = run.plain(arguments)
     tape.methods.activations = max(tape.methods.activations, kept.bytes / n)
     theirs = losses(plain)
-    if theirs is None:
+    if theirs is None or not trainable:
         return
     trial = Batch(n)
     router = Live(tape, plan, trial, n)

@@ -107,14 +107,14 @@ def checked(loader: DataLoader[Any], ranks: Ranks | None = None) -> DataLoader[A
             "records of a stream cannot be drawn independently, so no sampling rate is true.",
             "use a map-style dataset (__getitem__ and __len__).",
         )
-    batches, size = loader.batch_sampler, loader.batch_size
-    if type(batches) is not BatchSampler or size is None:
+    batches = loader.batch_sampler
+    if type(batches) is not BatchSampler:
         _refuse(
             f"the loader batches by {type(batches).__name__}",
             "batches composed by the user's own rule have no known sampling rate.",
             "build the DataLoader with batch_size=..., and let the engine draw.",
         )
-    sampler = loader.sampler
+    sampler: Any = batches.sampler
     records = len(loader.dataset)  # type: ignore[arg-type]
     plain = type(sampler) is SequentialSampler or (
         type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == records
@@ -141,9 +141,9 @@ def checked(loader: DataLoader[Any], ranks: Ranks | None = None) -> DataLoader[A
 def sampling_of(loader: DataLoader[Any], units: UnitIndex, ranks: Ranks | None = None, *, poisson: bool) -> Sampling:
     """How often each unit is drawn: the loader's batch size counts units, of all ranks together; with a
     DistributedSampler, of each rank."""
-    size, many = loader.batch_size, "records" if units.records else "units"
-    assert size is not None
-    if isinstance(loader.sampler, DistributedSampler):
+    batches: Any = loader.batch_sampler
+    size, many = batches.batch_size, "records" if units.records else "units"
+    if isinstance(batches.sampler, DistributedSampler):
         size *= 1 if ranks is None else ranks.size
         if not poisson:
             _refuse(
@@ -163,15 +163,14 @@ def sampling_of(loader: DataLoader[Any], units: UnitIndex, ranks: Ranks | None =
             "no sampling rate gives that expected batch size.",
             f"use batch_size <= {units.count}.",
         )
-    steps = units.count // size if loader.drop_last else math.ceil(units.count / size)
+    steps = units.count // size if batches.drop_last else math.ceil(units.count / size)
     if poisson:
         return PoissonSampling(units.count, float(size), steps)
-    batches: Any = loader.batch_sampler
     if not units.records:
         order: Any = range(units.count)
-        shuffled = isinstance(loader.sampler, RandomSampler)
+        shuffled = isinstance(batches.sampler, RandomSampler)
         sampler = RandomSampler(order, generator=loader.generator) if shuffled else SequentialSampler(order)
-        batches = BatchSampler(sampler, size, loader.drop_last)
+        batches = BatchSampler(sampler, size, batches.drop_last)
     return FixedBatches(batches, float(size), steps)
 
 

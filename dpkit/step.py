@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from dpkit.accountants import Event, Gaussian
 
+from . import checks
 from .clipping import Clipping, HistogramClipping, NormHistogram, learns, noises_of
 from .correlated import Correlated
 from .errors import CheckpointError, ConfigurationError, DoubleUseError, UncoveredParameterError, UnfinishedStepError
@@ -23,6 +24,7 @@ from .fingerprint import Fingerprint
 from .forms import joined
 from .loader import Draw
 from .noise import Source
+from .optional import register_optional
 from .paced import Paced
 from .proof import prove, refuse_coupled_losses
 from .ranks import Ranks
@@ -140,6 +142,9 @@ class PrivateStep:
 
     def hand_out(self, draw: Draw) -> None:
         """A physical batch goes to the user."""
+        known = self.tape.parameters()
+        if any(p not in known for p in self._parameters()):
+            self._look_anew()
         if self._sum is None:
             self._sum = self._begin_sum()
         for p in self._parameters():
@@ -152,6 +157,13 @@ class PrivateStep:
             self.tape.open(draw.n, placeholders(list(self._trainable())))
         if draw.last and draw.n and self.noise_multiplier > 0 and self.ranks.first and self.shards is None:
             self.noise.prepare([p for p in self._parameters() if p.requires_grad])
+
+    def _look_anew(self) -> None:
+        """The optimizer has got parameters that were not there before: of new modules (adapters), or of no module."""
+        register_optional(self.model)
+        checks.validate_model(self.model)
+        self.tape.renew()
+        self._trainable()
 
     def _begin_sum(self) -> ClippedSum:
         if isinstance(self.noise, Correlated) and self.noise_multiplier != self._given["noise_multiplier"]:

@@ -106,8 +106,13 @@ class Tape:
         self._anchors: dict[torch.device, Tensor] = {}
         self._handles: list[Any] = []
         self._watches: list[Any] = []
-        self._watched = checks.with_problems_in_training(model)
-        for path, module in model.named_modules():
+        self._watched: list[tuple[str, nn.Module]] = []
+        self._attach()
+        _tapes[model] = weakref.ref(self)
+
+    def _attach(self) -> None:
+        self._watched = checks.with_problems_in_training(self.model)
+        for path, module in self.model.named_modules():
             self._paths[module] = path or type(module).__name__
             own = [(name, p) for name, p in module._parameters.items() if p is not None]
             for name, p in own:
@@ -119,7 +124,16 @@ class Tape:
                     module.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True),
                     module.register_forward_hook(_Hook(self._leave), prepend=True, with_kwargs=True, always_call=True),
                 ]
-        _tapes[model] = weakref.ref(self)
+
+    def renew(self) -> None:
+        """Look at the model anew, between two batches: it has got other modules (adapters)."""
+        for handle in self._handles:
+            handle.remove()
+        for known in (self._handles, self.names, self._paths, self.rules, self.owners, self.apiece, self._plans):
+            known.clear()
+        self.proven.clear()
+        self.latest = None
+        self._attach()
 
     # ---- names for errors
 

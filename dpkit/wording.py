@@ -40,10 +40,8 @@ def rows(said: Mapping[str, Any], events: Events) -> Iterator[tuple[str, str]]:
     yield "δ", rounding.up(told["delta"], 6)
     yield from meaning(said["strength"])
     yield "Mechanism", f"noisy sums of clipped gradients; {counted['releases']} releases, by {how['sampling']}"
-    for event, count in events:
-        yield "Accounted", f"{count} × {event_words(event)}"
-    if not events:
-        yield "Accounted", "nothing yet"
+    for words in counted_words(events):
+        yield "Accounted", words
     yield "Clipping", f"{how['clipping']}, to C (now {how['max_grad_norm']:.4g})"
     yield "Noise", how["noise"]
     yield "Expected batch size", f"{how['expected_batch_size']:g}"
@@ -63,13 +61,41 @@ def meaning(strength: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"Membership test, TPR at {100.0 * pair['fpr']:g}% FPR", f"at most {bound} ({guess} is guessing)"
 
 
+def counted_words(events: Events, most: int = 8) -> Iterator[str]:
+    """What was counted, in at most so many lines: a long schedule of σ by its range (JSON has it step by step)."""
+    if not events:
+        yield "nothing yet"
+    if len(events) <= most:
+        yield from (f"{count} × {event_words(event)}" for event, count in events)
+        return
+    groups: dict[str, list[tuple[float, int]]] = {}
+    for event, count in events:
+        sigma, others = _noise_of(event)
+        groups.setdefault(others, []).append((sigma, count))
+    for others, members in list(groups.items())[:most]:
+        low, high = min(sigma for sigma, _ in members), max(sigma for sigma, _ in members)
+        noise = f"σ from {low:.6g} to {high:.6g}" if low < high else f"σ = {low:.6g}"
+        yield f"{sum(count for _, count in members)} × " + (
+            others if low < 0.0 else f"Gaussian noise, {noise}, {others}"
+        )
+    if len(groups) > most:
+        rest = sum(count for members in list(groups.values())[most:] for _, count in members)
+        yield f"{rest} more, of {len(groups) - most} other kinds"
+
+
 def event_words(event: Event) -> str:
-    """What was counted, in words."""
+    """One event, in words."""
+    sigma, others = _noise_of(event)
+    return f"Gaussian noise, σ = {sigma:.6g}, {others}" if sigma >= 0.0 else others
+
+
+def _noise_of(event: Event) -> tuple[float, str]:
+    """(σ, the rest in words); σ is −1 where the event is no Gaussian step."""
     if isinstance(event, PoissonSampled) and isinstance(event.event, Gaussian):
-        return f"Gaussian noise, σ = {event.event.noise_multiplier:.6g}, q = {event.sample_rate:.6g}"
+        return event.event.noise_multiplier, f"q = {event.sample_rate:.6g}"
     if isinstance(event, Gaussian):
-        return f"Gaussian noise, σ = {event.noise_multiplier:.6g}, everybody taking part (q = 1)"
-    return repr(event)
+        return event.noise_multiplier, "everybody taking part (q = 1)"
+    return -1.0, repr(event)
 
 
 def _lists(said: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:

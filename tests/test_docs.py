@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import dpkit
+from dpkit.__main__ import main
+from tests.lives import begin
 
 ROOT = Path(__file__).resolve().parent.parent
 ELSEWHERE = {"custom_layers.md", "long_runs.md"}  # tests/test_testing.py, and below
+
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+"""For pages of scripts that run under torchrun: one process."""
 
 
 def blocks(page: str) -> list[str]:
@@ -37,6 +43,8 @@ def test_pages_are_found() -> None:
 def test_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From top to bottom, in one namespace, from an empty folder; the line numbers are the page's."""
     monkeypatch.chdir(tmp_path)
+    for name, value in ALONE.items():
+        monkeypatch.setenv(name, value)
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     if "import opacus" in text:
         pytest.importorskip("opacus")
@@ -45,6 +53,8 @@ def test_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for found in re.finditer(r"```python\n(.*?)```", text, re.S):
         before = text[: found.start(1)].count("\n")
         exec(compile("\n" * before + found[1], page, "exec"), names)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class People(Dataset[dict[str, Any]]):
@@ -113,3 +123,31 @@ def test_long_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert again["step"] >= 30
     assert sum(n for _, n in again["engine"].accountant.ledger) == 40
     assert again["engine"].get_epsilon() <= 3.0
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command of docs/command_line.md, and what it answers where the page shows that."""
+    pytest.importorskip("matplotlib")
+    life = begin(ledger=tmp_path / "run.ledger")
+    life.train(lambda life: life.steps == 2)
+    life.save(tmp_path / "run.checkpoint")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+    commands = "".join(re.findall(r"```console\n(.*?)```", page, re.S)).split("$ ")[1:]
+    assert len(commands) == 10
+    for shown in commands:
+        command, _, expected = shown.partition("\n")
+        code = main(shlex.split(command)[1:])
+        out, err = capsys.readouterr()
+        assert code == (2 if expected.startswith("error") else 0), command
+        if expected:
+            assert parts(out + err) == pytest.approx(parts(expected), rel=2e-3), command
+            assert re.sub(NUMBER, "#", out + err) == re.sub(NUMBER, "#", expected)
+
+
+NUMBER = r"\d+(?:\.\d+)?(?:e-?\d+)?"
+
+
+def parts(text: str) -> list[float]:
+    """The numbers in a text."""
+    return [float(number) for number in re.findall(NUMBER, text)]

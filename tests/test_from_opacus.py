@@ -16,6 +16,7 @@ import pytest
 
 import dpkit
 import dpkit.accountants
+import dpkit.integrations
 import dpkit.layers
 import dpkit.testing
 

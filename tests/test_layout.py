@@ -104,18 +104,23 @@ def test_dpkit_needs_torch_only(path: Path) -> None:
     statistics = {"numpy", "scipy", "matplotlib"} if name(path).startswith("dpkit.audit.") else set()
     statistics |= {"numpy"} if path.name in ("normals.py", "forms.py") else set()
     drawn = {"hypothesis"} if name(path) == "dpkit.testing.strategies" else set()
-    assert tops(path) - STANDARD <= {"torch", "dpkit", "transformers"} | secure | statistics | drawn
+    joined = {
+        "dpkit.integrations.lightning": {"pytorch_lightning"},
+        "dpkit.integrations.transformers": {"transformers"},
+    }
+    own = joined.get(name(path), set())
+    assert tops(path) - STANDARD <= {"torch", "dpkit", "transformers"} | secure | statistics | drawn | own
     leaves = {m for m in imports(path) if m.startswith(("dpkit.accountants", "dpkit.layers"))}
     assert leaves <= {"dpkit.accountants", "dpkit.layers"}
     top_level = ast.parse(path.read_text(encoding="utf-8")).body
-    for lazy in {"transformers", "cryptography", "matplotlib"} & tops(path):
+    for lazy in ({"transformers", "cryptography", "matplotlib"} & tops(path)) - own:
         assert not [n for n in top_level if isinstance(n, ast.ImportFrom) and n.module and lazy in n.module]
 
 
 def test_imports_run_downwards() -> None:
     """No cycle among dpkit's files; errors, trees and records at the bottom, forms above them, the engine on top.
 
-    Audits and tests look at it from outside.
+    Audits, tests and integrations look at it from outside.
     """
     modules = {name(p) for p in files("dpkit")} - {"dpkit"}
     graph = {name(p): imports(p) & modules for p in files("dpkit") if p.name != "__init__.py"}
@@ -124,7 +129,7 @@ def test_imports_run_downwards() -> None:
     assert graph["dpkit.forms"] <= {"dpkit.errors", "dpkit.trees", "dpkit.records"}
     assert {"dpkit.step", "dpkit.sampling", "dpkit.noise", "dpkit.clipping"} <= graph["dpkit.engine"]
     assert {"dpkit.tape", "dpkit.sums", "dpkit.spending"} <= graph["dpkit.step"]
-    outside = ("dpkit.audit.", "dpkit.testing.")
+    outside = ("dpkit.audit.", "dpkit.testing.", "dpkit.integrations.")
     assert not [user for user, used in graph.items() if "dpkit.engine" in used and not user.startswith(outside)]
     assert not [
         low for low, used in graph.items() if not low.startswith(outside) and any(u.startswith(outside) for u in used)

@@ -90,6 +90,21 @@ def test_the_numbers_are_the_accountants() -> None:
     assert "adding or removing one record" in said.neighbours
 
 
+def test_a_long_schedule_is_told_in_a_few_lines() -> None:
+    """By its range, and the number of its steps; JSON has every one."""
+    steps = [(PoissonSampled(0.5, Gaussian(1.0 + k / 100)), k + 1) for k in range(40)]
+    said = replace(trained(), events=(*steps, (Gaussian(3.0), 2), (ApproximateDP(0.5, 1e-7), 7)))
+    for text in (str(said), said.markdown()):
+        assert text.count("Accounted") == 3
+        assert "820 × Gaussian noise, σ from 1 to 1.39, q = 0.5" in text
+        assert "2 × Gaussian noise, σ = 3, everybody taking part" in text
+        assert "7 × ApproximateDP" in text
+    assert len(said.to_dict()["accounting"]["events"]) == 42
+    several = replace(said, events=tuple((ApproximateDP(k / 100, 0.0), 2) for k in range(12)))
+    assert str(several).count("Accounted") == 9
+    assert "8 more, of 4 other kinds" in str(several)
+
+
 def test_the_looser_accountant_is_bounded_from_below_too() -> None:
     said = trained(accountant="rdp")
     assert said.accountant == "RDPAccountant"

@@ -96,12 +96,13 @@ def train_plainly(
     batch_size: int,
     lr: Callable[[int], float],
     collate: Callable[[Any], Any] | None = None,
+    generator: torch.Generator | None = None,
     **options: Any,
 ) -> dpkit.PrivacyEngine:
     """The plain loop over logical batches with SGD, whose draws are seeded by 3; ``lr(k)`` for step k."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr(0))
     engine = dpkit.PrivacyEngine()
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(3) if generator is None else generator
     loader: Any = DataLoader(data, batch_size=batch_size, collate_fn=collate, generator=generator)  # type: ignore[arg-type]
     _, _, private = engine.make_private(model, optimizer, loader, **options)
     model.train()
