@@ -7,11 +7,15 @@ PY     := $(BIN)/python
 # Idle OpenMP threads sleep instead of spinning: on a shared machine two torch processes slow each other down fivefold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo multimodal test test-slow fuzz stress lint typecheck docs bench bench-full audit clean
+.PHONY: demo guard multimodal test test-slow fuzz stress lint typecheck docs bench bench-full audit clean
 
 demo: $(VENV)/.ready $(VENV)/.weights ## the two-line example, then the guard on real prompts
 	$(PY) examples/two_lines.py
-	$(PY) -m examples.guard_minilm
+	$(PY) -m examples.guard
+
+SIZE ?= minilm
+guard: $(VENV)/.ready $(VENV)/.weights ## the guard's report in benchmarks/results; SIZE=minilm, tiny or 135m
+	$(PY) -m examples.guard --size $(SIZE) --out benchmarks/results $(ARGS)
 
 multimodal: $(VENV)/.ready $(VENV)/.weights ## image and text together: trains, then writes a page with what came out
 	$(PY) -m examples.multimodal
