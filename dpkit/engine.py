@@ -453,7 +453,7 @@ class PrivacyEngine:
             records: n; by default the length of the batch's first tensor.
 
         Raises:
-            ConfigurationError: n is not known, or losses of another shape.
+            ConfigurationError: n is not known, losses of another shape, or a sharded model.
             UnfinishedStepError: a batch of the private loader is in hand.
         """
         step = self._attached()

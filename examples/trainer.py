@@ -2,8 +2,8 @@
 
     python examples/trainer.py
 
-A small vision transformer from nothing, so that nothing has to be downloaded; the two added lines are marked. One image is
-one record.
+A small vision transformer is trained from nothing, so that nothing has to be downloaded; the two added lines are
+marked. One image is one record.
 """
 
 from __future__ import annotations
