@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import dpkit
+from tests import training
 from tests.training import data, mlp, squared_loss, weights
 
 SCENARIOS: dict[str, Callable[[Path], Any]] = {}
@@ -102,13 +103,13 @@ def refusal(call: Callable[[], Any]) -> str:
 
 
 def _of_its_own(seed: int) -> nn.Module:
-    return mlp(seed=dist.get_rank())
+    return training.mlp(seed=dist.get_rank())
 
 
 @scenario
 def equal(folder: Path) -> Any:
     """Every setting, with initial weights that differ until the engine makes them the same."""
-    with mock.patch("tests.ranked.mlp", _of_its_own):
+    with mock.patch(f"{__name__}.mlp", _of_its_own):
         return {name: trained(name) for name in SETTINGS}
 
 
