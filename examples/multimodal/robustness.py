@@ -32,17 +32,17 @@ SMALL_PRIVATE = Recipe(
 DROPOUT = 0.5
 
 
-def on_missing(setup: Setup, results: Results, layers: Sequence[int] = (0, LAYERS)) -> None:
-    """Curves over the available share, for redundant modalities (emoji groups) and for confounders (the mix)."""
-    for rows, epochs in ((data.groups(setup.limit), 6), (_memes(setup), 2)):
-        records = prepare_small(rows, setup.images, setup.bert(), setup.tokenizer, 16)
-        for dropout in (0.0, DROPOUT):
-            for layer in layers:
-                recipe = setup.shortened(SMALL.but(epochs=epochs, dropout=dropout))
-                _curves(setup, results, rows, records, recipe, layer)
-        recipe = setup.shortened(SMALL.but(epochs=epochs, dropout=DROPOUT, tasks=True))
-        _curves(setup, results, rows, records, recipe, layers[0])
-    _dropout_goals(results)
+def on_missing(setup: Setup, results: Results, name: str, layers: Sequence[int] = (0, LAYERS)) -> None:
+    """Curves over the available share, for redundant modalities ("groups") or for confounders ("mix")."""
+    rows, epochs = (data.groups(setup.limit), 6) if name == "groups" else (_memes(setup), 2)
+    records = prepare_small(rows, setup.images, setup.bert(), setup.tokenizer, 16)
+    for dropout in (0.0, DROPOUT):
+        for layer in layers:
+            recipe = setup.shortened(SMALL.but(epochs=epochs, dropout=dropout))
+            _curves(setup, results, rows, records, recipe, layer)
+    recipe = setup.shortened(SMALL.but(epochs=epochs, dropout=DROPOUT, tasks=True))
+    _curves(setup, results, rows, records, recipe, layers[0])
+    _dropout_goals(results, name)
 
 
 def _memes(setup: Setup) -> Rows:
@@ -64,23 +64,22 @@ def _curves(
             setup.say(f"{rows.name}: fused at {layer}, dropout {recipe.dropout:.0%}{heads}: {line}")
 
 
-def _dropout_goals(results: Results) -> None:
+def _dropout_goals(results: Results, name: str) -> None:
     """What modality dropout does where the text is gone."""
-    for name, wanted in (("groups", True), ("mix", False)):
-        at = {
-            (c.fusion, c.dropout): c.values[0.0]
-            for c in results.curves
-            if c.data == name and c.missing == "text" and not c.tasks
-        }
-        gains = {layer: at[layer, DROPOUT] - at[layer, 0.0] for layer, dropout in at if dropout}
-        told = ", ".join(f"{100 * gain:+.1f} (fused at {layer})" for layer, gain in gains.items())
-        if wanted:
-            ok = max(gains.values()) >= 0.05
-            what = "Modality dropout lifts the point without text by 5 points or more on redundant data"
-        else:
-            ok = all(value <= 0.55 for value in at.values())
-            what = "It cannot on confounders (the image alone is at 0.50, whatever the training): the negative control"
-        results.pieces.append(f"{'Reached' if ok else 'MISSED'}: {what}: {told} points.")
+    at = {
+        (c.fusion, c.dropout): c.values[0.0]
+        for c in results.curves
+        if c.data == name and c.missing == "text" and not c.tasks
+    }
+    gains = {layer: at[layer, DROPOUT] - at[layer, 0.0] for layer, dropout in at if dropout}
+    told = ", ".join(f"{100 * gain:+.1f} (fused at {layer})" for layer, gain in gains.items())
+    if name == "groups":
+        ok = max(gains.values()) >= 0.05
+        what = "Modality dropout lifts the point without text by 5 points or more on redundant data"
+    else:
+        ok = all(value <= 0.55 for value in at.values())
+        what = "It cannot on confounders (the image alone is at 0.50, whatever the training): the negative control"
+    results.pieces.append(f"{'Reached' if ok else 'MISSED'}: {what}: {told} points.")
 
 
 def on_weights(setup: Setup, results: Results) -> None:

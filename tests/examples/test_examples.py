@@ -21,7 +21,7 @@ def test_two_lines_learns_within_its_budget(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 def test_trainer_learns_within_its_budget(capsys: pytest.CaptureFixture[str]) -> None:
     accuracy, epsilon = trainer.main(["--epochs", "4", "--epsilon", "8"])
-    assert accuracy > 0.15  # a guess: 0.1
+    assert accuracy > 0.2  # a guess: 0.1
     assert 7.9 < epsilon <= 8.0
     assert f"ε = {epsilon:.2f}" in capsys.readouterr().out
 
