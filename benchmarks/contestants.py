@@ -1,10 +1,12 @@
-"""The contestants: ordinary training, dpkit, Opacus with hooks and with ghost clipping, each on the same workload."""
+"""The contestants: ordinary training, the same with noise, dpkit, Opacus with hooks and with ghost clipping, each on
+the same workload; ordinary training and dpkit compiled as well, where asked for."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +72,31 @@ def ordinary(workload: Workload, n: int) -> Runner:
     return Runner(forever(workload.batch(n)), train_step(model, trained(model), nn.CrossEntropyLoss()))
 
 
-def dpkit(workload: Workload, n: int) -> Runner:
+def noisy(workload: Workload, n: int) -> Runner:
+    """Ordinary training that adds dpkit's noise to its gradients: what no private training can do without, whatever
+    its clipping costs. The noise is drawn in the step, on the same thread."""
+    from dpkit.noise import NoiseSource
+
+    model, source = workload.model(), NoiseSource()
+    optimizer = trained(model)
+
+    @torch.no_grad()
+    def add(*_: Any) -> None:
+        grads = [p.grad.view(-1) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        source.add_to(grads, NOISE_MULTIPLIER * MAX_GRAD_NORM / n)
+
+    optimizer.register_step_pre_hook(add)
+    return Runner(forever(workload.batch(n)), train_step(model, optimizer, nn.CrossEntropyLoss()))
+
+
+def compiled(workload: Workload, n: int) -> Runner:
+    """Ordinary training of the model compiled by ``torch.compile``."""
+    model = workload.model()
+    step = train_step(torch.compile(model), trained(model), nn.CrossEntropyLoss())
+    return Runner(forever(workload.batch(n)), step)
+
+
+def dpkit(workload: Workload, n: int, *, compiled: bool = False) -> Runner:
     """dpkit; n records at sample rate 1, so that every Poisson draw is the same whole batch."""
     import dpkit as library
 
@@ -87,7 +113,8 @@ def dpkit(workload: Workload, n: int) -> Runner:
         while True:
             yield from loader
 
-    return Runner(epochs(), train_step(model, optimizer, nn.CrossEntropyLoss()))
+    called = torch.compile(model) if compiled else model
+    return Runner(epochs(), train_step(called, optimizer, nn.CrossEntropyLoss()))
 
 
 def replaced(model: nn.Module) -> nn.Module:
@@ -138,7 +165,13 @@ def opacus(mode: str) -> Callable[[Workload, int], Runner]:
 
 CONTESTANTS: dict[str, Callable[[Workload, int], Runner]] = {
     "ordinary": ordinary,
+    "ordinary + noise": noisy,
     "dpkit": dpkit,
     "Opacus hooks": opacus("hooks"),
     "Opacus ghost": opacus("ghost"),
 }
+COMPILED: dict[str, Callable[[Workload, int], Runner]] = {
+    "ordinary, compiled": compiled,
+    "dpkit, compiled": partial(dpkit, compiled=True),
+}
+"""Need a C++ compiler on a CPU."""

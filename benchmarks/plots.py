@@ -7,7 +7,13 @@ from typing import Any
 
 from .measure import Row
 
-COLOURS = {"ordinary": "#999999", "dpkit": "#1f77b4", "Opacus hooks": "#ff7f0e", "Opacus ghost": "#d62728"}
+COLOURS = {
+    "ordinary": "#999999",
+    "ordinary + noise": "#bbbbbb",
+    "dpkit": "#1f77b4",
+    "Opacus hooks": "#ff7f0e",
+    "Opacus ghost": "#d62728",
+}
 
 
 def _pyplot() -> Any:
@@ -32,10 +38,10 @@ def bars(rows: list[Row], path: Path) -> None:
     for k, name in enumerate(names):
         for row in rows:
             if row.contestant == name and row.ratio is not None and row.ratio_quartiles is not None:
-                y = places.index((row.workload, row.batch_size)) + (k - len(names) / 2 + 0.5) * 0.27
+                y = places.index((row.workload, row.batch_size)) + (k - len(names) / 2 + 0.5) * 0.8 / len(names)
                 low, high = row.ratio_quartiles
                 error = [[max(row.ratio - low, 0.0)], [max(high - row.ratio, 0.0)]]
-                axes.barh(y, row.ratio, 0.25, color=COLOURS[name], xerr=error, error_kw={"lw": 0.7})
+                axes.barh(y, row.ratio, 0.75 / len(names), color=COLOURS[name], xerr=error, error_kw={"lw": 0.7})
         axes.barh(0, 0, color=COLOURS[name], label=name)
     axes.axvline(1.0, color=COLOURS["ordinary"], lw=1)
     axes.set_xscale("log")

@@ -1,6 +1,7 @@
 """Milliseconds per training step and peak memory: ordinary training, dpkit, Opacus with hooks and with ghost clipping.
 
-    python -m benchmarks.steps [--workloads mlp mnist-cnn ...] [--full] [--rounds 9] [--threads 1] [--quick]
+    python -m benchmarks.steps [--workloads mlp mnist-cnn ...] [--full] [--rounds 9] [--threads 1] [--bf16] [--compiled]
+                               [--quick]
 
 All contestants live in one process and take turns in every round, in a new order each time, so that what else the
 machine does hits all of them alike. What is compared is the ratio to ordinary training within the round. See README.md.
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1, help="1 by default: a busy machine shows least")
     parser.add_argument("--bf16", action="store_true", help="forwards under bfloat16 autocast; writes steps-bf16")
+    parser.add_argument("--compiled", action="store_true", help="ordinary training and dpkit compiled too")
     parser.add_argument("--quick", action="store_true", help="3 rounds, the smallest batch size; nothing is written")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -60,13 +62,14 @@ def main() -> None:
     rounds = 3 if args.quick else args.rounds
     about = {**conditions("benchmarks.steps"), "rounds": rounds}
     contestants.AUTOCAST = args.bf16
-    name = "steps" + "-full" * args.full + "-bf16" * args.bf16
+    taking = {**contestants.CONTESTANTS, **(contestants.COMPILED if args.compiled else {})}
+    name = "steps" + "-full" * args.full + "-bf16" * args.bf16 + "-compiled" * args.compiled
     rows: list[Row] = []
     for key in args.workloads:
         workload = WORKLOADS[key]
         sizes = workload.all_sizes or workload.batch_sizes if args.full else workload.batch_sizes
         for n in sizes[:1] if args.quick else sizes:
-            rows += compare(workload, n, rounds)
+            rows += compare(workload, n, rounds, taking)
         if not args.quick:
             write(name, about, rows, markdown(about, rows))
             plots.bars(rows, RESULTS / f"{name}.png")

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from dpkit.layers import problems, validate
 
 from .errors import ConfigurationError, FoldedBatchError, UnsupportedModuleError
+from .trees import leaves
 
 
 def with_problems_in_training(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -63,16 +63,27 @@ def validate_model(model: nn.Module) -> None:
         raise UnsupportedModuleError(first.seen, why=first.why, cure=first.cure + more)
 
 
-def refuse_other_processes() -> None:
-    """Raise inside a group of several processes: each would count its own releases, and nobody all of them."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world = torch.distributed.get_world_size()
-        if world > 1:
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise if a wrapper would reduce or gather gradients that are not clipped yet."""
+    for path, m in model.named_modules():
+        if type(m).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+            named = f"{path} is" if path else "the model is"
             raise ConfigurationError(
-                f"this is one of {world} processes of a torch.distributed group",
-                why="each process would draw, add noise and count for itself, while all of them release.",
-                cure="train in one process; distributed private training is not part of this version.",
+                f"{named} wrapped in {type(m).__name__}",
+                why="it adds up the ranks' ordinary gradients, before anything is clipped per record.",
+                cure="pass the model itself (model.module), and call that: among several processes the engine adds up "
+                "their clipped sums. Start them with torchrun, one process a device.",
             )
+
+
+def refuse_inside_wrapper(path: str) -> None:
+    """Raise if the model is called by a DistributedDataParallel that somebody has put around it since."""
+    if getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
+        raise ConfigurationError(
+            f"{path} is called by a DistributedDataParallel around it",
+            why="it adds up the ranks' ordinary gradients, before anything is clipped per record.",
+            cure="call the model itself: among several processes the engine adds up their clipped sums.",
+        )
 
 
 def number(name: str, value: object, *, low: float, strict: bool = True, high: float = math.inf) -> float:
@@ -145,3 +156,15 @@ def _short(value: object) -> str:
     except ValueError:  # integers of more than 4,300 digits
         shown = f"an {type(value).__name__}"
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
+
+def length_of(batch: object) -> int:
+    """How many records a batch holds: the length of its first tensor."""
+    tensors = [v for v in leaves(batch) if isinstance(v, Tensor) and v.ndim]
+    if not tensors:
+        raise ConfigurationError(
+            f"the batch is a {type(batch).__name__} without tensors",
+            why="how many records it holds is not known.",
+            cure="pass records=...",
+        )
+    return len(tensors[0])

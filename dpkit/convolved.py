@@ -3,14 +3,16 @@
 Letters: n record, G groups, c input channels, o output channels, k the kernel's extent, s a position of the input
 (pixel), t a position of the output; sizes of all spatial dimensions are multiplied together.
 
-Three ways lead to norm and sum:
+These ways lead to norm and sum:
 
 - *grouped*: all [n, o, c / G, *k] gradients by one convolution_backward in which records are groups;
 - *patches*: the same by one matrix product a record, of the gradient with the input's patches;
 - *ghost*: no gradient is formed. The squared norm is the sum over t, t' of (g_t·g_t')(a_t·a_t') with patches a, and the
   patches' products are sums of products of pixels, a_t·a_t' = Σ_k x_(t+k)·x_(t'+k). So the pixels' products are taken
   once, [n, s, s], in place of the patches', and no patch is ever copied. The sum over records is then the ordinary
-  convolution_backward of the weighted gradient.
+  convolution_backward of the weighted gradient;
+- *grouped twice*, *patches twice*: gradients are formed for their norms alone, some records at a time, and the sum is
+  that of *ghost*.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .forms import SCRATCH, Dense, Form, Way, described, not_below, rounded, times, wide
+from .forms import SCRATCH, Dense, Form, Normed, Way, described, not_below, rounded, times, wide
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,28 @@ class Convolved(Form):
         dense = p * max(4, self.grad.element_size())
         product = 2.0 * t * p
         pixels = self.groups * (s * s * c + t * t * (o // self.groups + 8 * k))
-        ways = {
-            "ghost": Way(lambda: self, product + 2.0 * pixels, kept),
-            "grouped": Way(lambda: Dense(self._grouped()), 1.2 * product + 300.0 * p, dense),
-        }
+        dear = {"grouped": (self._grouped, 1.2 * product + 300.0 * p)}
         if self.groups == 1:
-            copied = 16.0 * t * c * k
-            ways["patches"] = Way(lambda: Dense(self._patches()), product + copied + 100.0 * p, dense)
+            dear["patches"] = (self._patches, product + 16.0 * t * c * k + 100.0 * p)
+        ways = {"ghost": Way(lambda: self, product + 2.0 * pixels, kept)}
+        for name, (formed, cost) in dear.items():
+            ways[name] = Way(lambda formed=formed: Dense(formed()), cost, dense)  # type: ignore[misc]
+            if dense > kept:
+                again = Way(lambda name=name: self._normed(name), cost + 1.2 * product, kept)  # type: ignore[misc]
+                ways[f"{name} twice"] = again
         return ways
+
+    def _normed(self, way: str) -> Normed:
+        """With the norms of gradients that are formed for them alone, some records at a time."""
+        each = max(1, _RESULT // math.prod(self.shape))
+        squares = []
+        for k in range(0, self.n, each):
+            some = replace(self, x=self.x[k : k + each], grad=self.grad[k : k + each])
+            lengths: list[Tensor] = []
+            formed = Dense(some._patches(lengths) if way == "patches" else some._grouped())
+            terms = torch.cat(lengths) if lengths else some.lengths()
+            squares.append(not_below(formed.sq_norm(), terms.square()))  # the sum is rounded in another way
+        return Normed(self, torch.cat(squares))
 
     def _backward(self, x: Tensor, grad: Tensor, weight: Tensor, groups: int) -> Tensor:
         nothing = [0] * (x.ndim - 2)
@@ -100,30 +117,30 @@ class Convolved(Form):
             out[k : k + each] = found
         return grad.new_empty(0, *self.shape) if out is None else out
 
-    def _patches(self) -> Tensor:
-        """[n, o, c, *k] for one group, some records at a time: their patches stay in the processor's cache."""
+    def _patches(self, lengths: list[Tensor] | None = None) -> Tensor:
+        """[n, o, c, *k] for one group, some records at a time: their patches stay in the processor's cache. What
+        `lengths` gives for them is appended to the list."""
         x, grad = self._wide()
-        (o, c, *kernel), spatial = self.shape, tuple(grad.shape[2:])
-        dims = len(kernel)
-        x = self._padded(x.movedim(1, -1), last=True).contiguous()
-        steps = x.stride()[1:-1]
-        patches = x.as_strided(
-            (self.n, *spatial, *kernel, c),
-            (
-                x.stride(0),
-                *(a * b for a, b in zip(steps, self.stride, strict=True)),
-                *(a * b for a, b in zip(steps, self.dilation, strict=True)),
-                1,
-            ),
-        )
-        grad = grad.flatten(2)
+        (o, c, *kernel), t = self.shape, grad.shape[2:].numel()
         size = math.prod(kernel) * c
         out = grad.new_empty(self.n, o, size)
-        each = max(1, _CACHED // (size * grad.shape[-1])) if grad.device.type == "cpu" else max(self.n, 1)
-        for k in range(0, self.n, each):
-            some = patches[k : k + each].reshape(-1, grad.shape[-1], size)
-            torch.bmm(grad[k : k + each], some, out=out[k : k + each])
-        return out.view(self.n, o, *kernel, c).movedim(-1, 2) if dims else out
+        each = max(1, _CACHED // (size * t)) if grad.device.type == "cpu" else max(self.n, 1)
+        for some in (slice(k, k + each) for k in range(0, self.n, each)):
+            g, patches = grad[some].flatten(2), self._patched(x[some], grad.shape[2:])
+            torch.bmm(g, patches, out=out[some])
+            if lengths is not None:
+                products = torch.linalg.vector_norm(g, dim=1) * torch.linalg.vector_norm(patches, dim=2)
+                lengths.append(products.sum(1))
+        return out.view(self.n, o, *kernel, c).movedim(-1, 2) if kernel else out
+
+    def _patched(self, x: Tensor, spatial: torch.Size) -> Tensor:
+        """The patches [n, t, *k · c] of ``x`` [n, c, *s]."""
+        x = self._padded(x.movedim(1, -1), last=True).contiguous()
+        steps, kernel = x.stride()[1:-1], self.shape[2:]
+        apart = [a * b for a, b in zip(steps, self.stride, strict=True)]
+        inside = [a * b for a, b in zip(steps, self.dilation, strict=True)]
+        patches = x.as_strided((len(x), *spatial, *kernel, x.shape[-1]), (x.stride(0), *apart, *inside, 1))
+        return patches.reshape(len(x), spatial.numel(), -1)
 
     def _padded(self, x: Tensor, *, last: bool = False) -> Tensor:
         """``x`` [n, c, *s], or [n, *s, c] with ``last``, with its zeros around it."""
@@ -173,7 +190,13 @@ class Convolved(Form):
         return not_below(norms, lengths.square())
 
     def lengths(self) -> Tensor:
-        return self._ghost()[1]
+        x, grad = self._wide()
+        convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.stride) - 1]
+        pixels, g = (v.unflatten(1, (self.groups, -1)).square().sum(2) for v in (x, grad))
+        ones = x.new_ones(self.groups, 1, *self.shape[2:])
+        patches = convolution(pixels, ones, None, self.stride, self.padding, self.dilation, self.groups)
+        products: Tensor = (patches * g).clamp_min(0).sqrt()
+        return products.flatten(1).sum(1)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         x, grad = self._wide()
@@ -192,7 +215,7 @@ class Convolved(Form):
         return Dense(self.dense()).folded(k)
 
 
-_RESULT = 1 << 19
-"""Numbers (2 MiB in float32) of gradients that one call of the grouped convolution makes."""
+_RESULT = 1 << 17
+"""Numbers (512 KiB in float32) of gradients that one call of the grouped convolution makes."""
 _CACHED = 1 << 18
 """Numbers (1 MiB in float32) of patches that are copied at a time on a CPU."""

@@ -20,23 +20,24 @@ from . import checkpoint, checks
 from .clipping import Clipping, NormHistogram, clipping_of
 from .correlated import Correlated, Correlation
 from .errors import CheckpointError, ConfigurationError, NotAttachedError
-from .facts import Facts, facts_of, lives_in, stated
+from .facts import Lives, lives_in, stated
 from .ledger import Ledger
 from .loader import Limit, PrivateDataLoader, refuse_private
 from .methods import MODES, Profile, free_bytes
 from .noise import Source, source_of
 from .optional import register_optional
 from .paced import CyclicPoisson, paced
+from .ranks import Ranks, is_first
 from .sampling import checked, sampling_of
 from .scaler import LossScale
 from .secure import SecureNoise
 from .seeds import unforeseeable
+from .shares import refuse_other_data, same_weights
 from .spending import Spending
 from .state import Part, Stateful, collect, give_back, refuse_others
 from .statement import Statement
 from .step import PrivateStep, innermost
 from .targets import budget_for, noise_multiplier_for
-from .trees import leaves
 from .units import PrivacyUnit, refuse_reordering, units_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -87,12 +88,11 @@ class PrivacyEngine:
                 cure='use accountant="pld".',
             )
         self._spending = Spending(
-            self.accountant, None if ledger is None else Ledger(ledger, self.accountant.adjacency)
+            self.accountant, None if ledger is None or not is_first() else Ledger(ledger, self.accountant.adjacency)
         )
         self._step: PrivateStep | None = None
         self._before = 0
-        self._lives: list[Facts] = []  # what was released from, before this life
-        self._mark = 0  # how many releases there were when it began
+        self._lives = Lives(self._spending)
         self._target_delta: float | None = None
         self._cyclic = False  # whether records took turns: then group privacy is not known
 
@@ -201,7 +201,7 @@ class PrivacyEngine:
                 "use the data beyond the one noisy gradient that is accounted.",
                 cure="use any first-order optimizer (SGD, Adam, AdamW, ...).",
             )
-        checks.refuse_other_processes()
+        checks.refuse_wrapped(module)
         checks.choice("loss_reduction", loss_reduction, ("mean", "sum"))
         max_grad_norm = checks.number("max_grad_norm", max_grad_norm, low=0.0)
         size = checks.physical_batch_size(max_physical_batch_size, memory_budget)
@@ -209,20 +209,21 @@ class PrivacyEngine:
         checks.flag("batch_first", batch_first)
         rule = clipping_of(clipping)
         refuse_private(data_loader)
+        ranks = Ranks()
         units = units_of(
-            checked(data_loader).dataset,
+            checked(data_loader, ranks).dataset,
             privacy_unit,
             max_rows_per_unit=max_rows_per_unit,
             unit_reduction=unit_reduction,
             augmentations=augmentations,
             max_physical_batch_size=size,
         )
-        sampling = sampling_of(data_loader, units, poisson=poisson_sampling)
+        sampling = sampling_of(data_loader, units, ranks, poisson=poisson_sampling)
         if not units.records or units.copies > 1:
             refuse_reordering(data_loader.dataset, data_loader.collate_fn)
         source = source_of(self._secure, noise_generator, data_loader.generator)
         if noise is not None:
-            sampling = paced(sampling, noise, data_loader.generator or unforeseeable())
+            sampling = paced(sampling, noise, ranks.share(data_loader.generator or unforeseeable()))
             source = Correlated(noise, source)
             self._cyclic = self._cyclic or isinstance(sampling, CyclicPoisson)
         register_optional(module)
@@ -241,6 +242,7 @@ class PrivacyEngine:
             rule,
             source,
             self._spending,
+            ranks,
             noise_multiplier=sigma,
             max_grad_norm=max_grad_norm,
             loss_reduction=loss_reduction,
@@ -253,13 +255,39 @@ class PrivacyEngine:
             first = next(module.parameters(), torch.zeros(0))
             room = free_bytes(first.device) // 2 if memory_budget is None else memory_budget
             limit = partial(self._step.tape.methods.most_records, room)
-        self._loader = PrivateDataLoader(data_loader, sampling, units, self._step, limit)
+        self._loader = PrivateDataLoader(data_loader, sampling, units, self._step, limit, ranks)
         self._target_delta, self._spending.budget = target_delta, budget
         if target_epsilon is not None and target_delta is not None:
             self._spending.target = float(target_epsilon), float(target_delta)
-        self._mark = self._spending.released
+        self._lives.begin(self._step, self._loader)
         self._spending.about = {"sampling": sampling.name, "target_delta": target_delta}
+        if ranks.size > 1:
+            self._begin_together(ranks)
         return module, optimizer, self._loader
+
+    def _begin_together(self, ranks: Ranks) -> None:
+        """All ranks have been asked for the same; they begin with rank 0's weights, and rank 0 keeps the ledger."""
+        step = self._attached()
+        try:
+            if step.shards is not None and callable(self._loader.limit):
+                raise ConfigurationError(
+                    'max_physical_batch_size="auto" with parameters that are sharded (fully_shard)',
+                    why="every rank finds a size of its own, and ranks that run forwards differently often wait for "
+                    "each other for ever.",
+                    cure="give a number.",
+                )
+            budget = self._spending.budget
+            limit = None if budget is None else [budget.max_epsilon, budget.delta]
+            ranks.agree("make_private", **self._configuration(), max_epsilon=limit)
+            ranks.done()
+            refuse_other_data(self._loader.dataset, ranks)
+            if not ranks.first:
+                self._spending.leave_ledger()
+            self._spending.mirror(ranks.decide(self._spending.state_dict))
+            same_weights(step.model, ranks)
+        except BaseException:
+            self.detach()
+            raise
 
     def make_private_with_epsilon(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, DataLoader[Any]]:
         """`make_private` under the name that Opacus gives the call with ``target_epsilon``."""
@@ -270,7 +298,7 @@ class PrivacyEngine:
         if self._step is None:
             return
         self._before += self._step.nonfinite_records
-        self._lives = self._told()
+        self._lives.end()
         self._step.detach()
         self._loader.close()
         self._step = None
@@ -349,24 +377,14 @@ class PrivacyEngine:
             ConfigurationError: no delta, or the engine trained with several units of privacy.
             NotAttachedError: the engine has never been attached to a model.
         """
-        if self._step is None and not self._lives:
+        lives, spending = self._lives.all(), self._spending
+        if not lives:
             self._attached()
         epsilon = self.get_epsilon(delta)
         at = self._target_delta if delta is None else delta
         assert at is not None
-        lives, spending = self._told() or [self._facts()], self._spending
         counts = spending.released, spending.composed
         return stated(lives, self.accountant, *counts, epsilon, float(at), spending.together(float(at)))
-
-    def _told(self) -> list[Facts]:
-        """What there is to know of all that was released from."""
-        lives = list(self._lives)
-        if self._step is not None and self._spending.released > self._mark:
-            lives.append(self._facts())
-        return list(dict.fromkeys(lives))
-
-    def _facts(self) -> Facts:
-        return facts_of(self._attached(), self._spending, self._loader)
 
     @property
     def budget_spent(self) -> bool:
@@ -412,10 +430,9 @@ class PrivacyEngine:
     ) -> Tensor:
         """The gradient norm of each row of a batch, float64 [n], before clipping. NON-PRIVATE.
 
-        Guarantee: none. These are exact numbers of single rows: look at them where the data are, or at public data, and
-        neither publish them nor choose C by them; ``clipping="histogram"`` tells of norms under ε. Nothing is released
-        or counted, and weights, ``p.grad`` and the run go on as if nothing had been asked, but for what a forward does
-        to the global random generators (dropout) and the model's buffers.
+        Guarantee: none. Neither publish them nor choose C by them; ``clipping="histogram"`` tells of norms under ε.
+        Nothing is released or counted, and the run goes on as if nothing had been asked, but for what a forward does to
+        the global random generators (dropout) and the model's buffers.
 
         Args:
             loss_fn: from the model and the batch to one loss a row, [n] or [n, 1].
@@ -423,20 +440,12 @@ class PrivacyEngine:
             records: n; by default the length of the batch's first tensor.
 
         Raises:
-            ConfigurationError: n is not known, or losses of another shape.
+            ConfigurationError: n is not known, losses of another shape, or a sharded model.
             UnfinishedStepError: a batch of the private loader is in hand.
         """
         step = self._attached()
-        if records is None:
-            tensors = [v for v in leaves(batch) if isinstance(v, Tensor) and v.ndim]
-            if not tensors:
-                raise ConfigurationError(
-                    f"the batch is a {type(batch).__name__} without tensors",
-                    why="how many records it holds is not known.",
-                    cure="pass records=...",
-                )
-            records = len(tensors[0])
-        return step.norms_of(lambda: loss_fn(step.model, batch), checks.count("records", records))
+        n = checks.length_of(batch) if records is None else checks.count("records", records)
+        return step.norms_of(lambda: loss_fn(step.model, batch), n)
 
     def backward(self, losses: Tensor) -> None:
         """The strict door: one loss a record, [n] or [n, 1]; checks that they are what they say.
@@ -463,13 +472,14 @@ class PrivacyEngine:
             weights: if False, model and optimizer are left to somebody else's checkpoint (Trainer, Lightning,
                 Accelerate), which has to be loaded first: `load_state_dict` compares them with a fingerprint.
         """
-        lives = [life.to_dict() for life in self._told() or [self._facts()]]
-        about = {"lives": lives, "target_delta": self._target_delta}
+        self._refuse_sharded_state()
+        about = {"lives": [life.to_dict() for life in self._lives.all()], "target_delta": self._target_delta}
         parts = collect(self._parts(weights=weights))
         return {"version": 1, "configuration": self._configuration(), "about": about, **parts}
 
     def load_state_dict(self, state: dict[str, Any], *, replay: bool = True) -> None:
         """Go on from what `state_dict` gave, after `make_private` with the same arguments; see `load_checkpoint`."""
+        self._refuse_sharded_state()
         self._load(copy.deepcopy(state), {}, replay)
 
     def save_checkpoint(
@@ -487,6 +497,9 @@ class PrivacyEngine:
 
         The file is for resuming, and as confidential as the data. Publish ``model.state_dict()`` instead.
 
+        Among several processes rank 0 writes it, and the call does nothing on the others. A logical batch that was
+        begun will be begun again.
+
         Args:
             also: what else belongs to the run and has ``state_dict`` and ``load_state_dict``: schedulers, averages.
             extra: any plain values of your own; `load_checkpoint` returns them.
@@ -496,6 +509,9 @@ class PrivacyEngine:
             CheckpointError: it cannot be written, or something holds other than plain values. The file that was there
                 before is untouched.
         """
+        self._refuse_sharded_state()
+        if not self._attached().ranks.first:
+            return
         state = self.state_dict(weights=weights)
         checkpoint.save(path, {"state": state, "also": collect(also or {}), "extra": extra})
 
@@ -517,11 +533,25 @@ class PrivacyEngine:
             CheckpointError: damaged, or of another model, optimizer, data set or setting; nothing was loaded.
             LedgerError: the ledger is not the run's, or holds less than the checkpoint.
         """
-        self._attached()
+        self._refuse_sharded_state()
+        ranks = self._attached().ranks
+        ranks.agree("load_checkpoint")  # so that rank 0 has written it
         held = checkpoint.load(path)
+        ranks.agree("the checkpoint", **{k: held["state"].get("spending", {}).get(k) for k in ("run", "released")})
+        ranks.done()
         refuse_others({"also": sorted(also or {})}, {"also": sorted(held["also"])})
         self._load({**held["state"], "also": held["also"]}, also or {}, replay)
         return held["extra"]
+
+    def _refuse_sharded_state(self) -> None:
+        if self._attached().shards is not None:
+            raise CheckpointError(
+                "the engine's state, with parameters that are sharded (fully_shard)",
+                why="each rank holds some rows of the model, and the stream of its own noise; no file has all of them.",
+                cure="save model and optimizer with torch.distributed.checkpoint and engine.accountant.state_dict() "
+                "beside them (on rank 0); load all three into what a new engine is made from. Draws and noise are then "
+                "fresh, and everything stays counted.",
+            )
 
     def _load(self, state: dict[str, Any], also: Mapping[str, Stateful], replay: bool) -> None:
         if not isinstance(state, dict) or not {"version", "configuration", "about"} <= set(state):
@@ -535,9 +565,9 @@ class PrivacyEngine:
         parts = {"also": Part(lambda: collect(also), lambda held: give_back(also, held)), **own}
         told = ("version", "configuration", "about")
         saved = {"also": {}, **{k: v for k, v in state.items() if k not in told}}
-        lives = [*self._told(), *lives_in(state)]
+        lives = [*self._lives.told(), *lives_in(state)]
         give_back(parts, saved)
-        self._lives, self._mark = lives, self._spending.released
+        self._lives.go_on(lives)
         if not replay:
             self._attached().forget()
             self._loader.reseed()
@@ -547,7 +577,13 @@ class PrivacyEngine:
         spending, step = self._spending, self._attached()
 
         def load(state: dict[str, Any]) -> None:
-            spending.load_state_dict(state, replay=replay, repeatable=not step.noise.secure)
+            def told() -> dict[str, Any]:
+                spending.load_state_dict(state, replay=replay, repeatable=not step.noise.secure)
+                return spending.state_dict()
+
+            known = step.ranks.decide(told)
+            if not step.ranks.first:
+                spending.mirror(known)
 
         return {
             **step.parts(self._loader.inside, weights=weights),

@@ -87,3 +87,7 @@ class LedgerError(PrivacyError):
 
 class BudgetExhaustedError(PrivacyError):
     """The next release would exceed the budget; it was not made."""
+
+
+class RanksError(PrivacyError):
+    """The processes of a distributed run do not do the same, or one of them has failed."""

@@ -246,9 +246,11 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
         return torch.stack([t.to(terms[0].dtype) for t in terms]).sum(0) if terms else None
 
     chance = randomness.capture()  # dropout that is no module (of attention weights) is the same draw in both runs
-    with (kept := Kept(tape.names)).counting:
+    with (kept := Kept(tape.names)).counting, kept.noting(tape.model):
         plain = run.plain(arguments)
     tape.methods.activations = max(tape.methods.activations, kept.bytes / n)
+    for name, left in kept.left.items():
+        tape.methods.left[name] = max(tape.methods.left.get(name, 0.0), left / n)
     theirs = losses(plain)
     if theirs is None or not trainable:
         return

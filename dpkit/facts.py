@@ -43,6 +43,7 @@ class Facts:
         losses_examined: whether losses were given one by one, and seen to be each of its own record.
         durable: whether a ledger's file holds every release.
         max_epsilon: the hard budget, or None.
+        processes: how many trained together.
     """
 
     unit: str
@@ -62,6 +63,7 @@ class Facts:
     losses_examined: bool
     durable: bool
     max_epsilon: float | None
+    processes: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -96,7 +98,42 @@ def facts_of(step: PrivateStep, spending: Spending, loader: PrivateDataLoader) -
         losses_examined=step.strictly_examined,
         durable=spending.ledger is not None,
         max_epsilon=None if spending.budget is None else spending.budget.max_epsilon,
+        processes=step.ranks.size,
     )
+
+
+class Lives:
+    """The lives of one engine: what there is to tell of all that it released."""
+
+    def __init__(self, spending: Spending) -> None:
+        self._spending = spending
+        self._ended: list[Facts] = []
+        self._now: tuple[PrivateStep, PrivateDataLoader] | None = None
+        self._mark = 0  # how many releases there were when this life began
+
+    def begin(self, step: PrivateStep, loader: PrivateDataLoader) -> None:
+        """The engine was attached."""
+        self._now, self._mark = (step, loader), self._spending.released
+
+    def end(self) -> None:
+        """It is being detached."""
+        self._ended, self._now = self.told(), None
+
+    def go_on(self, lives: Sequence[Facts]) -> None:
+        """A state was loaded: so far, releases were made in these lives."""
+        self._ended, self._mark = list(lives), self._spending.released
+
+    def all(self) -> list[Facts]:
+        """The lives in which something was released; where there is none, the present one."""
+        return self.told() or self._present()
+
+    def told(self) -> list[Facts]:
+        """The lives in which something was released."""
+        here = self._present() if self._spending.released > self._mark else []
+        return list(dict.fromkeys([*self._ended, *here]))
+
+    def _present(self) -> list[Facts]:
+        return [] if self._now is None else [facts_of(self._now[0], self._spending, self._now[1])]
 
 
 def lives_in(held: Mapping[str, Any]) -> list[Facts]:
@@ -278,6 +315,11 @@ def _assumptions(lives: Sequence[Facts], events: Sequence[tuple[Event, int]]) ->
         "the run was not interrupted and repeated from an earlier state",
         seen("durable", "every release is in a ledger on disk, and repeated ones were compared with it"),
     )
+    if any(life.processes > 1 for life in lives):
+        yield Assumption(
+            "all processes hold the same data in the same order",
+            "some rows were compared, and at every step what was drawn",
+        )
     drawn = "" if all(life.fixed for life in lives) else "who was drawn, "
     yield Assumption(f"nobody sees {drawn}sums before noise, the engine's checkpoints, or gradients of a batch")
     yield Assumption("a record moves the computed sum by at most C, but for the rounding of floating point")

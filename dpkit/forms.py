@@ -301,8 +301,8 @@ def _symmetric(g: Tensor, a: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return norm, lengths
 
 
-SCRATCH = 1 << 20
-"""Numbers (4 MiB in float32) that a norm may use at a time beyond what is kept anyway."""
+SCRATCH = 1 << 18
+"""Numbers (1 MiB in float32) that a norm may use at a time beyond what is kept anyway."""
 
 
 def not_below(norm: Tensor, terms: Tensor) -> Tensor:
@@ -458,6 +458,51 @@ class Routed(Form):
 
 
 @dataclass(frozen=True)
+class Normed(Form):
+    """A form whose squared norms [n] are known: gradients were formed to take them, and let go again."""
+
+    form: Form
+    squares: Tensor
+
+    @property
+    def n(self) -> int:
+        return self.form.n
+
+    @property
+    def held(self) -> int:
+        return self.form.held
+
+    @property
+    def bytes(self) -> int:
+        return self.form.bytes
+
+    @property
+    def narrow(self) -> bool:
+        return self.form.narrow
+
+    def dense(self) -> Tensor:
+        return self.form.dense()
+
+    def sq_norm(self) -> Tensor:
+        return self.squares
+
+    def lengths(self) -> Tensor:
+        return self.form.lengths()
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        return self.form.weighted_sum(w)
+
+    def take(self, records: Tensor) -> Normed:
+        return Normed(self.form.take(records), self.squares[records])
+
+    def folded(self, k: int) -> Form:
+        return self.form.folded(k)
+
+    def scaled(self, w: Tensor) -> Normed:
+        return Normed(self.form.scaled(w), self.squares * w.to(self.squares).square())
+
+
+@dataclass(frozen=True)
 class Joined(Form):
     """The sum of forms of different kinds, with exact cross terms (an embedding tied to the output head)."""
 
@@ -517,6 +562,7 @@ def joined(forms: Sequence[Form]) -> Form:
     """One form for all uses of a parameter: the same kinds are merged, the rest are `Joined`."""
     if len(forms) == 1:
         return forms[0]
+    forms = [f.form if isinstance(f, Normed) else f for f in forms]
     merged: dict[object, list[Form]] = {}
     for form in forms:
         key: object = type(form)

@@ -18,10 +18,12 @@ from torch.utils.data import DataLoader
 
 from . import randomness
 from .errors import SamplingError, UnfinishedStepError
+from .ranks import Ranks
 from .sampling import Sampling
 from .seeds import scramble, unforeseeable
+from .shares import mark_of, shared
 from .trees import tree_map
-from .units import UnitIndex, Units, packed
+from .units import UnitIndex, Units
 
 Limit = int | Callable[[], int] | None
 """The most rows of a physical batch, or what says so when a logical batch is drawn."""
@@ -38,6 +40,8 @@ class Draw:
         number: how many batches with records were served before it in the pass.
         limit: the most rows that a part of its logical batch may have.
         done: whether it has been worked on, or skipped; then what follows it is next.
+        void: whether its rows are another rank's, and served to keep this one in step; they do not enter the sum.
+        mark: tells its logical batch from others, where several ranks draw the same.
     """
 
     units: Units
@@ -47,6 +51,8 @@ class Draw:
     number: int
     limit: int | None = None
     done: bool = False
+    void: bool = False
+    mark: int = 0
 
     @property
     def n(self) -> int:
@@ -64,8 +70,11 @@ class Draw:
 class _PhysicalBatches:
     """The batch sampler behind `PrivateDataLoader`: splits logical draws, notes each in ``log`` (workers run ahead)."""
 
-    def __init__(self, sampling: Sampling, units: UnitIndex, generator: torch.Generator, given: Limit) -> None:
+    def __init__(
+        self, sampling: Sampling, units: UnitIndex, generator: torch.Generator, given: Limit, ranks: Ranks
+    ) -> None:
         self.sampling, self.units, self.generator, self.given = sampling, units, generator, given
+        self.ranks = ranks
         self.log: deque[Draw] = deque()
         self.start, self.served = (0, 0), 0
         self.resumed: int | None = None  # the limit of the logical batch that a resumed pass starts in
@@ -89,14 +98,15 @@ class _PhysicalBatches:
     ) -> Iterator[list[int]]:
         for k, drawn in enumerate(islice(draws, logical, None), logical):
             limit = self.resumed if k == logical and self.resumed is not None else self.limit
-            parts = packed(drawn, limit)
+            parts, count = shared(drawn, limit, self.ranks)
+            mark = mark_of(drawn) if self.ranks.size > 1 else 0
             for j, mine in enumerate(parts):
                 if (k, j) < (logical, part):
                     continue
                 sizes = tuple(len(rows) for rows in mine)
-                log.append(
-                    Draw(Units(sizes, self.units.averaged), j == len(parts) - 1, k, j, number=number, limit=limit)
-                )
+                draw = Draw(Units(sizes, self.units.averaged), j == len(parts) - 1, k, j, number=number, limit=limit)
+                draw.void, draw.mark = j >= count, mark
+                log.append(draw)
                 if mine:
                     number += 1
                     yield list(chain(*mine))
@@ -129,6 +139,7 @@ class PrivateDataLoader(DataLoader[Any]):
         units: UnitIndex,
         listener: Listener,
         limit: Limit,
+        ranks: Ranks,
     ) -> None:
         generator = loader.generator
         if generator is None:
@@ -157,7 +168,7 @@ class PrivateDataLoader(DataLoader[Any]):
             }
         super().__init__(
             loader.dataset,
-            batch_sampler=_PhysicalBatches(sampling, units, generator, limit),
+            batch_sampler=_PhysicalBatches(sampling, units, generator, limit, ranks),
             num_workers=loader.num_workers,
             collate_fn=self._workers or loader.collate_fn,
             pin_memory=loader.pin_memory,
@@ -176,6 +187,11 @@ class PrivateDataLoader(DataLoader[Any]):
     def seeded(self) -> bool:
         """Whether the draws repeat with a seed that somebody chose."""
         return self._given is not None
+
+    @property
+    def limit(self) -> Limit:
+        """The most rows of a physical batch as it was given, or what finds it."""
+        return self._batches.given
 
     @property
     def units(self) -> UnitIndex:
@@ -301,8 +317,9 @@ class PrivateDataLoader(DataLoader[Any]):
             listener.begin_pass()
             self._batches.resumed = None
             self._place, self._served = (0, 0), 0
-            self._origin = {"draws": self._batches.generator.get_state(), "torch": torch.get_rng_state()}
-        else:
+            self._origin = self._ranks_origin()
+        own = randomness.capture() if chance is None and not self._batches.ranks.first else chance
+        if own is not None:
             self._batches.generator.set_state(self._origin["draws"])
             torch.set_rng_state(self._origin["torch"])
         self.inside, self._latest, self._fetched = True, None, None
@@ -310,11 +327,19 @@ class PrivateDataLoader(DataLoader[Any]):
         if self._workers is not None:
             self._workers.first = self._served
         seed = torch.empty((), dtype=torch.int64).random_(generator=self._given)  # in every pass, as torch does itself
-        self.generator.manual_seed(int(seed))
+        self.generator.manual_seed((int(seed) + self._batches.ranks.rank) % (1 << 63))
         inner = super().__iter__()
-        if chance is not None:
-            randomness.restore(chance)
+        if own is not None:
+            randomness.restore(own)
         return inner
+
+    def _ranks_origin(self) -> dict[str, torch.Tensor]:
+        """The generators that a pass is drawn from, in the state that they have on rank 0."""
+        origin = {"draws": self._batches.generator.get_state(), "torch": torch.get_rng_state()}
+        if self._batches.ranks.size == 1:
+            return origin
+        held = self._batches.ranks.decide(lambda: {name: state.tolist() for name, state in origin.items()})
+        return {name: torch.tensor(state, dtype=torch.uint8) for name, state in held.items()}
 
     # ---- state
 
@@ -349,7 +374,7 @@ class PrivateDataLoader(DataLoader[Any]):
         return {
             "completed": self.completed,
             "inside": self.inside,
-            "place": list(place),
+            "place": list(place if self._batches.ranks.size == 1 else (place[0], 0)),
             "limit": self._limit_at(place),
             "served": self._served if self._fetched is None else self._fetched.number + self._fetched.done,
             "origin": self._origin if self.inside else {"draws": draws, "torch": torch.get_rng_state()},
@@ -366,18 +391,22 @@ class PrivateDataLoader(DataLoader[Any]):
         """Go on from there: where a pass was under way, the next one iterated is its rest."""
         self._passes += 1  # an iterator that is still about belongs to another life
         self.completed, self.inside = state["completed"], state["inside"]
-        self._place, self._served = tuple(state["place"]), state["served"]
+        ranks = self._batches.ranks
+        # the parts are other ones among several ranks: a logical batch that was begun is begun again
+        self._place = tuple(state["place"]) if ranks.size == 1 else (state["place"][0], 0)
+        self._served = state["served"]
         self._latest, self._fetched, self._origin = None, None, state["origin"]
         self._batches.resumed = state["limit"]
         self._batches.generator.set_state(state["origin"]["draws"])
-        self._resumed = state["chance"] if state["inside"] else None
+        chance = state["chance"] if ranks.first else randomness.apart(state["chance"], ranks.rank)
+        self._resumed = chance if state["inside"] else None
         self._then = state["then"] if state["inside"] else None
-        randomness.restore(state["chance"])
+        randomness.restore(chance)
 
     def reseed(self) -> None:
         """Draw anew, by nobody's seed, from the current logical batch on; its parts that were served are forgotten."""
         self._place = (self._place[0], 0)
-        generator = scramble(self._batches.generator)
+        generator = self._batches.ranks.share(scramble(self._batches.generator))
         self._origin = {**self._origin, "draws": generator.get_state()}
 
 

@@ -9,14 +9,15 @@ keeps for its backward.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import choice
 from .errors import ConfigurationError
@@ -24,7 +25,9 @@ from .forms import Form, Way
 
 MODES = ("auto", "measured", "model")
 ROOM = 1.25
-"""The peak may be estimated at so many times the ordinary forward's activations."""
+"""The peak may be estimated at so many times ordinary training's."""
+SLACK = 1.05
+"""Or, where the ways that keep least exceed that already, at so many times theirs."""
 CLEAR = 0.4
 """In "auto", a way whose modelled cost is below this share of every other's is taken without timing."""
 HOPELESS = 6.0
@@ -48,6 +51,7 @@ class _Arrival:
     held: int  # by the layer's input
     kept: Mapping[str, int]
     seconds: Mapping[str, float]
+    around: int = 0  # taken for a moment, in ordinary training too: gradients at output and input, a kernel's scratch
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,13 @@ class Methods:
 
     Attributes:
         activations: bytes that the ordinary forward keeps for one record, where known.
+        left: those of them that are still kept in the backward when a parameter's turn comes, by its name.
     """
 
     def __init__(self, mode: str = "auto", names: Mapping[Any, str] | None = None) -> None:
         self.mode = choice("method", mode, MODES)
         self.activations = 0.0
+        self.left: dict[str, float] = {}
         self._estimate = 0.0  # the peak of a step, bytes a record
         self._names = {} if names is None else names
         self._seconds: dict[str, dict[str, float]] = {}
@@ -138,12 +144,12 @@ class Methods:
         if not ways:
             self._arrivals.append(_Arrival(name, kind, "only", form.n, 0, {"only": form.bytes // form.n}, {}))
             return form
-        kept = {k: way.kept for k, way in ways.items()}
+        kept, around = {k: way.kept for k, way in ways.items()}, form.bytes // form.n + form.held
         seconds = self._costs(kind, form, ways)
         way = self._plan.get((name, kind), "")
         if way not in ways:
             way = _frugal(kept, seconds)
-        self._arrivals.append(_Arrival(name, kind, way, form.n, form.held, kept, seconds))
+        self._arrivals.append(_Arrival(name, kind, way, form.n, form.held, kept, seconds, around))
         return ways[way].take()
 
     def _costs(self, kind: str, form: Form, ways: dict[str, Way]) -> dict[str, float]:
@@ -164,7 +170,9 @@ class Methods:
     def _planned(self, arrivals: list[_Arrival]) -> dict[tuple[str, str], str]:
         """A way for each parameter and kind of form: the fastest, while the peak of the step has room."""
         ways = [_frugal(a.kept, a.seconds) if a.seconds else a.way for a in arrivals]
-        room = ROOM * max(self.activations, sum(a.held for a in arrivals))
+        ordinary = max([self.left.get(a.parameter, 0.0) + a.around for a in arrivals], default=0.0)
+        room = ROOM * max(self.activations, sum(a.held for a in arrivals), ordinary)
+        room = max(room, SLACK * self._peak(arrivals, ways))
         better = [
             ((a.seconds[ways[k]] - seconds) / (a.kept[way] - a.kept[ways[k]]), k, way)
             for k, a in enumerate(arrivals)
@@ -179,15 +187,22 @@ class Methods:
         return {(a.parameter, a.kind): way for a, way in zip(arrivals, ways, strict=True)}
 
     def _peak(self, arrivals: list[_Arrival], ways: list[str]) -> float:
-        """The most bytes for one record at a time in the backward, with all activations let go evenly on the way."""
+        """The most bytes for one record at a time in the backward; activations of which it is not known until when they
+        are kept are taken to be let go evenly on the way."""
         inputs = float(sum(a.held for a in arrivals))
         others = max(self.activations - inputs, 0.0)
-        kept, done, peak = 0.0, 0.0, self.activations
+        shared, kept, done, peak, last = 0, 0.0, 0.0, self.activations, -1.0
         for a, way in zip(arrivals, ways, strict=True):
-            kept += a.kept[way]
             done += a.held
-            left = 1.0 - done / inputs if inputs else 0.0
-            peak = max(peak, others * left + inputs - done + kept)
+            kept += a.kept[way]
+            left = self.left.get(a.parameter)
+            if left is None:
+                rest = 1.0 - done / inputs if inputs else 0.0
+                peak = max(peak, others * rest + inputs - done + kept)
+                continue
+            shared = shared if left == last else 0  # the module's input, among what is left and what is kept
+            shared += a.held if a.kept[way] == next(iter(a.kept.values())) else 0
+            peak, last = max(peak, left + a.around + kept - shared), left
         return peak
 
     def profile(self) -> Profile:
@@ -205,6 +220,7 @@ class Methods:
         return {
             "mode": self.mode,
             "activations": self.activations,
+            "left": dict(self.left),
             "estimate": self._estimate,
             "seconds": {kind: dict(found) for kind, found in self._seconds.items()},
             "plan": [[parameter, kind, way] for (parameter, kind), way in self._plan.items()],
@@ -219,6 +235,7 @@ class Methods:
         try:
             mode = choice("method", state["mode"], MODES)
             activations, estimate = float(state["activations"]), float(state["estimate"])
+            left = {str(name): float(v) for name, v in state["left"].items()}
             seconds = {
                 str(k): {str(way): float(v) for way, v in found.items()} for k, found in state["seconds"].items()
             }
@@ -230,16 +247,39 @@ class Methods:
                 cure="pass what state_dict() gave.",
             ) from error
         self.mode, self.activations, self._seconds, self._plan = mode, activations, seconds, plan
-        self._arrivals, self._last, self._estimate = [], [], estimate
+        self._arrivals, self._last, self._estimate, self.left = [], [], estimate, left
 
 
 class Kept:
-    """Counts the bytes that autograd keeps for a backward, the parameters' own aside, within ``with kept.counting``."""
+    """Counts the bytes that autograd keeps for a backward, the parameters' own aside, within ``with kept.counting``.
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    Attributes:
+        bytes: so many so far.
+        left: as many after the last call of the module that owns a parameter, within ``with kept.noting``.
+    """
+
+    def __init__(self, parameters: Mapping[Any, str]) -> None:
         self._seen = {p.untyped_storage().data_ptr() for p in parameters}
-        self.bytes = 0
+        self._names, self.bytes = parameters, 0
+        self.left: dict[str, int] = {}
         self.counting = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
+
+    @contextlib.contextmanager
+    def noting(self, model: nn.Module) -> Iterator[None]:
+        """Watch the model's modules."""
+        handles = [
+            m.register_forward_hook(self._note, always_call=True)
+            for m in model.modules()
+            if any(p is not None for p in m._parameters.values())
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, module: nn.Module, *_: Any) -> None:
+        self.left.update({self._names[p]: self.bytes for p in module._parameters.values() if p in self._names})
 
     def _pack(self, x: Tensor) -> Tensor:
         if type(x) is Tensor and x.layout == torch.strided:

@@ -46,6 +46,21 @@ def restore(state: dict[str, Any]) -> None:
         numpy.random.set_state(("MT19937", key.numpy().astype("uint32"), pos, has_gauss, cached))
 
 
+def apart(state: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Other chance than ``state``, the same whenever it is made from it: for another rank."""
+    before = capture()
+    restore(state)
+    seed = int(torch.randint(1 << 31, ())) + rank
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % (1 << 32))
+    made = capture()
+    restore(before)
+    return made
+
+
 def drawn_since(state: dict[str, Any]) -> bool:
     """Whether anything was drawn from any of them since `capture` gave ``state``."""
     now, before = leaves(capture()), leaves(state)

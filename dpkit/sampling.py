@@ -14,10 +14,12 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data.distributed import DistributedSampler
 
 from dpkit.accountants import Event, PoissonSampled
 
 from .errors import SamplingError
+from .ranks import Ranks
 from .units import UnitIndex
 
 
@@ -91,7 +93,7 @@ class FixedBatches:
         return inner if first else None
 
 
-def checked(loader: DataLoader[Any]) -> DataLoader[Any]:
+def checked(loader: DataLoader[Any], ranks: Ranks | None = None) -> DataLoader[Any]:
     """The user's loader, if it asks for a sampling that can be accounted; raises `SamplingError` if not."""
     if not isinstance(loader, DataLoader):
         _refuse(
@@ -112,12 +114,19 @@ def checked(loader: DataLoader[Any]) -> DataLoader[Any]:
             "batches composed by the user's own rule have no known sampling rate.",
             "build the DataLoader with batch_size=..., and let the engine draw.",
         )
-    sampler = batches.sampler
+    sampler: Any = batches.sampler
     records = len(loader.dataset)  # type: ignore[arg-type]
     plain = type(sampler) is SequentialSampler or (
         type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == records
     )
-    if not plain:
+    if type(sampler) is DistributedSampler and ranks is not None and ranks.size > 1:
+        if (sampler.num_replicas, sampler.rank) != (ranks.size, ranks.rank):
+            _refuse(
+                f"the loader draws by a DistributedSampler for rank {sampler.rank} of {sampler.num_replicas}",
+                f"this is rank {ranks.rank} of {ranks.size}.",
+                "build it as DistributedSampler(dataset), or leave it out.",
+            )
+    elif not plain:
         _refuse(
             f"the loader draws by {type(sampler).__name__}",
             "uniform sampling would be accounted while other records are drawn, or others than asked for.",
@@ -129,10 +138,19 @@ def checked(loader: DataLoader[Any]) -> DataLoader[Any]:
     return loader
 
 
-def sampling_of(loader: DataLoader[Any], units: UnitIndex, *, poisson: bool) -> Sampling:
-    """How often each unit is drawn: the loader's batch size counts units."""
+def sampling_of(loader: DataLoader[Any], units: UnitIndex, ranks: Ranks | None = None, *, poisson: bool) -> Sampling:
+    """How often each unit is drawn: the loader's batch size counts units, of all ranks together; with a
+    DistributedSampler, of each rank."""
     batches: Any = loader.batch_sampler
     size, many = batches.batch_size, "records" if units.records else "units"
+    if isinstance(batches.sampler, DistributedSampler):
+        size *= 1 if ranks is None else ranks.size
+        if not poisson:
+            _refuse(
+                "poisson_sampling=False with a DistributedSampler",
+                "it deals some records out twice, so that all ranks have as many.",
+                "leave the sampler out: every rank takes its share of the loader's batches.",
+            )
     if units.records and _repeats(loader.dataset):
         _refuse(
             "the data set is a Subset that holds a record several times",

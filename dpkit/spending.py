@@ -80,6 +80,25 @@ class Spending:
             self.composed += 1
         self.released += 1
 
+    def follow(self, event: Event | None) -> None:
+        """Another rank has made a release, and counted it as ``event`` (None: it repeats one that was)."""
+        if event is not None:
+            self.accountant.compose(event)
+            self.composed += 1
+        self.released += 1
+
+    def mirror(self, state: dict[str, Any]) -> None:
+        """Know what rank 0 knows, from its `state_dict`; it alone keeps the ledger."""
+        self.accountant.load_state_dict(state["accountant"])
+        self.run, self.released, self._latest = state["run"], state["released"], state["latest"]
+        self.composed = state["composed"]
+
+    def leave_ledger(self) -> None:
+        """Another rank keeps the ledger."""
+        if self.ledger is not None:
+            self.ledger.close()
+        self.ledger = None
+
     def _repeat(self, event: Event | None, release: Sequence[Tensor]) -> None:
         expected = self._pending[0]
         if (event, self._fingerprint.of(release)) != (expected.event, expected.fingerprint):
@@ -121,12 +140,10 @@ class Spending:
         if budget is not None and delta == budget.delta and value > budget.max_epsilon and budget.holds(self._totals()):
             return budget.max_epsilon  # both are upper bounds; the other was found on a finer grid
         if self.target is not None and delta == self.target[1] and 0 < value - self.target[0] < 1e-3 * self.target[0]:
-            judge = make_accountant(
-                kind_of(self.accountant), self.accountant.adjacency
-            )  # as it was calibrated, at once
+            once = make_accountant(kind_of(self.accountant), self.accountant.adjacency)  # as it was calibrated
             for event, count in self.accountant.totals().items():
-                judge.compose(event, count)
-            value = min(value, judge.epsilon(delta))
+                once.compose(event, count)
+            value = min(value, once.epsilon(delta))
         return value
 
     def together(self, delta: float) -> tuple[int, float] | None:

@@ -6,7 +6,7 @@ they meet. σ and C have their one home here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -27,8 +27,10 @@ from .noise import Source
 from .optional import register_optional
 from .paced import Paced
 from .proof import prove, refuse_coupled_losses
+from .ranks import Ranks
 from .sampling import Sampling
 from .scaler import LossScale, placeholders
+from .sharded import shards_of
 from .spending import Spending
 from .state import Part, Stateful
 from .sums import ClippedSum
@@ -57,6 +59,7 @@ class PrivateStep:
         clipping: Clipping,
         noise: Source,
         spending: Spending,
+        ranks: Ranks,
         *,
         noise_multiplier: float,
         max_grad_norm: float,
@@ -66,7 +69,7 @@ class PrivateStep:
         loss_scale: LossScale | None = None,
     ) -> None:
         self.model, self.optimizer, self.sampling = model, optimizer, sampling
-        self.clipping, self.noise, self.spending = clipping, noise, spending
+        self.clipping, self.noise, self.spending, self.ranks = clipping, noise, spending, ranks
         self._paced = sampling if isinstance(sampling, Paced) else None
         self.noise_multiplier, self.max_grad_norm = noise_multiplier, max_grad_norm
         self.loss_reduction = loss_reduction
@@ -84,8 +87,14 @@ class PrivateStep:
         self._draw: Draw | None = None
         self._sum: ClippedSum | None = None
         self._charged: float | None = None  # fixed batches: the least σ charged for in this pass
+        self._left_out = 0  # of the logical batch, by this rank
+        self._fingerprint, self._compared = Fingerprint(), -1
+        self._admitted: tuple[Any, bool] | None = None
         self.strictly_examined = False
-        self.tape = Tape(model, batch_first=batch_first, method=method)
+        self.shards = shards_of(model, ranks)
+        if self.shards is not None:
+            self._refuse_sharded()
+        self.tape = Tape(model, batch_first=batch_first, method=method, shards=self.shards)
         try:
             self._trainable()
         except Exception:
@@ -112,12 +121,24 @@ class PrivateStep:
         """A new pass over the data: what an abandoned one left unfinished is dropped; it was never released."""
         self.drop()
         self._charged = None
+        self.ranks.refuse_change()
+        self.ranks.agree("a pass over the data", releases=self.spending.released)
+        self.ranks.done()
         if self._paced is not None and self._paced.begin_pass() and isinstance(self.noise, Correlated):
             self.noise.restart()
 
     def admits(self) -> bool:
         """Whether the budget allows for the next logical batch; the rest of one that was begun always is."""
-        return self._sum is not None or self.spending.admits(self.event())
+        if self._sum is not None or self.spending.budget is None:
+            return True
+        if self.ranks.size == 1:
+            return self.spending.admits(self.event())
+        asked = (self.spending.released, self.noise_multiplier, self._charged)
+        if self._admitted is None or self._admitted[0] != asked:  # all ranks ask, once; rank 0 knows the ledger
+            self.ranks.agree("the budget", releases=asked[0], noise_multiplier=asked[1])
+            self._admitted = asked, self.ranks.decide(lambda: self.spending.admits(self.event()))
+            self.ranks.done()
+        return self._admitted[1]
 
     def hand_out(self, draw: Draw) -> None:
         """A physical batch goes to the user."""
@@ -134,7 +155,7 @@ class PrivateStep:
         else:
             self._factor = self._loss_scale.current()
             self.tape.open(draw.n, placeholders(list(self._trainable())))
-        if draw.last and draw.n and self.noise_multiplier > 0:
+        if draw.last and draw.n and self.noise_multiplier > 0 and self.ranks.first and self.shards is None:
             self.noise.prepare([p for p in self._parameters() if p.requires_grad])
 
     def _look_anew(self) -> None:
@@ -152,7 +173,7 @@ class PrivateStep:
                 cure="keep it as it was given, or use independent noise (noise=None).",
             )
         batch = self.sampling.expected_batch_size
-        return ClippedSum(self.clipping, self.noise_multiplier, self.max_grad_norm, batch)
+        return ClippedSum(self.clipping, self.noise_multiplier, self.max_grad_norm, batch, self.shards)
 
     def take_back(self, draw: Draw) -> None:
         """The user asks for the next batch."""
@@ -186,7 +207,7 @@ class PrivateStep:
         if self._draw is not None:
             for p in self._parameters():
                 p.grad = None
-        self._draw, self._sum = None, None
+        self._draw, self._sum, self._left_out = None, None, 0
 
     # ---- the user's side
 
@@ -216,7 +237,7 @@ class PrivateStep:
                 why="each record that was drawn enters the step once.",
                 cure="compute the losses of the batch that the private loader has just yielded.",
             )
-        if not self.strictly_examined and batch.n > 1:
+        if not self.strictly_examined and batch.n > 1 and self.shards is None:  # sharded: ranks would part
             self.strictly_examined = refuse_coupled_losses(self.tape, batch, losses)
         (losses.mean() if self.loss_reduction == "mean" else losses.sum()).backward()
 
@@ -227,6 +248,12 @@ class PrivateStep:
                 "norms were asked for while a batch of the private loader is in hand",
                 why="its records and the others would meet in one step.",
                 cure="ask right after optimizer.step(), or outside the loop.",
+            )
+        if self.shards is not None:
+            raise ConfigurationError(
+                "norms were asked for of a model that is sharded over the ranks",
+                why="each rank holds a part of every gradient.",
+                cure="ask before fully_shard, in one process.",
             )
         grads = {p: p.grad for p in self._parameters()}
         before, self.tape.paused = self.tape.paused, False
@@ -292,8 +319,9 @@ class PrivateStep:
             self._close(draw)
             if draw.last:
                 self._release(draw)
-        except BaseException:
+        except BaseException as error:
             self.drop()
+            self.ranks.give_up(error)
             raise
 
     @torch.no_grad()
@@ -317,9 +345,11 @@ class PrivateStep:
                     why="it would take its share of the clipping norm and never be trained or accounted.",
                     cure="add it to the optimizer (optimizer.add_param_group) or freeze it.",
                 )
-        if forms and self._sum is not None:
+        if forms and self._sum is not None and not draw.void:
             scale = (float(batch.n) if self.loss_reduction == "mean" else 1.0) / self._factor
-            self.nonfinite_records += self._sum.add(forms, trainable, draw.units, scale)
+            self._left_out += self._sum.add(forms, trainable, draw.units, scale)
+        elif self._sum is not None:
+            self._sum.add_nothing(trainable)
 
     @torch.no_grad()
     def _release(self, draw: Draw) -> None:
@@ -333,15 +363,43 @@ class PrivateStep:
         clipped, self._sum = self._sum, None
         assert clipped is not None
         trainable = self._trainable()
-        sums = clipped.take(trainable)
-        self.noise.add_to(sums, clipped.std)
-        observed = clipped.take_observed()
-        self.noise.add_to(observed, clipped.observed_std)
-        if sums:  # nothing trains: a release of nothing
-            torch._foreach_div_(sums, self.sampling.expected_batch_size)
-        grads = [total.view(p.shape).to(p.dtype) for p, total in zip(trainable, sums, strict=True)]
+        if self.ranks.size > 1:
+            self._agree(draw, clipped, trainable)
+        sums, observed = clipped.take(trainable), clipped.take_observed()
+        left_out, self._left_out = torch.tensor([self._left_out]), 0
         event = self.event(clipped.noise_multiplier)
-        self.spending.record(event, [*grads, *observed])
+        shared = [*observed, left_out] if self.shards is not None else [*sums, *observed, left_out]
+        self.ranks.gather(shared)
+        grads: list[Tensor] = []
+
+        def noisy() -> None:
+            self.noise.add_to(sums, clipped.std)
+            if sums:  # nothing trains: a release of nothing
+                torch._foreach_div_(sums, self.sampling.expected_batch_size)
+            grads.extend(self._as_gradients(trainable, sums))
+
+        if self.shards is not None:  # every rank's own rows, with noise of their own
+            noisy()
+            mark = int(self._fingerprint.of([self.shards.local(g) for g in grads]), 16)
+            marks = [torch.tensor(self.ranks.collect(mark - (1 << 63)))]
+
+        def release() -> bool:
+            """Noise, and the count of it; what nobody may see before. Returns whether it is another one than before."""
+            if self.shards is None:
+                noisy()
+            self.noise.add_to(observed, clipped.observed_std)
+            repeated = self.spending.repeating
+            self.spending.record(event, [*(grads if self.shards is None else marks), *observed])
+            return not repeated
+
+        counted = self.ranks.decide(release)
+        if not self.ranks.first:
+            if self.shards is None:
+                grads.extend(torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in trainable)
+            self.spending.follow(event if counted else None)
+        self.ranks.hand_out([*observed, left_out] if self.shards is not None else [*grads, *observed, left_out])
+        self.ranks.done()
+        self.nonfinite_records += int(left_out)
         if event is not None:
             self._charged = clipped.noise_multiplier
         if self._paced is not None:
@@ -350,8 +408,46 @@ class PrivateStep:
             self.max_grad_norm = clipped.learned(observed[0])
         if self.histogram is not None:
             self.histogram = self.histogram.plus(observed[0], clipped.observed_std, self.sampling.expected_batch_size)
+        if self.shards is not None:
+            self.shards.dealt_out()
         for p, grad in zip(trainable, grads, strict=True):
             p.grad = grad
+
+    def _agree(self, draw: Draw, clipped: ClippedSum, trainable: dict[nn.Parameter, int]) -> None:
+        """All ranks are at the same logical batch, with the same settings and, looked at now and then, weights."""
+        number = self.spending.released
+        due = self.shards is None and (self._compared < 0 or number - self._compared >= self.ranks.compared_every)
+        if due:
+            self._compared = number
+        self.ranks.agree(
+            "a release",
+            releases=number,
+            batch=draw.logical,
+            records_drawn=draw.mark,
+            noise_multiplier=clipped.noise_multiplier,
+            max_grad_norm=clipped.max_grad_norm,
+            trained=[p.requires_grad for p in self._parameters()],
+            optimizer=[_settings(group) for group in self.optimizer.param_groups],
+            weights=self._fingerprint.of([p.detach() for p in self._parameters()]) if due else "",
+        )
+
+    def _as_gradients(self, parameters: dict[nn.Parameter, int], sums: list[Tensor]) -> Iterator[Tensor]:
+        for p, total in zip(parameters, sums, strict=True):
+            yield total.view(p.shape).to(p.dtype) if self.shards is None else self.shards.as_gradient(p, total)
+
+    def _refuse_sharded(self) -> None:
+        """Raise for what is not known to be right, or not to part the ranks, where parameters are sharded."""
+        for seen, there, cure in (
+            ("noise_generator", self.noise.seeded, "leave it out: equal streams on two ranks are no fresh noise."),
+            ("correlated noise", isinstance(self.noise, Correlated), "use independent noise (noise=None)."),
+            ("a GradScaler", self._loss_scale is not None, "train in bfloat16 or float32."),
+        ):
+            if there:
+                raise ConfigurationError(
+                    f"{seen} with parameters that are sharded (fully_shard)",
+                    why="each rank adds the noise of its own rows.",
+                    cure=cure,
+                )
 
     def _parameters(self) -> list[nn.Parameter]:
         """The optimizer's parameters."""
@@ -433,7 +529,8 @@ class PrivateStep:
             "nonfinite_records": self.nonfinite_records,
             "histogram": None if self.histogram is None else asdict(self.histogram),
             "trainable": [name for p, name in names.items() if p.requires_grad],
-            "sum": self._sum.state_dict(names) if self._sum is not None and inside else None,
+            "sum": self._sum.state_dict(names) if self._sum is not None and inside and self.ranks.size == 1 else None,
+            "left_out": self._left_out if inside and self.ranks.size == 1 else 0,
         }
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -444,9 +541,17 @@ class PrivateStep:
         parameters = {name: p for p, name in self.tape.parameters().items()}
         for name, p in parameters.items():
             p.requires_grad_(name in state["trainable"])
-        if state["sum"] is not None:
+        self._compared, self._admitted = -1, None
+        if state["sum"] is not None and self.ranks.size == 1:  # among several ranks the batch is begun again
+            self._left_out = state["left_out"]
             self._sum = self._begin_sum()
             self._sum.load_state_dict(state["sum"], parameters)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer does with a gradient: its plain numbers."""
+    numbers = {k: float(v) if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in group.items()}
+    return {k: v for k, v in numbers.items() if isinstance(v, bool | int | float | str | tuple)}
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:

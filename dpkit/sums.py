@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .clipping import Clipping, Learning, learns, noises_of
 from .forms import Form
+from .sharded import Shards
 from .units import Units
 
 
@@ -22,15 +23,22 @@ class ClippedSum:
         clipping: how a record's weight follows from its norms.
         noise_multiplier, max_grad_norm: σ and C of this logical batch, fixed when its first part was handed out.
         expected_batch_size: B, by which a clipping that learns C judges its count.
+        shards: where parameters are sharded, the totals are this rank's rows of what all ranks' batches add up to.
     """
 
     def __init__(
-        self, clipping: Clipping, noise_multiplier: float, max_grad_norm: float, expected_batch_size: float
+        self,
+        clipping: Clipping,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        expected_batch_size: float,
+        shards: Shards | None = None,
     ) -> None:
         self.clipping, self.noise_multiplier, self.max_grad_norm = clipping, noise_multiplier, max_grad_norm
         self.expected_batch_size = expected_batch_size
         self._observed: Tensor | None = None  # [m], of the records so far
         self._learning: Learning | None = clipping if learns(clipping) else None
+        self._shards = shards
         self._totals: dict[nn.Parameter, Tensor] = {}
 
     @property
@@ -74,14 +82,27 @@ class ClippedSum:
             self._observe(self._learning, norms)
         weights = self.clipping.weights(norms, self.max_grad_norm) * scale
         shared = units.spread(weights) if weights.ndim == 1 else None
-        for p in list(forms):
-            form = forms.pop(p)  # let go as soon as it is summed up
-            w = units.spread(weights[:, columns[p]]) if shared is None else shared
-            total = form.weighted_sum(w.to(p.device))
-            del form
-            held = self._totals.get(p)
-            self._totals[p] = total if held is None else held.add_(total)
+        for p in list(forms) if self._shards is None else columns:
+            total = None
+            if p in forms:
+                form = forms.pop(p)  # let go as soon as it is summed up
+                w = units.spread(weights[:, columns[p]]) if shared is None else shared
+                total = form.weighted_sum(w.to(p.device))
+                del form
+            self._add(p, total)
         return left_out
+
+    def add_nothing(self, columns: dict[nn.Parameter, int]) -> None:
+        """This rank has nothing to add in this physical batch; where parameters are sharded, others may."""
+        if self._shards is not None:
+            for p in columns:
+                self._add(p, None)
+
+    def _add(self, p: nn.Parameter, total: Tensor | None) -> None:
+        mine = total if self._shards is None else self._shards.scattered(p, total)
+        assert mine is not None
+        held = self._totals.get(p)
+        self._totals[p] = mine if held is None else held.add_(mine)
 
     def _observe(self, learning: Learning, norms: Tensor) -> Tensor:
         """Add what a clipping that learns observes of some records; returns what it has observed of all [m]."""
@@ -102,8 +123,10 @@ class ClippedSum:
     def take(self, parameters: dict[nn.Parameter, int]) -> list[Tensor]:
         """The totals [numel], float32 or wider, zero where a parameter had no gradient; they are the caller's now."""
         totals, self._totals = self._totals, {}
+        like = {p: p if self._shards is None else self._shards.local(p) for p in parameters}
         return [
-            totals[p] if p in totals else torch.zeros(p.numel(), device=p.device, dtype=_wide(p)) for p in parameters
+            totals[p] if p in totals else torch.zeros(mine.numel(), device=mine.device, dtype=_wide(mine))
+            for p, mine in like.items()
         ]
 
     def state_dict(self, names: dict[nn.Parameter, str]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ Between forwards everything is the user's own: nothing is wrapped, renamed, or s
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ from .methods import Methods
 from .moves import Taint
 from .records import Folded, Records
 from .rules import Rule, rule_for, trains
+from .sharded import Shards, holds_rows
 from .standin import StandIn
 from .taps import Batch, Pairs, Refusal, Tap
 from .trees import leaves, signature, tree_map
@@ -76,7 +78,9 @@ _tapes: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Tape]] = weakref.WeakKe
 class Tape:
     """Hooks on one model; `open` a batch, let the user run forward and backward, `close` it and take the forms."""
 
-    def __init__(self, model: nn.Module, *, batch_first: bool = True, method: str = "model") -> None:
+    def __init__(
+        self, model: nn.Module, *, batch_first: bool = True, method: str = "model", shards: Shards | None = None
+    ) -> None:
         other = _tapes.get(model)
         if other is not None and other() is not None:
             raise ConfigurationError(
@@ -84,7 +88,7 @@ class Tape:
                 why="two engines would clip the same gradients twice and account for them once each.",
                 cure="call detach() on the engine that holds it first.",
             )
-        self.model, self.batch_first = model, batch_first
+        self.model, self.batch_first, self.shards = model, batch_first, shards
         self.batch: Batch | None = None
         self.paused = False
         self.proven: set[nn.Parameter] = set()
@@ -134,7 +138,8 @@ class Tape:
     # ---- names for errors
 
     def name(self, parameter: nn.Parameter) -> str:
-        return self.names.get(parameter, "a parameter outside the model")
+        known = parameter if self.shards is None else self.shards.origin(parameter)
+        return self.names.get(known, self.names.get(parameter, "a parameter outside the model"))
 
     def path(self, module: nn.Module) -> str:
         return self._paths.get(module, type(module).__name__)
@@ -168,8 +173,10 @@ class Tape:
         """From now on, forwards are private: n records are in the user's hands; ``marked``: see `Batch`."""
         self.restore()
         unproven = frozenset(p for p in self.names if p.requires_grad and p not in self.proven)
+        if self.shards is not None:  # torch would add up the ranks' ordinary gradients; the examination has compared
+            unproven = frozenset()
         self.methods.begin()
-        self.batch = Batch(n, self.methods, unproven=unproven, anchors=self._anchors, marked=marked)
+        self.batch = Batch(n, self.methods, unproven=unproven, anchors=self._anchors, marked=marked, shards=self.shards)
         self._watches = [p.register_post_accumulate_grad_hook(_Hook(self._keep)) for p in unproven]
 
     def _keep(self, parameter: Tensor) -> None:
@@ -235,7 +242,7 @@ class Tape:
             return None
         packed = packed_in(module, args, kwargs)
         router.order = None if packed is None else packed.unsorted_indices
-        if frame.outermost:
+        if frame.outermost or (self.shards is not None and module in self.shards):
             self.stand_in(frame, router)
         if isinstance(router, probe.Recorder):
             router.visit(module, args, kwargs)
@@ -343,11 +350,12 @@ class Tape:
                 self.router = None
                 self._unwatch()
         if frame.outermost and isinstance(router, Live) and output is not None:
-            if router.assumed:
-                measured = examine(self, module, args, kwargs, router.plan.inputs, router.n)
-                router.verify(measured)
-                probe.extend(router.plan, measured)
-                self.latest = router.plan
+            with self._whole(bool(router.assumed)):
+                if router.assumed:
+                    measured = examine(self, module, args, kwargs, router.plan.inputs, router.n)
+                    router.verify(measured)
+                    probe.extend(router.plan, measured)
+                    self.latest = router.plan
             output = self.finished(router, output)
         return output
 
@@ -427,21 +435,23 @@ class Tape:
                 self.router = Live(self, self.latest, batch, batch.n, again=True)
             return
         checks.refuse_problems(self._watched)
+        checks.refuse_inside_wrapper(self.path(module))
         key = (module, signature((args, kwargs)))
         plan = self._plans.get(key)
         tensors = [v for v in leaves((args, kwargs)) if isinstance(v, Tensor)]
-        if plan is None:
-            checks.refuse_packed(self.path(module), (*args, *kwargs.values()))
-            dims = self._find_records(tensors, batch.n)
-            if not any(d is not None for d in dims):
-                sizes = sorted({tuple(t.shape)[:1] for t in tensors})
-                batch.passive = (
-                    f"{self.path(module)} was called on tensors of leading sizes {[s[0] for s in sizes if s]}"
-                )
-                return
-            plan = examine_any(self, module, args, kwargs, dims, batch.n)
-            if batch.n > 1:
-                self._plans[key] = plan
+        with self._whole(plan is None):
+            if plan is None:
+                checks.refuse_packed(self.path(module), (*args, *kwargs.values()))
+                dims = self._find_records(tensors, batch.n)
+                if not any(d is not None for d in dims):
+                    sizes = sorted({tuple(t.shape)[:1] for t in tensors})
+                    batch.passive = (
+                        f"{self.path(module)} was called on tensors of leading sizes {[s[0] for s in sizes if s]}"
+                    )
+                    return
+                plan = examine_any(self, module, args, kwargs, dims, batch.n)
+                if batch.n > 1:
+                    self._plans[key] = plan
         rows = {t.shape[d] for t, d in zip(tensors, plan.inputs, strict=True) if d is not None}
         if len(rows) != 1:
             batch.passive = (
@@ -453,6 +463,22 @@ class Tape:
         self._watching = self.router.watch((args, kwargs))
         if self._watching is not None:
             self._watching.__enter__()
+
+    @contextlib.contextmanager
+    def _whole(self, needed: bool) -> Iterator[None]:
+        """For an examination: sharded parameters as they are gathered, under their names."""
+        if self.shards is None:
+            yield
+            return
+        names = self.names
+        with self.shards.whole(needed) as now:
+            if now:
+                self.names = {now.get(p, p): name for p, name in names.items()}
+            try:
+                yield
+            finally:
+                self.names = names
+        self.shards.refuse_repeated(self.apiece)
 
     def _find_records(self, tensors: list[Tensor], n: int) -> list[int | None]:
         first = 0 if self.batch_first else 1
@@ -466,8 +492,13 @@ class Tape:
         """Replace the parameters that are used without a rule (all of them, while probing)."""
         made: dict[nn.Parameter, StandIn] = {}
         bare = None if isinstance(router, probe.Recorder) else router.plan.bare
+        inside = None if frame.outermost else set(frame.module.modules())
         for module, name in self.owners:
             p = module._parameters.get(name)
+            if inside is not None and (module not in inside or isinstance(p, StandIn)):
+                continue
+            if self.shards is not None and holds_rows(p):
+                continue  # a group of layers whose turn has not come
             if p is None or (bare is not None and (p not in bare or not p.requires_grad)):
                 continue
             if p not in made:

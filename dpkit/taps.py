@@ -17,6 +17,7 @@ from .forms import Dense, Form
 from .methods import Methods
 from .records import Records
 from .rules import looked_up
+from .sharded import Shards
 
 Emit = Callable[[tuple[Tensor, ...], Tensor], Iterable[tuple[Tensor | None, Form]]]
 
@@ -154,6 +155,7 @@ class Batch:
         autograd: the ordinary gradients of those.
         passive: why forwards in this batch were left alone, if any was.
         anchors: the leaves that tell whether a backward pass accumulates gradients, or only asks for an input's.
+        shards: whose rows are on which rank, where parameters are sharded; forms are those of the sharded ones.
         marked: parameters that get zeros as their ``grad`` after a backward pass, for a GradScaler to inspect.
     """
 
@@ -166,12 +168,15 @@ class Batch:
     passive: str = ""
     anchors: Mapping[torch.device, Tensor] = field(default_factory=dict)
     marked: Sequence[nn.Parameter] = ()
+    shards: Shards | None = None
     closed: bool = False
     examined: int | None = None  # strict door: the only record that the running backward may touch
     _task: tuple[int, bool] = (-1, True)
 
     def add(self, parameter: Tensor | None, form: Form, *, tapped: bool) -> None:
         """Take a form in; ``tapped``: by a rule, so that autograd's own gradient of that use can be compared."""
+        if self.shards is not None:
+            parameter = self.shards.origin(parameter)
         if not isinstance(parameter, nn.Parameter) or not parameter.requires_grad:
             return
         if not self._accumulates():

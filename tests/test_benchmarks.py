@@ -22,6 +22,7 @@ def test_steps() -> None:
     assert [row.contestant for row in rows] == list(CONTESTANTS)
     assert rows[0].ratio == 1.0
     assert all(row.ms and row.peak_mib for row in rows)
+    assert any("that adds the noise" in line for line in measure.summary(rows))
     assert any("dpkit / ordinary" in line for line in measure.summary(rows))
     assert "Opacus ghost" in steps.markdown({**conditions("benchmarks.steps"), "rounds": 2}, rows)
 
@@ -33,7 +34,7 @@ def test_a_contestant_that_fails_has_its_reason_in_the_table() -> None:
         raise ValueError("not for me")
 
     rows = measure.compare(WORKLOADS["tiny"], 8, 2, {**CONTESTANTS, "Opacus ghost": broken})
-    assert [row.fails for row in rows] == [None, None, None, "ValueError: not for me"]
+    assert [row.fails for row in rows] == [None] * 4 + ["ValueError: not for me"]
     assert rows[1].ms
     assert "- tiny, 8, Opacus ghost: ValueError: not for me" in measure.table(rows)
 

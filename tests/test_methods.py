@@ -12,7 +12,8 @@ from torch.utils.data import TensorDataset
 
 import dpkit
 from dpkit import methods
-from dpkit.forms import Dense, Form, Outer
+from dpkit.convolved import Convolved
+from dpkit.forms import Dense, Form, Normed, Outer
 from dpkit.methods import MODES, Methods
 from tests.training import attach, train, weights
 
@@ -25,7 +26,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def seconds(way: Any, form: Form, repeats: int = 3) -> float:
         taken = way.take()
         asked.append(type(taken).__name__)
-        return form.n * (1.0 if isinstance(taken, Dense) else 3.0)
+        return form.n * (1.0 if isinstance(taken, Dense) else 2.0 if isinstance(taken, Normed) else 3.0)
 
     monkeypatch.setattr(methods, "_timed", seconds)
     return asked
@@ -91,6 +92,40 @@ def test_the_peak_counts_activations_that_are_left() -> None:
     assert chosen._peak([methods._Arrival("b", "k", "x", 1, 100, {"x": 1500}, {})], ["x"]) == 1500.0
 
 
+def test_the_peak_counts_what_is_left_where_it_is_known() -> None:
+    """What the ordinary forward had kept when the layer was done, what the layer takes for a moment, and what is kept
+    by then; the layer's own input once."""
+    chosen = Methods("measured", named("a", "b"))
+    chosen.left = {"a": 1000.0, "a.bias": 1000.0, "b": 300.0}
+    own, other = {"itself": 250, "dense": 400}, {"only": 30}
+    arrivals = [
+        methods._Arrival("a", "k", "itself", 1, 100, own, {}, 50),
+        methods._Arrival("a.bias", "k", "only", 1, 0, other, {}, 0),
+        methods._Arrival("b", "k", "itself", 1, 100, own, {}, 2000),
+    ]
+    assert chosen._peak(arrivals[:1], ["itself"]) == 1000 + 50 + 250 - 100
+    assert chosen._peak(arrivals[:1], ["dense"]) == 1000 + 50 + 400
+    assert chosen._peak(arrivals[:2], ["itself", "only"]) == 1000 + 50 + 250 - 100  # the bias's own turn needs less
+    assert chosen._peak(arrivals, ["itself", "only", "dense"]) == 300 + 2000 + 250 + 30 + 400
+
+
+def test_a_gradient_is_formed_twice_where_its_memory_matters(clock: list[str]) -> None:
+    """A convolution whose gradients are larger than its input: kept where there is room, else formed for the norm."""
+    torch.manual_seed(0)
+    weight, x, grad = nn.Parameter(torch.zeros(32, 8, 3, 3)), torch.randn(4, 8, 6, 6), torch.randn(4, 32, 4, 4)
+    form = Convolved(x, grad, tuple(weight.shape), (1, 1), (0, 0), (1, 1), 1)
+    for activations, expected in ((100_000.0, Dense), (1000.0, Normed)):
+        chosen = Methods("measured", {weight: "w"})
+        chosen.activations = activations
+        for _ in range(2):
+            chosen.begin()
+            taken = chosen.settle(form, weight)
+        assert type(taken) is expected
+        torch.testing.assert_close(taken.sq_norm(), form.dense().flatten(1).square().sum(1), rtol=1e-5, atol=0)
+        w = torch.rand(4)
+        torch.testing.assert_close(taken.weighted_sum(w), w @ form.dense().flatten(1), rtol=1e-4, atol=1e-4)
+
+
 def test_state(clock: list[str]) -> None:
     """A loaded state chooses as the saved one did, without timing."""
     names = named("w")
@@ -137,7 +172,22 @@ def test_all_modes_train_alike(mode: str) -> None:
     torch.testing.assert_close(weights(run.model), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["ghost", "grouped", "patches", "dense"])
+def forms_of(model: nn.Module, rows: TensorDataset) -> list[Form]:
+    """The forms of one batch, as the layers give them."""
+    seen: list[Form] = []
+    settle = Methods.settle
+
+    def noted(self: Methods, form: Form, parameter: Tensor) -> Form:
+        seen.append(form)
+        return settle(self, form, parameter)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Methods, "settle", noted)
+        train(attach(model, rows, method="model", lr=0.0))
+    return seen
+
+
+@pytest.mark.parametrize("way", ["ghost", "grouped", "patches", "grouped twice", "patches twice", "dense"])
 def test_each_way_is_exact_in_training(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forced through the real step: as the other ways, to rounding."""
     reference = attach(network(), sequences(), method="model", lr=0.1)
@@ -147,6 +197,8 @@ def test_each_way_is_exact_in_training(way: str, monkeypatch: pytest.MonkeyPatch
         ways = form.ways()
         return ways[way].take() if way in ways else form
 
+    met = [way in form.ways() for form in forms_of(network(), sequences())]
+    assert any(met)
     monkeypatch.setattr(Methods, "settle", forced)
     run = attach(network(), sequences(), lr=0.1)
     train(run, 2)
@@ -161,7 +213,7 @@ def test_profile() -> None:
     profile = run.engine.profile()
     assert {line.parameter for line in profile.lines} == {name for name, _ in run.model.named_parameters()}
     weight = next(line for line in profile.lines if line.parameter == "2.weight")
-    assert weight.method in ("ghost", "grouped", "patches")
+    assert weight.method in ("ghost", "grouped", "patches", "grouped twice", "patches twice")
     assert weight.measured
     assert weight.milliseconds is not None
     assert weight.milliseconds > 0
@@ -188,7 +240,9 @@ def test_activations_are_counted() -> None:
     """What the ordinary forward keeps for one record, the parameters aside."""
     run = attach(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)))
     train(run)
-    assert run.engine._attached().tape.methods.activations == pytest.approx(4 * (4 + 5), abs=1)  # input, tanh
+    found = run.engine._attached().tape.methods
+    assert found.activations == pytest.approx(4 * (4 + 5), abs=1)  # input, tanh
+    assert found.left == {"0.weight": 16.0, "0.bias": 16.0, "2.weight": 36.0, "2.bias": 36.0}
 
 
 def served(run: Any, passes: int = 1) -> list[list[int]]:
@@ -226,7 +280,7 @@ def test_automatic_physical_batches_go_on_where_they_stopped() -> None:
 
     def fresh() -> Any:
         generator = torch.Generator().manual_seed(5)
-        options = {"max_physical_batch_size": "auto", "memory_budget": 60_000, "lr": 0.1, "method": "model"}
+        options = {"max_physical_batch_size": "auto", "memory_budget": 120_000, "lr": 0.1, "method": "model"}
         return attach(network(), sequences(40), loader={"generator": generator}, **options)
 
     one = fresh()

@@ -72,6 +72,8 @@ class PrivacyCallback(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log ε; stop where the budget is spent, or the planned steps are taken."""
+        if batch is None:  # nobody was drawn: Lightning counts it as begun, too, or loses its place on resuming
+            trainer.fit_loop.epoch_loop.batch_progress.increment_started()
         pl_module.log("epsilon", self.engine.get_epsilon(), prog_bar=True, batch_size=1)
         if self.engine.budget_spent or (self._planned is not None and self.engine.releases >= self._planned):
             trainer.should_stop = True
@@ -105,13 +107,6 @@ class _Steps:
     def _run(self) -> Iterator[Iterator[Any]]:
         while not self._engine.budget_spent:
             yield from self._loader.logical_batches()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the callback's state has it."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to load."""
 
 
 def _refuse_settings(trainer: Any) -> None:

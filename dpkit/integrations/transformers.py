@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from dpkit.engine import PrivacyEngine
 from dpkit.errors import BudgetExhaustedError, CheckpointError, ConfigurationError, SamplingError
 from dpkit.loader import PrivateDataLoader
+from dpkit.ranks import world
 from dpkit.sampling import checked, sampling_of
 from dpkit.units import units_of
 
@@ -188,6 +189,12 @@ class PrivateMixin:
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Attach the engine, now that there is an optimizer and a number of steps; then as the Trainer does."""
         self.engine.detach()
+        if world() > 1:
+            raise ConfigurationError(
+                f"a Trainer in one of {world()} processes",
+                why="it wraps the model in DistributedDataParallel, which adds up gradients that nobody has clipped.",
+                cure="train in one process; several processes run a loop of one's own (docs/many_devices.md).",
+            )
         loader, units = self._data()
         options = {"max_grad_norm": self.args.max_grad_norm, **self._privacy, **units}
         if self.args.gradient_accumulation_steps > 1:
@@ -216,11 +223,8 @@ class PrivateMixin:
             )
         return parts
 
-    def _clip_grad_norm(self, model: Any) -> None:
-        """Each record's gradient is clipped by itself."""
-
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> None:
-        """There is none before the release."""
+        """There is no gradient before the release, for the Trainer to clip or to log."""
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of a batch; of a step, those of its records."""

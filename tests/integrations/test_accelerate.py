@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,6 @@ RECORDS, DELTA = 20, 1e-3
 
 def squared(model: nn.Module, batch: Any) -> Tensor:
     return (model(batch[0]) - batch[1]).square()
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    yield
-    accelerate.state.AcceleratorState._reset_state(True)
-    accelerate.state.GradientState._reset_state()
 
 
 def prepared(when: str, *, accelerator: Any = None, batch_size: int = 4, **options: Any) -> tuple[Any, ...]:

@@ -80,6 +80,11 @@ def test_every_way_is_the_definition(form: Convolved, seed: int) -> None:
         assert (norm <= true * (1 + 1e-5) + 3 * tolerance**0.5 * bound * (true < 0.3 * bound)).all(), (
             f"{name}: too large"
         )
+        some = taken.take(kept[:1]).sq_norm().double() if len(kept) else torch.empty(0)
+        rounding = 1e-9 * float(bound.max()) ** 2
+        torch.testing.assert_close(some, taken.sq_norm().double()[kept[:1]].to(some), rtol=1e-4, atol=rounding)
+        multiples = taken.scaled(w).sq_norm().double().sqrt()
+        torch.testing.assert_close(multiples, w.double() * norm, rtol=1e-3, atol=2e-4 * float(bound.max()))
         for total, weights, rows in (
             (taken.weighted_sum(w), w, expected),
             (taken.take(kept).weighted_sum(w[kept]), w[kept], expected[kept]),
