@@ -57,7 +57,7 @@ def markdown(about: dict[str, Any], rows: list[Row]) -> str:
         "",
         "Surnames by language: 14,931 to train, 3,812 to test, 16 languages; σ = 1, C = 1.5, δ = 8·10⁻⁵, q = 0.05, "
         f"{rows[0].steps // 20} epochs, one",
-        "run each (± is a 95% interval for the choice of test names). Opacus's accuracies are on other names.",
+        "run each (± is a 95% interval for the choice of test names). Opacus's figures: 50 epochs, and other names.",
         "",
         "| | accuracy, dpkit | ε, dpkit | accuracy, Opacus (published, its own names) | ε, Opacus (published) |",
         "|---|---:|---:|---:|---:|",
