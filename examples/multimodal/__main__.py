@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
         start = time.process_time()
         experiments[part]()
         results.commands[part] = told, time.process_time() - start
+        results.tables.sort(key=lambda table: parts.index(table.key))
         results.write(args.out)  # after each part: what is done is there
         held.write_bytes(pickle.dumps(results))
         page.write(results, args.out / "multimodal.html")
