@@ -67,8 +67,9 @@ def sections(results: dict[str, Any], command: str) -> Iterable[Part]:
         "Each private run is judged by itself; who is given several of them is given the sum of their ε. The seeds "
         "are known, so that the runs can be repeated: to release a model, give no generators. Thresholds come from "
         "the validation splits, which are taken to be public. Recipes were found by trials on the validation "
-        "splits; XSTest and OpenAI moderation were looked at, too, while features and the policy's mapping were "
-        "chosen, which favours those figures a little, and is not in ε.",
+        "splits. XSTest, OpenAI moderation, DiaSafety's test split and the hazards of the test prompts were looked "
+        "at, too, in exploratory runs, the first two while features and the policy's mapping were chosen: this "
+        "favours the four figures by an unknown amount, and is not in ε.",
     )
     if results.get("audit"):
         found = results["audit"]

@@ -25,6 +25,8 @@ from .prompt import SHORT, Conversation, Verdict
 from .taxonomy import Category, Taxonomy
 from .train import Privacy, Recipe, Run, seeds_of, train
 
+TAUGHT = 0.25  # of AUPRC: a smaller change than this is not called learning
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -97,7 +99,7 @@ def sections(result: dict[str, Any], command: str) -> Iterable[Part]:
     figures, runs = result["figures"], {run["name"]: run for run in result["runs"]}
 
     def cell(one: dict[str, float]) -> str:
-        return f"{one['auprc']:.3f} ({one['prevalence']:.3f})"
+        return f"{one['auprc']:.3f} ({one['prevalence']:.3f}, {one['auprc'] - one['prevalence']:+.3f})"
 
     yield "h1", "A guard that reads its policy, grown from nothing and privately fine-tuned"
     yield (
@@ -106,7 +108,11 @@ def sections(result: dict[str, Any], command: str) -> Iterable[Part]:
         f"{', '.join(toy.PUBLIC)} are violated, then tuned on private conversations with {', '.join(toy.PRIVATE)}. "
         "A made-up world: it shows the method, not language.",
     )
-    yield "p", f"Command: `{command}`. AUPRC, and in brackets the prevalence, which a guess reaches."
+    yield (
+        "p",
+        f"Command: `{command}`. AUPRC, and in brackets the prevalence, which a guess reaches, and how far above. "
+        "Last row: what a guard has that tells all unsafe messages from safe ones and never reads its policy.",
+    )
     heads = ["run", "ε spent", "whole policy", "half dropped", "unseen taxonomy", "two examples shown", "F1 at 0.5"]
     questions = ("overall", "dropped", "zero-shot", "few-shot")
     rows = [
@@ -118,6 +124,8 @@ def sections(result: dict[str, Any], command: str) -> Iterable[Part]:
         ]
         for name, of in figures.items()
     ]
+    blind = unread(figures)
+    rows.append(["policy not read", "", *(f"{blind[q]:.3f}" for q in questions), ""])
     yield "table", ("Judged under the whole policy, and under policies that training never showed", heads, rows)
     first = next(iter(figures.values()))["hazards"]
     rows = [
@@ -136,6 +144,7 @@ def sections(result: dict[str, Any], command: str) -> Iterable[Part]:
             rows,
         ),
     )
+    yield "p", learned(figures)
     for run in result["runs"]:
         if run["statement"]:
             yield "details", (f"{run['name']}: the engine's statement", run["statement"])
@@ -156,6 +165,46 @@ def sections(result: dict[str, Any], command: str) -> Iterable[Part]:
         "order and codes shuffled). Nothing is copied, so the unit stays one conversation and ε what it is without; "
         f"δ = {result['delta']:.2g}.",
     )
+
+
+def unread(figures: dict[str, Any]) -> dict[str, float]:
+    """AUPRC of a guard that flags what is unsafe under the whole policy, whatever the policy before it says.
+
+    All it flags has one score, so AUPRC is the share that is unsafe under the policy of the question.
+    """
+    of = next(iter(figures.values()))
+    shares = {q: of[q]["prevalence"] / of["overall"]["prevalence"] for q in ("dropped", "zero-shot")}
+    return {"overall": 1.0, "few-shot": 1.0} | shares
+
+
+def learned(figures: dict[str, Any]) -> str:
+    """What the tables say of the hazards that only the private part has, in words."""
+
+    def above(of: dict[str, Any], names: Sequence[str]) -> float:
+        hazards = [of["hazards"][name] for name in names]
+        return sum(hazard["one-vs-all"] - hazard["prevalence"] for hazard in hazards) / len(hazards)
+
+    whole = figures["before"]["overall"]["prevalence"]
+    blind = {
+        name: {"one-vs-all": hazard["prevalence"] / whole, "prevalence": hazard["prevalence"]}
+        for name, hazard in figures["before"]["hazards"].items()
+    }
+    judged = figures | {"policy not read": {"hazards": blind}}
+    new, old = ({name: above(of, names) for name, of in judged.items()} for names in (toy.PRIVATE, toy.PUBLIC))
+    told = "; ".join(f"{name} {new[name]:+.2f} and {old[name]:+.2f}" for name in judged)
+    text = (
+        "One-vs-all under a policy that lists one hazard asks whether the policy is read; one-vs-benign, only "
+        "whether something is asked for. How far the first is above prevalence, on average over the private part's "
+        f"hazards and over the public ones: {told}."
+    )
+    free = next(name for name in figures if name != "before")
+    if figures["before"]["overall"]["auprc"] > 0.99:
+        text += " Under the whole policy all was right before the tuning: that column shows nothing of it."
+    if new[free] < new["before"] + TAUGHT:
+        text += f" The tuning did not teach the new hazards, not even without privacy (less than {TAUGHT} gained)."
+    if old[free] < old["before"] - TAUGHT:
+        text += f" It made the guard forget what it knew of the policy's old ones (more than {TAUGHT} lost)."
+    return text
 
 
 def figures(model: torch.nn.Module, reader: Reader, whole: Taxonomy, test: Sequence[Record]) -> dict[str, Any]:

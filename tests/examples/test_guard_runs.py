@@ -33,6 +33,7 @@ from examples.guard.language_model import (  # noqa: E402
     losses,
     scores,
 )
+from examples.guard.metrics import judge  # noqa: E402
 from examples.guard.prompt import SHORT, Conversation, Verdict, score  # noqa: E402
 from examples.guard.taxonomy import built_in  # noqa: E402
 from examples.guard.train import Privacy, Recipe, seeds_of, train  # noqa: E402
@@ -342,6 +343,31 @@ def test_the_tiny_size_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for of in results["figures"].values():
         assert set(of["hazards"]) == set(toy.DEEDS)
         assert all(0 <= of[q]["auprc"] <= 1 for q in ("overall", "dropped", "zero-shot", "few-shot"))
+
+
+def test_the_tiny_page_says_what_was_not_learned() -> None:
+    """One hazard in ten is unsafe under a policy that lists it alone: a guard that ignores the policy has 0.25."""
+    alone = [k == 0 for k in range(10)]
+
+    def found(private: float, public: float) -> dict[str, Any]:
+        hazards = {
+            name: {"one-vs-all": private if name in toy.PRIVATE else public, "one-vs-benign": 1.0, "prevalence": 0.1}
+            for name in toy.DEEDS
+        }
+        pairs = {q: {"auprc": 1.0, "prevalence": p, "f1": 1.0} for q, p in (("overall", 0.4), ("dropped", 0.2))}
+        return {**pairs, "zero-shot": pairs["dropped"], "few-shot": pairs["overall"], "hazards": hazards}
+
+    flagged = torch.tensor([1.0] * 4 + [0.0] * 6)
+    blind = judge(alone, flagged, resamples=0).auprc
+    bad = {"before": found(0.2, 1.0), "no privacy": found(0.2, 0.3)}
+    good = {"before": found(0.2, 1.0), "no privacy": found(0.9, 1.0)}
+    assert blind == pytest.approx(0.25)
+    assert f"policy not read {blind - 0.1:+.2f}" in tiny.learned(bad)
+    assert tiny.unread(bad)["dropped"] == pytest.approx(judge([True] * 2 + [False] * 8, flagged, resamples=0).auprc)
+    assert "did not teach" in tiny.learned(bad)
+    assert "forget" in tiny.learned(bad)
+    assert "did not teach" not in tiny.learned(good)
+    assert "forget" not in tiny.learned(good)
 
 
 @pytest.fixture
