@@ -32,12 +32,12 @@ from .sampling import checked, sampling_of
 from .scaler import LossScale
 from .secure import SecureNoise
 from .seeds import unforeseeable
-from .shares import refuse_other_data, same_weights
 from .spending import Spending
 from .state import Part, Stateful, collect, give_back, refuse_others
 from .statement import Statement
 from .step import PrivateStep, innermost
 from .targets import budget_for, noise_multiplier_for
+from .together import begin_together, refuse_own_sizes, refuse_sharded_state
 from .units import PrivacyUnit, refuse_reordering, units_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -261,33 +261,14 @@ class PrivacyEngine:
             self._spending.target = float(target_epsilon), float(target_delta)
         self._lives.begin(self._step, self._loader)
         self._spending.about = {"sampling": sampling.name, "target_delta": target_delta}
-        if ranks.size > 1:
-            self._begin_together(ranks)
-        return module, optimizer, self._loader
-
-    def _begin_together(self, ranks: Ranks) -> None:
-        """All ranks have been asked for the same; they begin with rank 0's weights, and rank 0 keeps the ledger."""
-        step = self._attached()
         try:
-            if step.shards is not None and callable(self._loader.limit):
-                raise ConfigurationError(
-                    'max_physical_batch_size="auto" with parameters that are sharded (fully_shard)',
-                    why="every rank finds a size of its own, and ranks that run forwards differently often wait for "
-                    "each other for ever.",
-                    cure="give a number.",
-                )
-            budget = self._spending.budget
-            limit = None if budget is None else [budget.max_epsilon, budget.delta]
-            ranks.agree("make_private", **self._configuration(), max_epsilon=limit)
-            ranks.done()
-            refuse_other_data(self._loader.dataset, ranks)
-            if not ranks.first:
-                self._spending.leave_ledger()
-            self._spending.mirror(ranks.decide(self._spending.state_dict))
-            same_weights(step.model, ranks)
+            refuse_own_sizes(self._step.shards, callable(limit))
+            if ranks.size > 1:
+                begin_together(ranks, module, data_loader.dataset, self._spending, self._configuration())
         except BaseException:
             self.detach()
             raise
+        return module, optimizer, self._loader
 
     def make_private_with_epsilon(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, DataLoader[Any]]:
         """`make_private` under the name that Opacus gives the call with ``target_epsilon``."""
@@ -472,14 +453,14 @@ class PrivacyEngine:
             weights: if False, model and optimizer are left to somebody else's checkpoint (Trainer, Lightning,
                 Accelerate), which has to be loaded first: `load_state_dict` compares them with a fingerprint.
         """
-        self._refuse_sharded_state()
+        refuse_sharded_state(self._attached().shards)
         about = {"lives": [life.to_dict() for life in self._lives.all()], "target_delta": self._target_delta}
         parts = collect(self._parts(weights=weights))
         return {"version": 1, "configuration": self._configuration(), "about": about, **parts}
 
     def load_state_dict(self, state: dict[str, Any], *, replay: bool = True) -> None:
         """Go on from what `state_dict` gave, after `make_private` with the same arguments; see `load_checkpoint`."""
-        self._refuse_sharded_state()
+        refuse_sharded_state(self._attached().shards)
         self._load(copy.deepcopy(state), {}, replay)
 
     def save_checkpoint(
@@ -509,7 +490,7 @@ class PrivacyEngine:
             CheckpointError: it cannot be written, or something holds other than plain values. The file that was there
                 before is untouched.
         """
-        self._refuse_sharded_state()
+        refuse_sharded_state(self._attached().shards)
         if not self._attached().ranks.first:
             return
         state = self.state_dict(weights=weights)
@@ -533,7 +514,7 @@ class PrivacyEngine:
             CheckpointError: damaged, or of another model, optimizer, data set or setting; nothing was loaded.
             LedgerError: the ledger is not the run's, or holds less than the checkpoint.
         """
-        self._refuse_sharded_state()
+        refuse_sharded_state(self._attached().shards)
         ranks = self._attached().ranks
         ranks.agree("load_checkpoint")  # so that rank 0 has written it
         held = checkpoint.load(path)
@@ -542,16 +523,6 @@ class PrivacyEngine:
         refuse_others({"also": sorted(also or {})}, {"also": sorted(held["also"])})
         self._load({**held["state"], "also": held["also"]}, also or {}, replay)
         return held["extra"]
-
-    def _refuse_sharded_state(self) -> None:
-        if self._attached().shards is not None:
-            raise CheckpointError(
-                "the engine's state, with parameters that are sharded (fully_shard)",
-                why="each rank holds some rows of the model, and the stream of its own noise; no file has all of them.",
-                cure="save model and optimizer with torch.distributed.checkpoint and engine.accountant.state_dict() "
-                "beside them (on rank 0); load all three into what a new engine is made from. Draws and noise are then "
-                "fresh, and everything stays counted.",
-            )
 
     def _load(self, state: dict[str, Any], also: Mapping[str, Stateful], replay: bool) -> None:
         if not isinstance(state, dict) or not {"version", "configuration", "about"} <= set(state):

@@ -189,11 +189,6 @@ class PrivateDataLoader(DataLoader[Any]):
         return self._given is not None
 
     @property
-    def limit(self) -> Limit:
-        """The most rows of a physical batch as it was given, or what finds it."""
-        return self._batches.given
-
-    @property
     def units(self) -> UnitIndex:
         """Whose rows are drawn together."""
         return self._batches.units

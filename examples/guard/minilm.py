@@ -96,7 +96,8 @@ def study(
             privacy = None if epsilon is None else Privacy(epsilon, delta, units)
             run = train(head, dataset, lambda m, x, t: losses(m(x), t), recipe, privacy, seeds=seeds_of(seed, k))
             with torch.no_grad():
-                logits = {key: head(x) for key, x in features.tensors.items() if key[1] != "train"}
+                # In double precision: sigmoids of large logits are 1 in single, and ties have no rank.
+                logits = {key: head(x).double() for key, x in features.tensors.items() if key[1] != "train"}
             by_seed.setdefault(run.name, []).append(headlines(asked, features, logits))
             told(f"seed {seed}, {run.name}: " + ", ".join(f"{n} {v:.3f}" for n, v in by_seed[run.name][-1].items()))
             if seed == seeds[0]:
@@ -211,8 +212,8 @@ def judgement(
         "XSTest by kind": {kind: float(np.mean(flags)) for kind, flags in sorted(kinds.items())},
         "system": protected(features, p("responses"), cut["responses"], p("prompts"), cut["prompts"]),
         "curves": {
-            "XSTest": (unsafe("xstest"), [round(v, 4) for v in p("xstest").tolist()]),
-            "OpenAI moderation": (unsafe("openai"), [round(v, 4) for v in p("openai").tolist()]),
+            "XSTest": (unsafe("xstest"), p("xstest").tolist()),
+            "OpenAI moderation": (unsafe("openai"), p("openai").tolist()),
         },
         "examples": examples(features.records("xstest", "test"), p("xstest")),
     }

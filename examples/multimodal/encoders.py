@@ -88,13 +88,15 @@ def load_image_encoder() -> ImageEncoder:
 
 @torch.no_grad()
 def encode_pictures(encoder: ImageEncoder, pictures: Sequence[Picture], size: int = 128) -> Tensor:
-    """The trunk's maps [n, 320, s / 32, s / 32], one a picture."""
+    """The trunk's maps [n, 320, s / 32, s / 32], one a picture; kept whatever order the pictures come in."""
+    order = sorted(range(len(pictures)), key=lambda k: repr(pictures[k]))
+    ordered = [pictures[k] for k in order]
 
     def compute() -> Tensor:
-        chunks = [pictures[i : i + 64] for i in range(0, len(pictures), 64)]
+        chunks = [ordered[i : i + 64] for i in range(0, len(ordered), 64)]
         return torch.cat([encoder.trunk(pixels(chunk, size)) for chunk in chunks])
 
-    return kept("pictures", [str(size), *map(repr, pictures)], compute)
+    return kept("pictures", [str(size), *map(repr, ordered)], compute)[torch.tensor(order).argsort()]
 
 
 @torch.no_grad()

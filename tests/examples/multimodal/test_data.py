@@ -17,7 +17,7 @@ for needed in ("sklearn", "PIL", "transformers"):
 from PIL import Image  # noqa: E402
 from sklearn.metrics import roc_auc_score  # noqa: E402
 
-from examples.multimodal import data, mix  # noqa: E402
+from examples.multimodal import data, encoders, mix  # noqa: E402
 from examples.multimodal.data import Rows  # noqa: E402
 from examples.multimodal.metrics import judge, pair_consistency  # noqa: E402
 from examples.multimodal.pictures import MISSING, Picture, pixels  # noqa: E402
@@ -89,6 +89,23 @@ def test_pictures() -> None:
     assert (drawn[1] == MISSING).all()  # a missing image is grey
     assert not torch.equal(drawn[2, :, :32, :32], drawn[2, :, :32, 32:])  # a montage: two emoji beside each other
     assert (drawn[2, :, 32:] == 255).all()
+
+
+def test_pictures_are_encoded_once_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "CACHE", tmp_path)
+    seen: list[int] = []
+
+    class Encoder:
+        def trunk(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(len(images))
+            return images.float().mean((2, 3))[:, :, None, None]
+
+    shown = [Picture(("1F600",), "noto", colour) for colour in ("#ff0000", "#00ff00", "#0000ff")]
+    maps = encoders.encode_pictures(Encoder(), shown, 32)
+    again = encoders.encode_pictures(Encoder(), shown[::-1], 32)
+    assert torch.equal(again, maps.flip(0))
+    assert torch.equal(maps[:, :, 0, 0], pixels(shown, 32).float().mean((2, 3)))
+    assert seen == [3]
 
 
 def test_the_mix_has_its_exact_limits() -> None:
