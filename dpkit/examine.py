@@ -246,7 +246,7 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
         return torch.stack([t.to(terms[0].dtype) for t in terms]).sum(0) if terms else None
 
     chance = randomness.capture()  # dropout that is no module (of attention weights) is the same draw in both runs
-    with (kept := Kept(tape.names)).counting, kept.noting(tape.model):
+    with (kept := Kept(tape.names)).counting, tape.watched(kept.note):
         plain = run.plain(arguments)
     tape.methods.activations = max(tape.methods.activations, kept.bytes / n)
     for name, left in kept.left.items():

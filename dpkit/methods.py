@@ -9,10 +9,9 @@ keeps for its backward.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,7 +254,7 @@ class Kept:
 
     Attributes:
         bytes: so many so far.
-        left: as many after the last call of the module that owns a parameter, within ``with kept.noting``.
+        left: as many after the last call of the module that owns a parameter, where `note` is its hook.
     """
 
     def __init__(self, parameters: Mapping[Any, str]) -> None:
@@ -264,21 +263,8 @@ class Kept:
         self.left: dict[str, int] = {}
         self.counting = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
 
-    @contextlib.contextmanager
-    def noting(self, model: nn.Module) -> Iterator[None]:
-        """Watch the model's modules."""
-        handles = [
-            m.register_forward_hook(self._note, always_call=True)
-            for m in model.modules()
-            if any(p is not None for p in m._parameters.values())
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _note(self, module: nn.Module, *_: Any) -> None:
+    def note(self, module: nn.Module, *_: Any) -> None:
+        """Hook after a module's forward."""
         self.left.update({self._names[p]: self.bytes for p in module._parameters.values() if p in self._names})
 
     def _pack(self, x: Tensor) -> Tensor:

@@ -135,6 +135,17 @@ class Tape:
         self.latest = None
         self._attach()
 
+    @contextlib.contextmanager
+    def watched(self, hook: Callable[..., None]) -> Iterator[None]:
+        """Within, ``hook`` is called after each call of a module that owns parameters."""
+        owners = dict.fromkeys(module for module, _ in self.owners)
+        handles = [module.register_forward_hook(hook, always_call=True) for module in owners]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     # ---- names for errors
 
     def name(self, parameter: nn.Parameter) -> str:

@@ -35,8 +35,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """The benchmarks' README and results, and their pictures, as pages and files below benchmarks/."""
-    for path in [RESULTS.parent / "README.md", *RESULTS.glob("*.md"), *RESULTS.glob("*.png")]:
+    """The benchmarks' README and results, their pictures and reports, as pages and files below benchmarks/."""
+    for path in [
+        RESULTS.parent / "README.md",
+        *(p for kind in ("md", "png", "html") for p in RESULTS.glob(f"*.{kind}")),
+    ]:
         files.append(File.generated(config, f"benchmarks/{path.name}", abs_src_path=str(path)))
     for path in RESULTS.glob("*.html"):  # apart, where no page of the same name is
         files.append(File.generated(config, f"benchmarks/html/{path.name}", abs_src_path=str(path)))
