@@ -41,13 +41,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         *(p for kind in ("md", "png", "html") for p in RESULTS.glob(f"*.{kind}")),
     ]:
         files.append(File.generated(config, f"benchmarks/{path.name}", abs_src_path=str(path)))
+    for path in RESULTS.glob("*.html"):  # apart, where no page of the same name is
+        files.append(File.generated(config, f"benchmarks/html/{path.name}", abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links into benchmarks/results as they are in the repository lead to the generated pages here."""
     if page.file.src_uri.startswith("benchmarks/"):
-        return markdown
+        return re.sub(r"\]\(([\w.-]+\.html)\)", r"](html/\1)", markdown)
     return re.sub(r"\]\(\.\./benchmarks/results/", "](benchmarks/", markdown)
 
 
