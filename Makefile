@@ -49,6 +49,7 @@ bench: $(VENV)/.ready ## training steps beside ordinary training and Opacus; wri
 	$(PY) -m benchmarks.accounting
 	$(PY) -m benchmarks.durable
 	$(PY) -m benchmarks.noise
+	$(PY) -m benchmarks.ranks
 
 bench-full: $(VENV)/.ready ## the same at all batch sizes of the Opacus paper: hours
 	$(PY) -m benchmarks.steps --full
