@@ -57,7 +57,7 @@ class PrivacyEngine:
         accountant: the judge of what was spent: "pld" (tight), "rdp" (quick, some 5 to 15% above), or a
             `dpkit.accountants.Accountant`.
         secure_mode: draw the noise from a cryptographic generator and round it so that floating point tells nothing;
-            see `dpkit.secure` for what is proven. Needs the extra ``dpkit[secure]``, and costs some four times the
+            see `dpkit.secure` for what is proven. Needs the extra ``dpkit[secure]``, and costs some six times the
             plain noise, on the processor.
         ledger: a file that holds every release of every run on this data set (`dpkit budget` reads it). Each is on the
             disk before the weights that contain it are handed out, so that no crash forgets what was spent.
