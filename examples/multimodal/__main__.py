@@ -53,14 +53,18 @@ def main(argv: Sequence[str] | None = None) -> Results:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     told = "python -m examples.multimodal" + (f" --only {' '.join(args.only)}" if tuple(args.only) != parts else "")
-    told += " --frozen" if args.frozen else ""
+    if args.epsilons != parser.get_default("epsilons"):
+        told += f" --epsilons {' '.join(f'{epsilon:g}' for epsilon in args.epsilons)}"
+    told += f" --limit {args.limit}" if args.limit is not None else ""
+    told += " --frozen" * args.frozen + " --add" * args.add
     machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-    results = Results(told, args.seed, machine, notes=list(NOTES))
+    results = Results(args.seed, machine, notes=list(NOTES))
     held = args.out / "results.pickle"
     if args.add and held.exists():
         results = pickle.loads(held.read_bytes())
-        results.command, results.notes = f"{results.command}; {told} --add", list(NOTES)
-    before, start = results.seconds, time.process_time()
+        results.notes = list(NOTES)
+        if (results.seed, results.machine) != (args.seed, machine):
+            parser.error(f"{args.out} holds results of seed {results.seed} on {results.machine}: not to be mixed")
     setup = Setup(
         args.seed, args.limit, args.frozen, say=lambda line: console.print(line, soft_wrap=True, highlight=False)
     )
@@ -78,8 +82,10 @@ def main(argv: Sequence[str] | None = None) -> Results:
         console.print(f"the llama part is left out: {NO_LLAMA}", soft_wrap=True)
         args.only = [part for part in args.only if part != "llama"]
     for part in args.only:
+        results.forget(part)
+        start = time.process_time()
         experiments[part]()
-        results.seconds = before + time.process_time() - start
+        results.commands[part] = told, time.process_time() - start
         results.write(args.out)  # after each part: what is done is there
         held.write_bytes(pickle.dumps(results))
         page.write(results, args.out / "multimodal.html")

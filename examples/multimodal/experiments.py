@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,15 +157,16 @@ def on_confounders(setup: Setup, results: Results, epsilons: Sequence[float]) ->
     models = compare(setup, table, records, epsilons, without=unseen)
     results.statement = next((run.statement for run in table.runs if run.statement), "")
     named = {run.name: run.metrics for run in table.runs}
-    best = max((name for name in named if math.isinf(_epsilon(table, name))), key=lambda n: _auroc(named[n]["test"]))
-    free, unseen_free = _auroc(named[best]["test"]), max(_auroc(m["test_unseen_image"]) for m in named.values())
+    public = {name: named[name] for name in ("MMBT", "MMBT, unfrozen") if name in named}
+    best = max(public, key=lambda name: _auroc(public[name]["test"]))
+    free, unseen_free = _auroc(public[best]["test"]), _auroc(public[best]["test_unseen_image"])
     late = _auroc(named["late fusion"]["test"])
     for name in ("text only", "image only"):
         value = _auroc(named[name]["test"])
         table.goals.append((f"{name}: AUROC within 0.03 of 0.50", abs(value - 0.5) <= 0.03, f"{value:.3f}"))
     table.goals += [
         ("MMBT without privacy: AUROC ≥ 0.94", free >= 0.94, f"{free:.3f} ({best})"),
-        ("without privacy, unseen emoji ≥ 0.82", unseen_free >= 0.82, f"{unseen_free:.3f} at best"),
+        ("MMBT without privacy, unseen emoji ≥ 0.82", unseen_free >= 0.82, f"{unseen_free:.3f} ({best})"),
         ("late fusion clearly below MMBT", late < free - 0.1, f"{late:.3f} against {free:.3f}"),
     ]
     for epsilon, goal in ((8.0, 0.90), (3.0, 0.88)):
@@ -230,10 +230,6 @@ def on_mix(setup: Setup, results: Results, epsilons: Sequence[float]) -> None:
         table.goals.append(("MMBT, ε = 8 ≥ 0.95", named["MMBT, ε = 8"] >= 0.95, f"{named['MMBT, ε = 8']:.3f}"))
 
 
-def _epsilon(table: Table, name: str) -> float:
-    return next(run.epsilon for run in table.runs if run.name == name)
-
-
 LLAMA = Recipe(batch_size=64, epochs=1, lr={"heads": 2e-3, "project": 1e-3, "text": 1e-3})
 LLAMA_PRIVATE = PRIVATE.but(epochs=6, lr={"heads": 1e-2, "project": 3e-3, "text": 3e-3})
 
@@ -294,8 +290,9 @@ def _validate_privately(setup: Setup, results: Results, models: Judged) -> None:
     units = len(set(records.units))
     delta = 1 / (10 * units)
     spent = make_accountant("pld").compose(event).epsilon(delta)
-    results.pieces.append(
+    told = (
         f"Private validation: the first private MMBT's accuracy on the {units} validation documents of confounders is "
         f"{noisy:.3f}, told with Gaussian noise of 10 documents; a validation document pays ε = {spent:.3f} at "
         f"δ = {delta:.2g} for it, a training document nothing. (Exactly: {right.mean():.3f}, which would not be told.)"
     )
+    results.pieces.append(("confounders", told))

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,11 +29,11 @@ def page(results: Results) -> str:
         "<h1>Image and text together, privately</h1>",
         "<p class=lead>A multimodal bitransformer, trained with differential privacy on data that need both modalities "
         "(confounders), and on data where one of them is missing.</p>",
-        f"<p class=note>By <code>{_text(results.command)}</code>, seed {results.seed}; {_text(results.machine)}; "
-        f"{results.seconds / 60:.0f} minutes of processor time in all.</p>",
+        f"<p class=note>{_text(results.heading())}</p>",
     ]
     for table in results.tables:
         parts += [f"<h2>{_text(table.title)}</h2>", f"<p>{_text(table.about)}</p>", _table(table), _goals(table)]
+        parts += [_by(results, *results.behind(table))]
     if any(run.curve for table in results.tables for run in table.runs):
         parts += ["<h2>Utility against ε</h2>", _image(utility(results.tables), "utility against epsilon")]
     if results.curves:
@@ -41,12 +42,15 @@ def page(results: Results) -> str:
             "<p>Trained with both; tested with the modality in a share of the rows only.</p>",
             _image(missing_curves(results.curves), "accuracy against the available share"),
             _image(heat_map(results.curves), "accuracy by fusion layer and available share"),
+            _by(results, "missing-groups", "missing-mix"),
         ]
     for found in results.searches:
         lines = "".join(f"<li>{_text(line)}</li>" for line in found["lines"])
         parts += [f"<h2>The search for the fusion layer: {_text(found['data'])}</h2>", f"<ul>{lines}</ul>"]
+        parts += [_by(results, "search")]
     if results.pieces:
-        parts += ["<h2>Private pieces</h2><ul>", *(f"<li>{_text(piece)}</li>" for piece in results.pieces), "</ul>"]
+        parts += ["<h2>Private pieces</h2><ul>", *(f"<li>{_text(piece)}</li>" for _, piece in results.pieces), "</ul>"]
+        parts += [_by(results, *dict.fromkeys(part for part, _ in results.pieces))]
     if results.shown:
         parts += [
             "<h2>Rows of the test set</h2>",
@@ -178,6 +182,11 @@ def _card(shown: Shown) -> str:
         f'<div class=card><img alt="the picture" src="data:image/png;base64,{source}"><b>{_text(shown.data)}</b><br>'
         f"{_text(shown.text)}<dl><dt>truth</dt><dd>{_text(shown.label)}</dd>{said}</dl></div>"
     )
+
+
+def _by(results: Results, *parts: str) -> str:
+    told = re.sub("`(.*?)`", r"<code>\1</code>", _text(results.provenance(*parts)))
+    return f"<p class=note>{told}</p>" if told else ""
 
 
 def _image(figure: Figure, what: str) -> str:

@@ -93,23 +93,51 @@ class Shown:
 
 @dataclass
 class Results:
-    """Everything."""
+    """Everything.
 
-    command: str
+    Attributes:
+        pieces: what was said of private pieces: the experiment that says it, and the words.
+        commands: by which command each experiment was run, and its seconds of processor time.
+    """
+
     seed: int
     machine: str
     tables: list[Table] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     searches: list[dict[str, Any]] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
+    pieces: list[tuple[str, str]] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
     statement: str = ""
     notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
+    commands: dict[str, tuple[str, float]] = field(default_factory=dict)
 
     def table(self, key: str) -> Table:
         """The table of that key."""
         return next(table for table in self.tables if table.key == key)
+
+    def forget(self, part: str) -> None:
+        """Drop what an earlier run of that experiment found."""
+        for table in self.tables:
+            table.runs = [run for run in table.runs if part != "llama" or not run.name.startswith("frozen Llama")]
+        self.tables = [table for table in self.tables if table.key != part]
+        self.shown = [shown for shown in self.shown if shown.data != part]
+        self.curves = [curve for curve in self.curves if f"missing-{curve.data}" != part]
+        self.pieces = [piece for piece in self.pieces if piece[0] != part]
+        self.searches = self.searches if part != "search" else []
+        self.commands.pop(part, None)
+        if part == "confounders":
+            self.commands.pop("llama", None)
+
+    def provenance(self, *parts: str) -> str:
+        """The commands by which experiments were run."""
+        return "; ".join(
+            f"{part}: `{self.commands[part][0]}`, seed {self.seed}" for part in parts if part in self.commands
+        )
+
+    def heading(self) -> str:
+        """Machine and time."""
+        seconds = sum(spent for _, spent in self.commands.values())
+        return f"Seed {self.seed}; {self.machine}; {seconds / 60:.0f} minutes of processor time in all."
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the texts and pictures."""
@@ -127,24 +155,33 @@ class Results:
     def as_markdown(self) -> str:
         """Tables, curves, the search's account, the notes."""
         parts = [
-            f"# Image and text together, privately\n\nBy `{self.command}` (seed {self.seed}); {self.machine}; "
-            f"{self.seconds / 60:.0f} minutes of processor time in all. The page: [multimodal.html](multimodal.html)."
+            f"# Image and text together, privately\n\n{self.heading()} The command is named with every section. "
+            "The page: [multimodal.html](multimodal.html)."
         ]
         for table in self.tables:
             parts += [f"## {table.title}", table.about, _markdown(table.heads, table.cells())]
             parts += ["\n".join(f"- {'reached' if ok else 'MISSED'}: {what}: {how}" for what, ok, how in table.goals)]
+            parts += [self.provenance(*self.behind(table))]
         if self.curves:
             parts += ["## A modality is missing", _markdown(*self.curve_table())]
+            parts += [self.provenance("missing-groups", "missing-mix")]
         for found in self.searches:
             parts += [
                 f"## The search for the fusion layer: {found['data']}",
                 "\n".join(f"- {x}" for x in found["lines"]),
+                self.provenance("search"),
             ]
         if self.pieces:
-            parts += ["## Private pieces", "\n".join(f"- {x}" for x in self.pieces)]
+            parts += ["## Private pieces", "\n".join(f"- {x}" for _, x in self.pieces)]
+            parts += [self.provenance(*dict.fromkeys(part for part, _ in self.pieces))]
         parts += ["## To know before believing", "\n".join(f"- {note}" for note in self.notes)]
         parts += ["## The engine's statement", f"```\n{self.statement}\n```"]
         return "\n\n".join(part for part in parts if part) + "\n"
+
+    @staticmethod
+    def behind(table: Table) -> list[str]:
+        """The experiments that filled a table."""
+        return [table.key, *(["llama"] if any(run.name.startswith("frozen Llama") for run in table.runs) else [])]
 
     def curve_table(self) -> tuple[list[str], list[list[str]]]:
         """Heads and cells of all curves."""

@@ -21,7 +21,7 @@ from examples.multimodal.pictures import Picture  # noqa: E402
 from examples.multimodal.records import Collate, Records  # noqa: E402
 from examples.multimodal.results import Curve, Results, Shown, Table  # noqa: E402
 from examples.multimodal.search import search, with_final_run  # noqa: E402
-from examples.multimodal.train import Recipe, evaluate, seeds_of, train  # noqa: E402
+from examples.multimodal.train import Recipe, Run, evaluate, seeds_of, train  # noqa: E402
 from tests.examples.multimodal import tiny  # noqa: E402
 
 RECIPE = Recipe(batch_size=20, epochs=8, lr={"heads": 1e-2, "project": 1e-2, "text": 3e-3})
@@ -135,7 +135,8 @@ def test_files_hold_the_results_and_the_page_needs_nothing_else(records: dict[st
     ]
     shown = [Shown("toy", "a <b>", Picture(("1F600",)), "1", {"MMBT": ("0", 0.7)})]
     found = [{"data": "toy", "chosen": 0, "lines": ["one & two"], "epsilon": 1.0}]
-    results = Results("cmd", 0, "here", [table], curves, found, ["piece"], shown, run.statement, ["note"])
+    results = Results(0, "here", [table], curves, found, [("weights", "piece")], shown, run.statement, ["note"])
+    results.commands = {"toy": ("run toy", 60.0), "weights": ("run weights", 30.0), "llama": ("run llama", 1.0)}
     results.write(tmp_path)
     page.write(results, tmp_path / "multimodal.html")
     stored = json.loads((tmp_path / "multimodal.json").read_text(encoding="utf-8"))
@@ -146,6 +147,9 @@ def test_files_hold_the_results_and_the_page_needs_nothing_else(records: dict[st
     markdown = (tmp_path / "multimodal.md").read_text(encoding="utf-8")
     assert "| MMBT, ε = 3 | 3.00 |" in markdown
     assert "MISSED: AUROC ≥ 2" in markdown
+    assert "toy: `run toy`, seed 0\n" in markdown
+    assert "weights: `run weights`, seed 0\n" in markdown
+    assert "run llama" not in markdown  # no row is by it
     html = (tmp_path / "multimodal.html").read_text(encoding="utf-8")
     assert "A &lt;toy&gt;" in html
     assert "a &lt;b&gt;" in html
@@ -153,3 +157,22 @@ def test_files_hold_the_results_and_the_page_needs_nothing_else(records: dict[st
     assert 'src="http' not in html
     assert "href=" not in html
     assert run.statement.splitlines()[0] in html
+
+
+def test_an_experiment_that_is_run_again_takes_the_place_of_what_it_found() -> None:
+    table = Table("confounders", "", "", {"test": "test"}, [Run("MMBT", 0), Run("frozen Llama, adapters", 0)])
+    curves = [Curve(name, "text", 0, 0.0, math.inf, {1.0: 0.9}) for name in ("groups", "mix")]
+    shown = [Shown(name, "", Picture(("1F600",)), "", {}) for name in ("confounders", "hatemoji")]
+    pieces = [("weights", "a"), ("missing-mix", "b")]
+    parts = ("confounders", "hatemoji", "missing-groups", "missing-mix", "weights", "search", "llama")
+    results = Results(0, "here", [table], curves, [{"data": "mix"}], pieces, shown)
+    results.commands = dict.fromkeys(parts, ("run", 1.0))
+    for part in ("llama", "missing-mix", "search"):
+        results.forget(part)
+    assert [run.name for run in table.runs] == ["MMBT"]
+    assert [curve.data for curve in results.curves] == ["groups"]
+    assert (results.pieces, results.searches) == ([("weights", "a")], [])
+    assert set(results.commands) == {"confounders", "hatemoji", "missing-groups", "weights"}
+    results.forget("confounders")
+    assert results.tables == []
+    assert [one.data for one in results.shown] == ["hatemoji"]
