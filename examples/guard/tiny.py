@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -182,7 +183,7 @@ def learned(figures: dict[str, Any]) -> str:
 
     def above(of: dict[str, Any], names: Sequence[str]) -> float:
         hazards = [of["hazards"][name] for name in names]
-        return sum(hazard["one-vs-all"] - hazard["prevalence"] for hazard in hazards) / len(hazards)
+        return fmean(hazard["one-vs-all"] - hazard["prevalence"] for hazard in hazards)
 
     whole = figures["before"]["overall"]["prevalence"]
     blind = {
