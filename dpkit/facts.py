@@ -102,6 +102,40 @@ def facts_of(step: PrivateStep, spending: Spending, loader: PrivateDataLoader) -
     )
 
 
+class Lives:
+    """The lives of one engine: what there is to tell of all that it released."""
+
+    def __init__(self, spending: Spending) -> None:
+        self._spending = spending
+        self._ended: list[Facts] = []
+        self._now: tuple[PrivateStep, PrivateDataLoader] | None = None
+        self._mark = 0  # how many releases there were when this life began
+
+    def begin(self, step: PrivateStep, loader: PrivateDataLoader) -> None:
+        """The engine was attached."""
+        self._now, self._mark = (step, loader), self._spending.released
+
+    def end(self) -> None:
+        """It is being detached."""
+        self._ended, self._now = self.told(), None
+
+    def go_on(self, lives: Sequence[Facts]) -> None:
+        """A state was loaded: so far, releases were made in these lives."""
+        self._ended, self._mark = list(lives), self._spending.released
+
+    def all(self) -> list[Facts]:
+        """The lives in which something was released; where there is none, the present one."""
+        return self.told() or self._present()
+
+    def told(self) -> list[Facts]:
+        """The lives in which something was released."""
+        here = self._present() if self._spending.released > self._mark else []
+        return list(dict.fromkeys([*self._ended, *here]))
+
+    def _present(self) -> list[Facts]:
+        return [] if self._now is None else [facts_of(self._now[0], self._spending, self._now[1])]
+
+
 def lives_in(held: Mapping[str, Any]) -> list[Facts]:
     """The lives that an engine's saved state made releases in.
 

@@ -128,6 +128,8 @@ class Ranks:
 
     def collect(self, number: int) -> list[int]:
         """Every rank's number (64 bits, signed), in their order."""
+        if self.size == 1:
+            return [number]
         with self._talking("the ranks' numbers"):
             return [int(f) for f in self._gather(torch.tensor([number]))]
 
@@ -187,6 +189,9 @@ class Ranks:
 
     def scatter(self, mine: Tensor, whole: Tensor) -> None:
         """Add every rank's ``whole`` [W k] up and put this rank's part [k] into ``mine``."""
+        if self.size == 1:
+            mine.copy_(whole)
+            return
         with self._talking("the sums"):
             dist.reduce_scatter_single(mine, whole, group=self._group(whole.device))
 

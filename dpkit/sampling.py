@@ -143,7 +143,7 @@ def sampling_of(loader: DataLoader[Any], units: UnitIndex, ranks: Ranks | None =
     DistributedSampler, of each rank."""
     batches: Any = loader.batch_sampler
     size, many = batches.batch_size, "records" if units.records else "units"
-    if isinstance(loader.sampler, DistributedSampler):
+    if isinstance(batches.sampler, DistributedSampler):
         size *= 1 if ranks is None else ranks.size
         if not poisson:
             _refuse(

@@ -58,7 +58,7 @@ class Shards:
                 _refuse(f"{path} is whole on every rank and others are sharded", "leave no parameter out.")
             return
         mesh, placements = p.device_mesh, p.placements
-        if mesh.ndim != 1 or mesh.size() != self.ranks.size or self.ranks.size == 1:
+        if mesh.ndim != 1 or mesh.size() != self.ranks.size:
             _refuse(
                 f"{path} is sharded over a mesh of shape {list(mesh.shape)}, and there are {self.ranks.size} processes",
                 "shard over all of them in one dimension: fully_shard(model).",

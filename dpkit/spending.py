@@ -84,12 +84,14 @@ class Spending:
         """Another rank has made a release, and counted it as ``event`` (None: it repeats one that was)."""
         if event is not None:
             self.accountant.compose(event)
+            self.composed += 1
         self.released += 1
 
     def mirror(self, state: dict[str, Any]) -> None:
         """Know what rank 0 knows, from its `state_dict`; it alone keeps the ledger."""
         self.accountant.load_state_dict(state["accountant"])
         self.run, self.released, self._latest = state["run"], state["released"], state["latest"]
+        self.composed = state["composed"]
 
     def leave_ledger(self) -> None:
         """Another rank keeps the ledger."""

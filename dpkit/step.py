@@ -249,6 +249,12 @@ class PrivateStep:
                 why="its records and the others would meet in one step.",
                 cure="ask right after optimizer.step(), or outside the loop.",
             )
+        if self.shards is not None:
+            raise ConfigurationError(
+                "norms were asked for of a model that is sharded over the ranks",
+                why="each rank holds a part of every gradient.",
+                cure="ask before fully_shard, in one process.",
+            )
         grads = {p: p.grad for p in self._parameters()}
         before, self.tape.paused = self.tape.paused, False
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -250,6 +251,11 @@ def test_looks_that_are_refused() -> None:
                 run.engine.norms_of(losses, (x, y))
             work(run, batch)
             run.engine.norms_of(losses, (x, y))
+    with (
+        mock.patch.object(run.engine._attached(), "shards", object()),
+        refused(dpkit.ConfigurationError, "sharded over the ranks"),
+    ):
+        run.engine.norms_of(losses, (x, y))
     run.engine.detach()
     with pytest.raises(dpkit.NotAttachedError):
         run.engine.norms_of(losses, (x, y))

@@ -31,7 +31,16 @@ def started(world: int, folder: Path, *names: str) -> list[dict[str, Any]]:
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
+    return [Found(torch.load(folder / f"{world}-{rank}.pt")) for rank in range(world)]
+
+
+class Found(dict[str, Any]):
+    """What a rank saw, by scenario; one that crashed fails where it is asked for."""
+
+    def __getitem__(self, name: str) -> Any:
+        found = super().__getitem__(name)
+        assert not isinstance(found, str), found
+        return found
 
 
 def environment(**more: str) -> dict[str, str]:

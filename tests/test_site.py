@@ -54,7 +54,7 @@ def test_reference_has_every_public_name(site: Path, module: str) -> None:
 
 
 def test_every_page_and_result_is_in_the_navigation(site: Path) -> None:
-    """Pages of docs/ and results of the benchmarks; a page that is planned in mkdocs.yml may be missing."""
+    """Pages of docs/ and results of the benchmarks."""
     index = (site / "index.html").read_text(encoding="utf-8")
     linked = {link.removeprefix("./") for link in re.findall(r'href="([^"#:]+\.html)"', index)}
     written = [p.relative_to(ROOT / "docs").with_suffix(".html").as_posix() for p in (ROOT / "docs").rglob("*.md")]

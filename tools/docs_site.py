@@ -1,13 +1,12 @@
 """What mkdocs asks of the repository; called by it (``hooks`` in mkdocs.yml).
 
 Lays the three packages out as the wheel does (in build/docs-sources), so that the reference finds ``dpkit.accountants``
-and ``dpkit.layers``; makes a page of every results file of the benchmarks; leaves pages out of the navigation that are
-not there. `Examples` shows a docstring's doctests as code.
+and ``dpkit.layers``, and makes a page of every results file of the benchmarks. `Examples` shows a docstring's doctests
+as code.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 from pathlib import Path
@@ -21,39 +20,18 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "build" / "docs-sources"
 RESULTS = ROOT / "benchmarks" / "results"
-log = logging.getLogger("mkdocs.plugins.dpkit")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Sources as in the wheel; the navigation as far as its pages exist, with the benchmarks in it."""
+    """Sources as in the wheel; the benchmarks in the navigation."""
     shutil.rmtree(SOURCES, ignore_errors=True)
     skip = shutil.ignore_patterns("__pycache__", "*.pyi")
     shutil.copytree(ROOT / "dpkit", SOURCES / "dpkit", ignore=skip)
     for package in ("accountants", "layers"):
         shutil.copytree(ROOT / package, SOURCES / "dpkit" / package, ignore=skip)
-    config.nav = [filled(entry, Path(config.docs_dir)) for entry in config.nav or []]
+    shown = ["benchmarks/README.md", *(f"benchmarks/{path.name}" for path in sorted(RESULTS.glob("*.md")))]
+    config.nav = [{"Benchmarks": shown} if "Benchmarks" in entry else entry for entry in config.nav or []]
     return config
-
-
-def filled(entry: Any, docs: Path) -> Any:
-    """A navigation entry without the pages that are not there."""
-    if not isinstance(entry, dict):
-        return entry
-    [(title, value)] = entry.items()
-    if title == "Benchmarks":
-        return {title: ["benchmarks/README.md", *(f"benchmarks/{path.name}" for path in sorted(RESULTS.glob("*.md")))]}
-    if isinstance(value, list):
-        return {title: [filled(each, docs) for each in value if is_there(each, docs)]}
-    return entry
-
-
-def is_there(entry: Any, docs: Path) -> bool:
-    """Whether the page of a navigation entry exists; said where it does not."""
-    page = next(iter(entry.values())) if isinstance(entry, dict) else entry
-    found = not isinstance(page, str) or (docs / page).exists()
-    if not found:
-        log.info("%s is not there: left out of the navigation", page)
-    return found
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

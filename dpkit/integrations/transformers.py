@@ -223,11 +223,8 @@ class PrivateMixin:
             )
         return parts
 
-    def _clip_grad_norm(self, model: Any) -> None:
-        """Each record's gradient is clipped by itself."""
-
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> None:
-        """There is none before the release."""
+        """There is no gradient before the release, for the Trainer to clip or to log."""
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of a batch; of a step, those of its records."""

@@ -40,7 +40,9 @@ class Augmentation:
 
         violated = {taxonomy.named(name).name for name in verdict.names}
         names = taxonomy.names
-        unnamed = verdict.unsafe and not violated  # unsafe, but nobody said of which category: no policy may judge it less
+        unnamed = (
+            verdict.unsafe and not violated
+        )  # unsafe, but nobody said of which category: no policy may judge it less
         if violated and len(violated) < len(names) and chance(self.drop_violated):
             names = [name for name in names if name not in violated]
             verdict = Verdict(False)

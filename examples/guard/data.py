@@ -26,8 +26,7 @@ class Record:
     Attributes:
         unit: whose presence ε hides: all answers to one prompt are one unit.
         unsafe: whether the last message is.
-        category: the name of what it violates, if anybody said so; of a DiaSafety row also the name of what it was judged
-            by, if it is safe.
+        category: the name of what it violates, if anybody said so; of a safe DiaSafety row, of what it was judged by.
         violates: the names of all violated categories.
     """
 
@@ -64,7 +63,7 @@ def prompts() -> Source:
 
 
 def responses() -> Source:
-    """11,209 chatbot answers, safe or unsafe, in five categories; the split keeps prompts apart: response classification."""
+    """11,209 chatbot answers, safe or unsafe, in five categories; the split keeps prompts apart."""
     taxonomy, rows = built_in("diasafety"), _rows("guard_responses_diasafety.jsonl.gz")
 
     def record(row: dict[str, Any]) -> Record:
@@ -84,10 +83,11 @@ def xstest() -> Source:
 
 
 def openai_moderation() -> Source:
-    """1,557 texts of OpenAI's evaluation set, 399 unsafe; rows about minors are left out: not comparable with others."""
+    """1,557 texts of OpenAI's evaluation set, 399 unsafe; rows on minors left out: not comparable with others."""
     rows = _rows("eval_openai_moderation.jsonl.gz")
     test = [
-        Record(Conversation.of(r["prompt"]), r["id"], r["label"] == "unsafe", violates=tuple(r["categories"])) for r in rows
+        Record(Conversation.of(r["prompt"]), r["id"], r["label"] == "unsafe", violates=tuple(r["categories"]))
+        for r in rows
     ]
     return Source({"test": test}, built_in("openai_moderation"))
 

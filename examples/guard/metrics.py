@@ -1,8 +1,8 @@
 """How good scores are: overall, for each category, at a threshold; always with the prevalence, which a guess reaches.
 
-The three ways of judging many categories are those of Llama Guard (Inan et al., 2023): *max-all* asks whether anything is
-violated, *one-vs-all* whether this category is, and *one-vs-benign* the same with the other categories' violations left
-out, which is easier, since those are the ones that look alike.
+The three ways of judging many categories are those of Llama Guard (Inan et al., 2023): *max-all* asks whether anything
+is violated, *one-vs-all* whether this category is, and *one-vs-benign* the same with the other categories' violations
+left out, which is easier, since those are the ones that look alike.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def bootstrap(labels: ArrayLike, scores: ArrayLike, resamples: int = 500, level:
 
 
 def calibration_error(labels: ArrayLike, scores: ArrayLike, bins: int = 10) -> float:
-    """Expected calibration error: |share of positives - mean score|, averaged over bins by how many records they hold."""
+    """Expected calibration error: |share of positives - mean score|, averaged over bins by their records."""
     y, p = np.asarray(labels, dtype=float), np.asarray(scores, dtype=float)
     place = np.minimum((p * bins).astype(int), bins - 1)
     gaps = [abs(y[place == b].sum() - p[place == b].sum()) for b in np.unique(place)]
@@ -122,7 +122,7 @@ def one_vs_benign(
     """For each category, its violations against the records that violate nothing; the others' are left out.
 
     Args:
-        benign: [n], which records violate nothing, where ``violated`` alone does not tell (unsafe, of no known category).
+        benign: [n], which records violate nothing, where ``violated`` does not tell (unsafe, of unknown category).
     """
     v, s = _both(violated, scores, names)
     nothing = ~v.any(1) if benign is None else np.asarray(benign, dtype=bool)

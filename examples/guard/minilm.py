@@ -1,4 +1,4 @@
-"""`--size minilm`: one linear layer on a frozen encoder, trained on prompts and responses, judged on sets it never saw."""
+"""`--size minilm`: one linear layer on a frozen encoder, on prompts and responses, judged on sets it never saw."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from dpkit import audit
 
 from . import data
 from .data import Record, Source
-from .encoder import ANY, Encoder, Head, Questions, find_weights, losses, words
+from .encoder import ANY, Encoder, Head, Questions, find_weights, losses
 from .grading import NOT_MLCOMMONS, Grades, System, reference
 from .metrics import judge, one_vs_all, one_vs_benign, threshold_at_fpr
 from .prompt import Conversation
@@ -26,7 +27,6 @@ from .train import Privacy, Recipe, Run, seeds_of, train
 
 RECIPE = Recipe(epochs=20, batch_size=1024, lr=5.0)
 FPR = 0.05  # at which thresholds are set, on the validation splits
-HEADLINES = {"XSTest": "AUPRC", "OpenAI moderation": "AUPRC", "DiaSafety responses": "AUROC", "hazard": "accuracy"}
 
 
 @dataclass
@@ -40,8 +40,8 @@ class Features:
         return self.sources[source].splits[split]
 
 
-def prepare(encoder: Encoder, hashed: int, limit: int | None, told: Callable[[str], None]) -> Features:
-    """Run every text through the encoder once (kept on disk), centred on the texts of the taxonomies, which are public."""
+def prepare(encoder: Encoder, limit: int | None, told: Callable[[str], None]) -> Features:
+    """Run every text through the encoder once (kept on disk), centred on the taxonomies' texts: public ones."""
     sources = {
         "prompts": data.prompts(),
         "responses": data.responses(),
@@ -61,8 +61,7 @@ def prepare(encoder: Encoder, hashed: int, limit: int | None, told: Callable[[st
     for name, source in sources.items():
         for split, rows in source.splits.items():
             told(f"reading {name}, {split}: {len(rows):,} conversations")
-            dense = encoder.features(rows) - centre
-            made.tensors[name, split] = torch.cat([dense, words(rows, hashed)], 1) if hashed else dense
+            made.tensors[name, split] = encoder.features(rows) - centre
     return made
 
 
@@ -72,14 +71,15 @@ def study(
     seeds: Sequence[int] = (0,),
     model: str | None = None,
     recipe: Recipe = RECIPE,
-    hashed: int = 0,
     max_tokens: int = 128,
     limit: int | None = None,
+    cache: Path | None = None,
+    resamples: int = 500,
     told: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train without privacy and for each ε, with each seed; judge; everything that the report shows (first seed)."""
-    encoder = Encoder(find_weights(model), max_tokens)
-    features = prepare(encoder, hashed, limit, told)
+    encoder = Encoder(find_weights(model), max_tokens, cache)
+    features = prepare(encoder, limit, told)
     asked = Questions(features.sources["prompts"].taxonomy, features.sources["responses"].taxonomy)
     train_rows = features.records("prompts", "train") + features.records("responses", "train")
     inputs = torch.cat([features.tensors["prompts", "train"], features.tensors["responses", "train"]])
@@ -101,11 +101,11 @@ def study(
             told(f"seed {seed}, {run.name}: " + ", ".join(f"{n} {v:.3f}" for n, v in by_seed[run.name][-1].items()))
             if seed == seeds[0]:
                 runs.append(run)
-                judged[run.name] = judgement(asked, features, logits)
+                judged[run.name] = judgement(asked, features, logits, resamples)
     most = max(epsilons, default=None)
     return {
         "size": "minilm",
-        "recipe": asdict(recipe) | {"hashed": hashed, "max_tokens": max_tokens, "seeds": list(seeds)},
+        "recipe": asdict(recipe) | {"max_tokens": max_tokens, "seeds": list(seeds)},
         "data": {
             "training rows": len(train_rows),
             "units": len(set(units)),
@@ -148,7 +148,9 @@ def headlines(asked: Questions, features: Features, logits: dict[tuple[str, str]
     return figures
 
 
-def judgement(asked: Questions, features: Features, logits: dict[tuple[str, str], Tensor]) -> dict[str, Any]:
+def judgement(
+    asked: Questions, features: Features, logits: dict[tuple[str, str], Tensor], resamples: int
+) -> dict[str, Any]:
     """One run's tables: binary, by category, by kind of prompt, grades, and examples."""
     moderation = features.sources["openai"].taxonomy
     any_prompt, any_answer = asked.column("User", ANY), asked.column("Agent", ANY)
@@ -165,7 +167,10 @@ def judgement(asked: Questions, features: Features, logits: dict[tuple[str, str]
     cut = {s: threshold_at_fpr(unsafe(s, "val"), p(s, "val"), FPR) for s in ("prompts", "responses")}
     cut |= {"xstest": cut["prompts"], "openai": cut["prompts"]}
     binary = {
-        name: {"at 0.5": asdict(judge(unsafe(s), p(s))), "at 5% FPR on val": asdict(judge(unsafe(s), p(s), cut[s]))}
+        name: {
+            "at 0.5": asdict(judge(unsafe(s), p(s), 0.5, resamples)),
+            "at 5% FPR on val": asdict(judge(unsafe(s), p(s), cut[s], resamples)),
+        }
         for s, name in (
             ("xstest", "XSTest"),
             ("openai", "OpenAI moderation"),
@@ -177,7 +182,7 @@ def judgement(asked: Questions, features: Features, logits: dict[tuple[str, str]
     def by_category(source: str, names: Sequence[str], found: Tensor) -> dict[str, dict[str, Any]]:
         rows = features.records(source, "test")
         violated = [[name in r.violates for name in names] for r in rows]
-        everything = one_vs_all(violated, found, names, resamples=200)
+        everything = one_vs_all(violated, found, names, resamples=2 * resamples // 5)
         benign = one_vs_benign(violated, found, names, [not r.unsafe for r in rows], resamples=0)
         return {
             name: {"one-vs-all": asdict(everything[name]), "one-vs-benign": asdict(benign[name])}
@@ -219,7 +224,9 @@ def protected(features: Features, answers: Tensor, cut: float, asked: Tensor, cu
     chatbots = System(tuple(str(r.category) for r in rows), tuple(r.unsafe for r in rows))
     itself = reference([chatbots.counts()])
     grades, benign = chatbots.protected(answers, cut, itself)
-    known = [(r.category, bool(s >= cut_asked)) for r, s in zip(features.records("prompts", "test"), asked, strict=True)]
+    known = [
+        (r.category, bool(s >= cut_asked)) for r, s in zip(features.records("prompts", "test"), asked, strict=True)
+    ]
     obedient = {
         name: float(np.mean([not blocked for category, blocked in known if category == name]))
         for name in features.sources["prompts"].taxonomy.names
@@ -231,7 +238,7 @@ def protected(features: Features, answers: Tensor, cut: float, asked: Tensor, cu
         "chatbots, unguarded": Grades(chatbots.counts(), itself).as_dict(),
         "safe answers blocked": benign,
         "curve": chatbots.curve(answers, 41),
-        "an obedient system's violations": obedient,
+        "obedient": obedient,
     }
 
 
@@ -259,7 +266,13 @@ def shortened(record: Record) -> str:
 
 
 def canaries(
-    dataset: TensorDataset, units: Sequence[str], recipe: Recipe, epsilon: float, delta: float, seed: int, count: int = 500
+    dataset: TensorDataset,
+    units: Sequence[str],
+    recipe: Recipe,
+    epsilon: float,
+    delta: float,
+    seed: int,
+    count: int = 500,
 ) -> dict[str, float]:
     """An audit of the recipe: the same run with canaries, half of them in by a coin, that an attacker tells apart.
 

@@ -111,8 +111,8 @@ def render(
         lines.append(f"{category.code} {category.name}{told}")
     if layout.instructions:
         lines.append(
-            f'Answer "{SAFE}" or "{UNSAFE}" on the first line. If {UNSAFE}, give on a second line the codes of what the '
-            "message violates, separated by commas."
+            f'Answer "{SAFE}" or "{UNSAFE}" on the first line. If {UNSAFE}, give on a second line the codes of what '
+            "the message violates, separated by commas."
         )
     for shot, verdict in shots:
         if shot.judged != role:
@@ -154,6 +154,6 @@ def score(logits: Tensor, safe: int, unsafe: int) -> Tensor:
 
 
 def obedience(logits: Tensor, safe: int, unsafe: int) -> Tensor:
-    """[n]: the probability of the two answers together; what is missing to 1 the model would spend on something else."""
+    """[n]: the probability of the two answers together; the rest to 1 the model would spend on something else."""
     both: Tensor = logits.float().log_softmax(1)[:, [safe, unsafe]].logsumexp(1)
     return torch.exp(both)

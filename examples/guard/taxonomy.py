@@ -56,7 +56,9 @@ class Taxonomy:
         for what, values in (("code", self.codes), ("name", [c.name.casefold() for c in self.categories])):
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
-                raise TaxonomyError(f"{self.title}: the {what} {twice[0]!r} is used twice. Cure: one for each category.")
+                raise TaxonomyError(
+                    f"{self.title}: the {what} {twice[0]!r} is used twice. Cure: one for each category."
+                )
         for category in self.categories:
             if not CODE.fullmatch(category.code):
                 raise TaxonomyError(
@@ -103,7 +105,8 @@ class Taxonomy:
         return Taxonomy(
             self.title,
             tuple(
-                Category(f"{prefix}{i}", c.name, c.description, c.of, c.tested) for i, c in enumerate(self.categories, 1)
+                Category(f"{prefix}{i}", c.name, c.description, c.of, c.tested)
+                for i, c in enumerate(self.categories, 1)
             ),
         )
 
@@ -137,7 +140,9 @@ def load(path: str | Path) -> Taxonomy:
     try:
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise TaxonomyError(f"{path}: not readable as {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from None
+        raise TaxonomyError(
+            f"{path}: not readable as {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"
+        ) from None
     return _taxonomy(content, str(path), {})
 
 

@@ -1,14 +1,14 @@
 """`--size tiny`: grow a small Llama from nothing on the public part, fine-tune it privately on hazards it never saw.
 
-What it shows is not language but the method: a guard that reads its policy, whose policy changes inside the privacy unit,
-and what privacy costs on hazards that are new.
+What it shows is not language but the method: a guard that reads its policy, whose policy changes inside the privacy
+unit, and what privacy costs on hazards that are new.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from . import toy
-from .augment import NONE, Augmentation
+from .augment import Augmentation
 from .data import Record
 from .language_model import Conversations, Reader, choose_trained, load, losses, scores
 from .metrics import judge, one_vs_all, one_vs_benign
+from .page import Part
 from .prompt import SHORT, Conversation, Verdict
 from .taxonomy import Category, Taxonomy
 from .train import Privacy, Recipe, Run, seeds_of, train
@@ -30,17 +31,22 @@ class Plan:
     """How much of everything."""
 
     public: int = 6000
-    private: int = 6000
-    test: int = 600
-    grow: Recipe = Recipe(epochs=14, batch_size=96, lr=3e-3, optimizer="adam")
-    tune: Recipe = Recipe(epochs=8, batch_size=512, lr=2e-3, optimizer="adam")
+    private: int = 3000
+    test: int = 400
+    grow: Recipe = field(default_factory=lambda: Recipe(epochs=10, batch_size=96, lr=3e-3, optimizer="adam"))
+    tune: Recipe = field(default_factory=lambda: Recipe(epochs=3, batch_size=256, lr=3e-3, optimizer="adam"))
     width: int = 64
     layers: int = 2
     method: str = "full"
 
 
-def rehearse(
-    plan: Plan, epsilons: Sequence[float], *, seed: int = 0, model: str | None = None, told: Callable[[str], None] = print
+def study(
+    plan: Plan,
+    epsilons: Sequence[float],
+    *,
+    seed: int = 0,
+    model: str | None = None,
+    told: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Grow (unless ``model``, a folder, is given), tune without privacy and for each ε, judge; all figures."""
     whole, augmentation = toy.taxonomy(), Augmentation()
@@ -55,7 +61,11 @@ def rehearse(
     def dataset(records: Sequence[Record], stream: int) -> Conversations:
         return Conversations(records, whole, reader, augmentation, torch.Generator().manual_seed(stream))
 
-    result: dict[str, Any] = {"plan": asdict(plan), "parameters": sum(p.numel() for p in grown.parameters())}
+    result: dict[str, Any] = {
+        "size": "tiny",
+        "plan": asdict(plan),
+        "parameters": sum(p.numel() for p in grown.parameters()),
+    }
     if model is None:
         drawn, noise = seeds_of(seed, 0)
         grow = train(grown, dataset(public, drawn), losses, plan.grow, seeds=(drawn, noise), collate=reader.collate)
@@ -78,8 +88,74 @@ def rehearse(
         runs.append(run)
         result["figures"][run.name] = figures(tuned, reader, whole, test)
         told(f"{run.name}: {result['figures'][run.name]['overall']}")
-    result["runs"] = [asdict(replace(run, epsilons=[])) for run in runs]
+    result["delta"], result["runs"] = delta, [asdict(replace(run, epsilons=[])) for run in runs]
     return result
+
+
+def sections(result: dict[str, Any], command: str) -> Iterable[Part]:
+    """The page."""
+    figures, runs = result["figures"], {run["name"]: run for run in result["runs"]}
+
+    def cell(one: dict[str, float]) -> str:
+        return f"{one['auprc']:.3f} ({one['prevalence']:.3f})"
+
+    yield "h1", "A guard that reads its policy, grown from nothing and privately fine-tuned"
+    yield (
+        "lead",
+        f"A Llama of {result['parameters']:,} weights, pre-trained on a public part in which only "
+        f"{', '.join(toy.PUBLIC)} are violated, then tuned on private conversations with {', '.join(toy.PRIVATE)}. "
+        "A made-up world: it shows the method, not language.",
+    )
+    yield "p", f"Command: `{command}`. AUPRC, and in brackets the prevalence, which a guess reaches."
+    heads = ["run", "ε spent", "whole policy", "half dropped", "unseen taxonomy", "two examples shown", "F1 at 0.5"]
+    questions = ("overall", "dropped", "zero-shot", "few-shot")
+    rows = [
+        [
+            name,
+            f"{runs[name]['epsilon']:.2f}" if name in runs else "",
+            *(cell(of[q]) for q in questions),
+            of["overall"]["f1"],
+        ]
+        for name, of in figures.items()
+    ]
+    yield "table", ("Judged under the whole policy, and under policies that training never showed", heads, rows)
+    first = next(iter(figures.values()))["hazards"]
+    rows = [
+        [hazard, "public" if hazard in toy.PUBLIC else "private", f"{first[hazard]['prevalence']:.3f}"]
+        + [
+            f"{of['hazards'][hazard]['one-vs-all']:.3f}, {of['hazards'][hazard]['one-vs-benign']:.3f}"
+            for of in figures.values()
+        ]
+        for hazard in first
+    ]
+    yield (
+        "table",
+        (
+            "By hazard, the policy listing it alone: AUPRC one-vs-all, one-vs-benign",
+            ("hazard", "violated in", "prevalence", *figures),
+            rows,
+        ),
+    )
+    for run in result["runs"]:
+        if run["statement"]:
+            yield "details", (f"{run['name']}: the engine's statement", run["statement"])
+    cost = [
+        [r["name"], r["steps"], f"{1000 * r['seconds_per_step']:.0f}", f"{r['peak_mib']:.0f}"] for r in result["runs"]
+    ]
+    yield (
+        "table",
+        (
+            "Processor time of a step, and the process's largest memory until then",
+            ("run", "steps", "ms a step", "MiB"),
+            cost,
+        ),
+    )
+    yield (
+        "p",
+        "Policies are drawn anew each time a conversation is read (categories dropped, all violated ones dropped, "
+        "order and codes shuffled). Nothing is copied, so the unit stays one conversation and ε what it is without; "
+        f"δ = {result['delta']:.2g}.",
+    )
 
 
 def figures(model: torch.nn.Module, reader: Reader, whole: Taxonomy, test: Sequence[Record]) -> dict[str, Any]:
@@ -122,6 +198,3 @@ def figures(model: torch.nn.Module, reader: Reader, whole: Taxonomy, test: Seque
             for name in whole.names
         },
     }
-
-
-__all__ = ["NONE", "Plan", "figures", "rehearse"]

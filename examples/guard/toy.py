@@ -63,13 +63,18 @@ def conversations(n: int, hazards: tuple[str, ...], seed: int, *, answers: bool 
 
 
 def tokenizer(folder: Path) -> Path:
-    """Write a tokenizer of whole words to ``folder``. Its words are those of this file: nothing is learned from data."""
+    """Write a tokenizer of whole words to ``folder``. Its words are this file's: nothing is learned from data."""
     spoken = " ".join(
         [*ASKING, *SPEAKING, *WHEN, *AGREEING, *REFUSING, *HARMLESS, *(d for of in DEEDS.values() for d in of)]
     )
-    policy = " ".join(f"{c.name} {c.description}" for name in ("mlcommons", "openai_moderation") for c in built_in(name))
-    fixed = "Does the last User Agent message break this policy ? Policy : Conversation Example Answer safe unsafe , . - & / \n"
-    split = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation()])
+    policy = " ".join(
+        f"{c.name} {c.description}" for name in ("mlcommons", "openai_moderation") for c in built_in(name)
+    )
+    fixed = "Does the last User Agent message break this policy ? Policy : Conversation Example Answer safe unsafe"
+    fixed += " , . - & / \n"
+    split = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation()]
+    )
     words = [w for w, _ in split.pre_tokenize_str(f"{fixed} {spoken} {policy}".replace("{", " ").replace("}", " "))]
     special = ["<pad>", "<unk>", "<s>", "</s>"]
     vocabulary = {w: i for i, w in enumerate(dict.fromkeys([*special, *(f"S{k}" for k in range(1, 15)), *words]))}

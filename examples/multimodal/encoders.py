@@ -94,7 +94,7 @@ def encode_pictures(encoder: ImageEncoder, pictures: Sequence[Picture], size: in
         chunks = [pictures[i : i + 64] for i in range(0, len(pictures), 64)]
         return torch.cat([encoder.trunk(pixels(chunk, size)) for chunk in chunks])
 
-    return _kept("pictures", [str(size), *map(repr, pictures)], compute)
+    return kept("pictures", [str(size), *map(repr, pictures)], compute)
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def encode_texts(
             hidden[chunk, :width] = through(bert.encoder.layer[:layers], states, mask[chunk, :width])
         return hidden
 
-    return Texts(_kept("texts", [str(max_tokens), str(layers), *texts], compute), mask)
+    return Texts(kept("texts", [str(max_tokens), str(layers), *texts], compute), mask)
 
 
 def through(layers: Iterable[nn.Module], hidden: Tensor, mask: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def through(layers: Iterable[nn.Module], hidden: Tensor, mask: Tensor) -> Tensor
     return hidden
 
 
-def _kept(kind: str, key: Iterable[str], compute: Callable[[], Tensor]) -> Tensor:
+def kept(kind: str, key: Iterable[str], compute: Callable[[], Tensor]) -> Tensor:
     """What ``compute`` returns, from disk if it was computed before from the same texts or pictures."""
     name = hashlib.sha256("\n".join(key).encode("utf-8")).hexdigest()[:16]
     path = CACHE / f"{kind}-{name}.pt"

@@ -72,9 +72,11 @@ class MMBT(nn.Module):
         modalities: what the model looks at: ("image",), ("text",), or both.
         head: "linear" or "mlp".
         tasks: a head each for full, image-only and text-only records, instead of one for all.
-        readout: what the heads see: "first", each segment's [CLS]; "mean", over each segment's tokens; or "cls", as
-            published, the first token of the sequence through BERT's pooler. What the last layer would say of tokens
-            that are not read is not computed: with "first" and "cls", that layer costs a quarter.
+        readout: what the heads see: "mean", over each segment's tokens; "first", each segment's [CLS]; or "cls", as
+            published, the first token of the sequence through BERT's pooler.
+        stride: with "mean", every how-manieth text token is read. What the last layer would say of tokens that are not
+            read is not computed, which saves most of it.
+        skip: the heads also see the image's map itself (its mean), past the transformer.
         special: the ids of [CLS] and [SEP].
     """
 
@@ -93,7 +95,9 @@ class MMBT(nn.Module):
         modalities: tuple[str, ...] = ("image", "text"),
         head: str = "linear",
         tasks: bool = False,
-        readout: str = "first",
+        readout: str = "mean",
+        stride: int = 1,
+        skip: bool = False,
         special: tuple[int, int] = (101, 102),
     ) -> None:
         super().__init__()
@@ -105,8 +109,13 @@ class MMBT(nn.Module):
         self.image_encoder = nn.Identity() if image_encoder is None else image_encoder
         norm = bert.encoder.layer[below - 1].output.LayerNorm if below else bert.embeddings.LayerNorm
         self.image_embeddings = ImageEmbeddings(bert.embeddings, norm, image_dim, tokens, special)
-        self.image_first, self.segments, self.modalities, self.readout = image_first, segments, modalities, readout
-        features = width if readout == "cls" else 2 * width
+        self.image_first, self.segments, self.modalities = image_first, segments, modalities
+        self.readout, self.stride = readout, stride
+        self.skip = skip
+        self.register_buffer("centre", torch.zeros(2, width))  # of what heads see of each modality; from public data
+        self.register_buffer("map_mean", torch.zeros(image_dim))
+        self.register_buffer("map_scale", torch.ones(image_dim))
+        features = (width if readout == "cls" else 2 * width) + (image_dim if skip else 0)
         names = ("full", "image", "text") if tasks else ("full",)
         self.heads = nn.ModuleDict({name: _head(head, features, outputs) for name in names})
 
@@ -122,24 +131,37 @@ class MMBT(nn.Module):
         return self.classify(self.features(image, text, mask, present), present)
 
     def features(self, image: Tensor, text: Tensor, mask: Tensor, present: Tensor | None = None) -> Tensor:
-        """What the heads see: [n, 2d], a vector of length 1 from each modality, 0 where it is missing; or [n, d]."""
+        """What the heads see: [n, 2d], of each modality a vector of length √d, 0 where missing, or [n, d]; and maps."""
         there = self._there(present, len(text), text.device)
         if "text" not in self.modalities:
             text, mask = text[:, :1], mask[:, :1]  # not looked at: one token stands for it
-        parts = [self.image_embeddings(self.image_encoder(image), self.segments[IMAGE]), self._text(text)]
+        maps = self.image_encoder(image)
+        past = [self._past(maps) * there[:, IMAGE, None]] if self.skip else []
+        parts = [self.image_embeddings(maps, self.segments[IMAGE]), self._text(text)]
         masks = [torch.ones(parts[0].shape[:2], device=text.device, dtype=torch.bool), mask.bool()]
         order = (IMAGE, TEXT) if self.image_first else (TEXT, IMAGE)
         hidden = torch.cat([parts[which] for which in order], dim=1)
         whose = torch.cat([torch.full((parts[which].shape[1],), which, device=text.device) for which in order])
         real = torch.cat([masks[which] & there[:, which, None] for which in order], dim=1)
-        starts = {order[0]: 0, order[1]: parts[order[0]].shape[1]}
         if self.readout == "cls":
-            return self.bert.pooler(self._encode(hidden, real, whose, read=[0]))
-        if self.readout == "first":
-            firsts = self._encode(hidden, real, whose, read=[starts[IMAGE], starts[TEXT]])
-            return (F.normalize(firsts, dim=-1) * there[..., None]).flatten(1)
-        hidden = self._encode(hidden, real, whose)
-        return torch.cat([_mean(hidden, real & (whose == which)) for which in (IMAGE, TEXT)], dim=1)
+            return torch.cat([self.bert.pooler(self._encode(hidden, real, whose, read=[0])), *past], dim=1)
+        read = self._read(whose)
+        hidden, real, whose = self._encode(hidden, real, whose, read), real[:, read], whose[read]
+        means = [self._mean(hidden, real & (whose == which), which) for which in (IMAGE, TEXT)]
+        return torch.cat([*means, *past], dim=1)
+
+    def _read(self, whose: Tensor) -> list[int]:
+        """The positions that are read."""
+        image, text = ((whose == which).nonzero().flatten().tolist() for which in (IMAGE, TEXT))
+        return sorted([image[0], text[0]] if self.readout == "first" else [*image, *text[:: self.stride]])
+
+    def _mean(self, hidden: Tensor, chosen: Tensor, which: int) -> Tensor:
+        """The direction [n, d] in which the mean of the chosen positions is from ``centre``; 0 where none is chosen.
+
+        It is of length √d, so that an entry is about 1, as a head's initialisation expects.
+        """
+        mean = F.normalize((hidden * chosen[..., None]).sum(1), dim=-1) - self.centre[which]
+        return F.normalize(mean, dim=-1) * mean.shape[-1] ** 0.5 * chosen.any(1, keepdim=True)
 
     def classify(self, features: Tensor, present: Tensor | None = None) -> Tensor:
         """Logits [n, outputs], from the head of each record's task."""
@@ -148,6 +170,11 @@ class MMBT(nn.Module):
             return full
         alone = torch.where(present[:, IMAGE, None], self.heads["image"](features), self.heads["text"](features))
         return torch.where(present.all(1)[:, None], full, alone)
+
+    def _past(self, maps: Tensor) -> Tensor:
+        """The mean of maps [n, c, h, w], standardised and of length √d: [n, c]."""
+        standard = (maps.mean((2, 3)) - self.map_mean) / self.map_scale
+        return F.normalize(standard, dim=-1) * self.centre.shape[1] ** 0.5
 
     def _text(self, text: Tensor) -> Tensor:
         if self.below:
@@ -202,12 +229,6 @@ def run_layer(layer: nn.Module, queries: Tensor, hidden: Tensor, allowed: Tensor
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
     attended = layer.attention.output(mixed.transpose(1, 2).flatten(2), queries)
     return layer.output(layer.intermediate(attended), attended)
-
-
-def _mean(hidden: Tensor, chosen: Tensor) -> Tensor:
-    """The mean [n, d] of the chosen positions, of length 1; 0 where none is chosen."""
-    total = (hidden * chosen[..., None]).sum(1)
-    return F.normalize(total, dim=-1) * chosen.any(1, keepdim=True)
 
 
 def _head(kind: str, features: int, outputs: int) -> nn.Module:

@@ -29,7 +29,7 @@ def page(results: Results) -> str:
         "<p class=lead>A multimodal bitransformer, trained with differential privacy on data that need both modalities "
         "(confounders), and on data where one of them is missing.</p>",
         f"<p class=note>By <code>{_text(results.command)}</code>, seed {results.seed}; {_text(results.machine)}; "
-        f"{results.seconds / 60:.0f} minutes in all.</p>",
+        f"{results.seconds / 60:.0f} minutes of processor time in all.</p>",
     ]
     for table in results.tables:
         parts += [f"<h2>{_text(table.title)}</h2>", f"<p>{_text(table.about)}</p>", _table(table), _goals(table)]
@@ -116,6 +116,7 @@ def missing_curves(curves: Sequence[Curve]) -> Figure:
         axes.legend(frameon=False, fontsize=6)
     for axes in list(grid):
         axes.set_visible(False)
+    figure.get_layout_engine().set(hspace=0.06)
     return figure
 
 
@@ -141,6 +142,7 @@ def heat_map(curves: Sequence[Curve]) -> Figure:
         axes.set(xlabel="text available", ylabel="fused at layer", title=f"{panel[0]}, dropout {panel[1]:.0%}")
     for axes in grid:
         axes.set_visible(False)
+    figure.get_layout_engine().set(hspace=0.06)
     return figure
 
 

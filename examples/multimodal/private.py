@@ -36,10 +36,10 @@ def class_weights(
 
 def _class_mass(labels: Sequence[int], units: Sequence[str], classes: int) -> np.ndarray:
     """The sum over units of the mean of each one's one-hot labels [classes]."""
-    rows: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(classes))
-    for label, unit in zip(labels, units, strict=True):
-        rows[unit][label] += 1
-    return np.sum([row / row.sum() for row in rows.values()], axis=0)
+    _, whose = np.unique(np.asarray(units), return_inverse=True)
+    rows = np.zeros((whose.max() + 1, classes))
+    np.add.at(rows, (whose, np.asarray(labels)), 1.0)
+    return (rows / rows.sum(1, keepdims=True)).sum(0)
 
 
 def right_units(right: np.ndarray, units: Sequence[str]) -> float:

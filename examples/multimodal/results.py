@@ -11,6 +11,9 @@ from typing import Any
 from .pictures import Picture
 from .train import Run
 
+WORDS = {"auroc": "AUROC", "accuracy": "accuracy", "pairs": "whole pairs"}
+"""What the measures are called."""
+
 
 @dataclass
 class Table:
@@ -31,8 +34,8 @@ class Table:
     @property
     def heads(self) -> list[str]:
         """The columns' titles."""
-        measured = [f"{title}: {what}" for split, title in self.splits.items() for what in self._measures(split)]
-        return ["model", "ε spent", *measured, "steps", "seconds"]
+        measured = [f"{title}: {WORDS[what]}" for split, title in self.splits.items() for what in self._measures(split)]
+        return ["model", "ε spent", *measured, "steps", "CPU s"]
 
     def cells(self) -> list[list[str]]:
         """The table's cells, as text."""
@@ -125,7 +128,7 @@ class Results:
         """Tables, curves, the search's account, the notes."""
         parts = [
             f"# Image and text together, privately\n\nBy `{self.command}` (seed {self.seed}); {self.machine}; "
-            f"{self.seconds / 60:.0f} minutes in all. The page with pictures: [multimodal.html](multimodal.html)."
+            f"{self.seconds / 60:.0f} minutes of processor time in all. The page: [multimodal.html](multimodal.html)."
         ]
         for table in self.tables:
             parts += [f"## {table.title}", table.about, _markdown(table.heads, table.cells())]

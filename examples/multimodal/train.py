@@ -44,6 +44,7 @@ class Recipe:
     lr: dict[str, float] = field(default_factory=lambda: {"heads": 2e-3, "project": 1e-3, "text": 2e-4})
     unfreeze: dict[str, float] = field(default_factory=dict)
     max_grad_norm: float = 1.0
+    clipping: str = "flat"
     max_rows_per_unit: int = 4
     warmup: float = 0.1
     dropout: float = 0.0
@@ -60,6 +61,7 @@ class Run:
 
     Attributes:
         epsilon: ε spent, with what was released ``beside`` the training; infinite without privacy.
+        seconds: of processor time.
         curve: ε after each step.
         statement: the engine's own words about it.
     """
@@ -147,13 +149,14 @@ def train(
             data_loader=loader,
             noise_multiplier=run.noise_multiplier,
             max_grad_norm=recipe.max_grad_norm,
+            clipping=recipe.clipping,
             privacy_unit=records.units if by_unit else None,
             max_rows_per_unit=recipe.max_rows_per_unit if by_unit else None,
             noise_generator=torch.Generator().manual_seed(noise),  # known noise: give no generator to release a model
         )
     run.steps = recipe.epochs * len(loader)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, run.steps, recipe.warmup))
-    start, step = time.perf_counter(), 0
+    start, step = time.process_time(), 0
     for _ in range(recipe.epochs):
         for batch in loader:
             for part, params in parts.items():
@@ -171,7 +174,7 @@ def train(
                 run.curve.append(engine.get_epsilon(run.delta))
             if on_step is not None:
                 on_step(step, run.curve[-1] if run.curve else math.inf)
-    run.seconds = time.perf_counter() - start
+    run.seconds = time.process_time() - start
     if engine is not None:
         run.epsilon, run.statement = engine.get_epsilon(run.delta), str(engine.statement(run.delta))
         engine.detach()

@@ -150,6 +150,15 @@ def test_sampling_without_noise(adjacency: str) -> None:
         assert TradeOff(acc).advantage == pytest.approx(seen, rel=1e-9)
 
 
+def test_one_finite_loss_is_composed_exactly() -> None:
+    """Two runs with P(L = 1) = 0.5 and P(L = ∞) = 0.5: the loss is 2, or infinite three times out of four."""
+    direction = pld.Direction((pld.DiscretePair((1.0,), (0.5,), 0.5),))
+    truth = math.log(0.75 + 0.25 * (1.0 - math.exp(0.5 - 2.0)))
+    low, high = (direction.log_delta((2,), 0.5, 1e-5, upper=upper) for upper in (False, True))
+    assert low <= truth <= high
+    assert high == pytest.approx(truth, rel=1e-9)
+
+
 def test_infinite_loss_is_never_forgotten() -> None:
     acc = PLDAccountant().compose(ApproximateDP(0.1, 1e-3), 3)
     floor = 1 - (1 - 1e-3) ** 3

@@ -1,7 +1,8 @@
-"""Metrics are scikit-learn's and the definitions'; grades are MLCommons' formulas, ties and perfect references included."""
+"""Metrics are scikit-learn's and the definitions'; grades are MLCommons' formulas, ties and all."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from fractions import Fraction
 
@@ -11,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("sklearn")
-from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score  # noqa: E402
+from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score
 
-from examples.guard import metrics  # noqa: E402
-from examples.guard.grading import V05, Grades, Hazard, System, grade_v05, grade_v10, reference  # noqa: E402
+from examples.guard import metrics
+from examples.guard.grading import V05, Grades, Hazard, System, grade_v05, grade_v10, reference
 
 labelled = st.lists(st.tuples(st.booleans(), st.integers(0, 20).map(lambda k: k / 20)), min_size=1, max_size=40)
 
@@ -206,4 +207,4 @@ def test_grades_never_fall_when_more_is_blocked(rows: list[tuple[bool, str, floa
     curve = system.curve(scores, 11)
     assert curve[0] == (1.0, 0.0)
     assert curve[-1] == (0.0, pytest.approx(np.mean([bad for bad, _, _ in rows])))
-    assert all(a[0] >= b[0] and a[1] <= b[1] for a, b in zip(curve, curve[1:], strict=False))
+    assert all(a[0] >= b[0] and a[1] <= b[1] for a, b in itertools.pairwise(curve))

@@ -137,19 +137,22 @@ _SPAN = ("start_positions", "end_positions")
 
 @pytest.mark.parametrize("name", CASES)
 def test_is_the_plain_loop(name: str, tmp_path: Path) -> None:
-    """σ = 0: the weights are those of the plain loop the loss written down record by record, lr falling by step."""
+    """σ = 0: the weights are those of the plain loop, the loss written down record by record, lr falling by step.
+
+    C is above most norms: where all records are clipped, a loss may have any scale.
+    """
     make, records, losses = CASES[name]
-    data = records()
-    private = trainer(tmp_path, make(), data)
+    data, rate = records(), 0.02 if name in ("regression", "question") else 0.2
+    private = trainer(tmp_path, make(), data, max_grad_norm=3.0, learning_rate=rate)
     private.train()
     other = make()
     engine = train_plainly(
-        other, data, losses, steps=10, batch_size=4, lr=lambda k: 0.5 * (10 - k) / 10, max_grad_norm=0.3,
+        other, data, losses, steps=10, batch_size=4, lr=lambda k: rate * (10 - k) / 10, max_grad_norm=3.0,
         noise_multiplier=0.0, collate=transformers.default_data_collator,
     )  # fmt: skip
     assert private.state.global_step == 10
     assert float((flat(make()) - flat(other)).abs().max()) > 1e-2
-    torch.testing.assert_close(flat(private.model), flat(other), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(flat(private.model), flat(other), rtol=1e-4, atol=1e-5)
     assert private.engine.accountant.ledger == engine.accountant.ledger
 
 

@@ -226,7 +226,7 @@ def test_pitfall_11_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(dpkit.ConfigurationError, match="2 processes now"):
         next(iter(engine._loader))
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.undo()
     next(iter(engine._loader))
 
 

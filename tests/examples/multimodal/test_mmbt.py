@@ -35,9 +35,14 @@ def exact(model: MMBT, rows: Batch, losses: Losses = tiny.losses) -> None:
         torch.testing.assert_close(-got[name], value / n, **near, msg=lambda m, k=name: f"{k}: {m}")
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"tokens": 4, "image_first": False, "readout": "mean"}, {"fusion": 1, "tasks": True}]
-)
+OPTIONS = [
+    {},
+    {"tokens": 4, "image_first": False, "readout": "mean", "stride": 2},
+    {"fusion": 1, "tasks": True, "skip": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_gradients_are_the_loops_with_the_shared_tables(options: dict) -> None:
     """The image's tables are the text's: both uses of each are one gradient, counted once."""
     model = tiny.mmbt(**options)
@@ -80,7 +85,7 @@ def test_any_number_of_image_tokens(tokens: int) -> None:
 @pytest.mark.parametrize("tasks", [False, True])
 @pytest.mark.parametrize("gone", [0, 1])
 def test_a_missing_modality_has_no_influence_and_no_gradient(fusion: int, tasks: bool, gone: int) -> None:
-    model, rows = tiny.mmbt(fusion=fusion, tasks=tasks, below=0), tiny.batch(n=4)
+    model, rows = tiny.mmbt(fusion=fusion, tasks=tasks, skip=tasks), tiny.batch(n=4)
     present = torch.ones(4, 2, dtype=torch.bool)
     present[:, gone] = False
     image, states = rows.image.clone().requires_grad_(), []
@@ -111,15 +116,21 @@ def test_layers_are_berts_own(readout: str) -> None:
     for layer in model.bert.encoder.layer:
         tokens = layer(tokens, torch.where(allowed[:, None], 0.0, torch.finfo(torch.float32).min))
         tokens = tokens[0] if isinstance(tokens, tuple) else tokens
-    unit = torch.nn.functional.normalize
+    scale, text = tiny.WIDTH**0.5, tokens[:, 3:] * rows.mask[..., None]
     expected = {
-        "first": torch.cat([unit(tokens[:, 0], dim=-1), unit(tokens[:, 3], dim=-1)], 1),
-        "mean": torch.cat(
-            [unit(part.sum(1), dim=-1) for part in (tokens[:, :3], tokens[:, 3:] * rows.mask[..., None])], 1
-        ),
+        "first": unit(torch.stack([tokens[:, 0], tokens[:, 3]], 1)) * scale,
+        "mean": unit(torch.stack([tokens[:, :3].sum(1), text.sum(1)], 1)) * scale,
         "cls": model.bert.pooler(tokens),
     }
-    torch.testing.assert_close(model.features(rows.image, rows.text, rows.mask), expected[readout])
+    torch.testing.assert_close(model.features(rows.image, rows.text, rows.mask), expected[readout].flatten(1))
+    model.stride = 2
+    if readout == "mean":
+        every = unit(torch.stack([tokens[:, :3].sum(1), text[:, ::2].sum(1)], 1)) * scale
+        torch.testing.assert_close(model.features(rows.image, rows.text, rows.mask), every.flatten(1))
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(x, dim=-1)
 
 
 def test_padding_has_no_influence() -> None:

