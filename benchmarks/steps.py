@@ -62,6 +62,10 @@ def main() -> None:
     rounds = 3 if args.quick else args.rounds
     about = {**conditions("benchmarks.steps"), "rounds": rounds}
     contestants.AUTOCAST = args.bf16
+    if args.compiled:  # else dpkit's model runs what was compiled for the ordinary one, without hooks (it refuses)
+        import torch._dynamo.config as dynamo
+
+        dynamo.skip_nnmodule_hook_guards = False
     taking = {**contestants.CONTESTANTS, **(contestants.COMPILED if args.compiled else {})}
     name = "steps" + "-full" * args.full + "-bf16" * args.bf16 + "-compiled" * args.compiled
     rows: list[Row] = []
