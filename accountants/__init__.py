@@ -27,12 +27,12 @@ from .events import (
     banded_matrix,
     dpsgd,
 )
+from .fdp import TradeOff, tradeoff
 from .filters import BudgetSpentError, GDPFilter, RDPFilter, RDPOdometer, best_order
 from .gdp import GDPAccountant
 from .interop import from_dp_accounting, from_opacus
 from .pld import PLDAccountant
 from .rdp import RDPAccountant
-from .tradeoff import TradeOff, tradeoff
 
 __all__ = [
     "Accountant",

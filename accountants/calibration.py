@@ -9,9 +9,9 @@ from typing import Any
 from .accountant import Accountant, check_delta, check_epsilon
 from .errors import AccountingError, UnreachableTargetError
 from .events import Event, dpsgd
+from .fdp import TradeOff
 from .pld import PLDAccountant
 from .rdp import RDPAccountant
-from .tradeoff import TradeOff
 
 _KINDS: dict[str, type[Accountant]] = {"pld": PLDAccountant, "rdp": RDPAccountant}
 _SIGMA = (1e-2, 1e5)

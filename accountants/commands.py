@@ -18,9 +18,9 @@ from .accountant import ADJACENCIES, Accountant
 from .calibration import make_accountant
 from .errors import AccountingError
 from .events import dpsgd
+from .fdp import TradeOff
 from .pld import PLDAccountant
 from .rounding import down, up
-from .tradeoff import TradeOff
 
 OK, OVER, REFUSED = 0, 1, 2
 """Exit codes: done; what was asked about is beyond what it may be (a budget); the question has no true answer."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .calibration import make_accountant
 from .errors import AccountingError
 from .events import Event
-from .tradeoff import TradeOff
+from .fdp import TradeOff
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

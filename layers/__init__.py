@@ -7,12 +7,12 @@ private training, and `convert`, which puts the drop-ins into a model.
 
 from .attention import MultiheadAttention, multi_head_attention
 from .cells import GRUCell, LSTMCell, RNNCell, gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
-from .convert import Change, Conversion, convert
+from .conversion import Change, Conversion, convert
 from .embedding import Embedding, EmbeddingBag, embedding_bag
 from .known import known_linear
 from .norm import FrozenBatchNorm, group_norm, groups_for
 from .recurrent import GRU, LSTM, RNN, gru, lstm, rnn_relu, rnn_tanh
-from .validate import Problem, problems, validate
+from .validation import Problem, problems, validate
 
 __all__ = [
     "GRU",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import subprocess
@@ -200,6 +201,13 @@ def test_public_names() -> None:
             assert value.__doc__, f"{public} has only its base's docstring"
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = dpkit.no_such_name
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_function_hides_a_module(package: str) -> None:
+    """A public name that is also a file's: which of both a reader gets would depend on what was imported first."""
+    home = importlib.import_module({"dpkit": "dpkit"}.get(package, f"dpkit.{package}"))
+    assert not {path.stem for path in (ROOT / package).glob("*.py")} & set(home.__all__)
 
 
 def test_type_checkers_see_the_same_names() -> None:

@@ -17,7 +17,7 @@ from .cells import GRUCell, LSTMCell, RNNCell
 from .embedding import EmbeddingBag
 from .norm import FrozenBatchNorm, group_norm
 from .recurrent import GRU, LSTM, RNN
-from .validate import Problem, validate
+from .validation import Problem, validate
 
 _DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
     kind.__bases__[-1]: kind for kind in (MultiheadAttention, LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell, EmbeddingBag)
