@@ -47,7 +47,6 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
                 cure="leave the penalty out: clip or normalise the critic's weights instead (that is no use of the "
                 "data), or take the penalty on public data inside engine.paused().",
             )
-        with torch.no_grad():
-            return backward(ctx, *grads)
+        return backward(ctx, *grads)
 
     return wrapper

@@ -260,7 +260,7 @@ def _total(norms: Tensor) -> Tensor:
 
 
 def _capped(norms: Tensor, bound: float) -> Tensor:
-    return (bound / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1.0)
+    return (norms / bound).reciprocal_().clamp_(max=1.0)  # 1/0 is inf, and becomes 1
 
 
 _BY_NAME = {

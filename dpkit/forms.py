@@ -57,7 +57,8 @@ def _described(dtype: torch.dtype, device: torch.device) -> str:
 
 def times(w: Tensor, x: Tensor) -> Tensor:
     """``w`` [n] times ``x`` [n, ...]."""
-    return x * w.to(x).view(-1, *[1] * (x.ndim - 1))
+    w = w if w.dtype == x.dtype and w.device == x.device else w.to(x)
+    return x * w.view(-1, *[1] * (x.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -164,17 +165,20 @@ class Dense(Form):
         return sorted(range(1, self.value.ndim), key=lambda d: -stride[d])
 
     def _flat(self, order: list[int]) -> Tensor:
-        v = wide(self.value).permute(0, *order)
+        v = wide(self.value)
+        if v.ndim == 2:
+            return v
+        v = v.permute(0, *order)
         return v.reshape(self.n, v.shape[1:].numel())  # n may be 0, so -1 would say nothing
 
     def sq_norm(self) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(self._flat(self._order()), dim=1)
-        return norms.square()
+        return norms.square_()
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         order = self._order()
         flat = self._flat(order)
-        total = w.to(flat.dtype) @ flat
+        total = (w if w.dtype == flat.dtype else w.to(flat.dtype)) @ flat
         if order == sorted(order):
             return total
         back = [order.index(d) for d in range(1, self.value.ndim)]
@@ -213,7 +217,7 @@ class Outer(Form):
 
     def _wide(self) -> tuple[Tensor, Tensor]:
         # Under autocast the layer saw its input rounded to g's dtype: so does the gradient.
-        return wide(self.g), wide(self.a.to(self.g.dtype))
+        return wide(self.g), wide(self.a if self.a.dtype == self.g.dtype else self.a.to(self.g.dtype))
 
     def dense(self) -> Tensor:
         g, a = self._wide()
@@ -242,7 +246,9 @@ class Outer(Form):
     def sq_norm(self) -> Tensor:
         g, a = self._wide()
         if g.shape[-2] == 1:
-            return (g.square().sum(-1) * a.square().sum(-1)).flatten(1).sum(1)
+            lengths: Tensor = torch.linalg.vector_norm(g, dim=-1) * torch.linalg.vector_norm(a, dim=-1)
+            squares = lengths.square_()
+            return squares.squeeze(1) if squares.ndim == 2 else squares.flatten(1).sum(1)
         return _gram(g, a)
 
     def lengths(self) -> Tensor:

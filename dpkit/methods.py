@@ -39,7 +39,7 @@ _SECONDS = 1e-11
 """What the model takes for the time of a floating-point operation where modelled and measured costs meet."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Arrival:
     """A form of one batch, in the order of the backward; sizes in bytes for one record."""
 
@@ -139,16 +139,16 @@ class Methods:
         """The form that goes the chosen way."""
         if not form.n:
             return form
-        ways, kind, name = form.ways(), form.kind(), self._names.get(parameter, "")
+        n, ways, kind, name = form.n, form.ways(), form.kind(), self._names.get(parameter, "")
         if not ways:
-            self._arrivals.append(_Arrival(name, kind, "only", form.n, 0, {"only": form.bytes // form.n}, {}))
+            self._arrivals.append(_Arrival(name, kind, "only", n, 0, {"only": form.bytes // n}, {}))
             return form
-        kept, around = {k: way.kept for k, way in ways.items()}, form.bytes // form.n + form.held
+        kept, around = {k: way.kept for k, way in ways.items()}, form.bytes // n + form.held
         seconds = self._costs(kind, form, ways)
         way = self._plan.get((name, kind), "")
         if way not in ways:
             way = _frugal(kept, seconds)
-        self._arrivals.append(_Arrival(name, kind, way, form.n, form.held, kept, seconds, around))
+        self._arrivals.append(_Arrival(name, kind, way, n, form.held, kept, seconds, around))
         return ways[way].take()
 
     def _costs(self, kind: str, form: Form, ways: dict[str, Way]) -> dict[str, float]:

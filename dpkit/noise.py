@@ -171,7 +171,7 @@ class NoiseSource:
             self._own[cpu] = _resumed("cpu", ahead.before)
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for s in sums:
-            kinds.setdefault((s.device, s.dtype), []).append(s.view(-1))
+            kinds.setdefault((s.device, s.dtype), []).append(s if s.ndim == 1 else s.view(-1))
         for (device, _), flat in kinds.items():
             _add(flat, std, self.stream(device))
 
@@ -187,11 +187,11 @@ def _resumed(device: str, state: Any) -> Normals:
 
 def _add(sums: list[Tensor], std: float, stream: Normals, drawn: Sequence[Tensor] | None = None) -> None:
     """Add noise to flat tensors of one kind: what was ``drawn`` ahead, else fresh numbers in the same order."""
-    small, large = [s for s in sums if len(s) < _FEW], [s for s in sums if len(s) >= _FEW]
+    small, large = [s for s in sums if s.numel() < _FEW], [s for s in sums if s.numel() >= _FEW]
     if small:  # together: for few numbers a call takes as long as for thousands
-        sizes = [len(s) for s in small]
+        sizes = [s.numel() for s in small]
         noise = stream.fill(small[0].new_empty(sum(sizes))) if drawn is None else drawn[0]
-        torch._foreach_add_(small, list(noise.split(sizes)), alpha=std)
+        torch._foreach_add_(small, torch.split_with_sizes(noise, sizes), alpha=std)
     for k, s in enumerate(large, 1):
         if drawn is not None:
             s.add_(drawn[k], alpha=std)

@@ -63,9 +63,9 @@ class Encrypted:
     def fill(self, flat: Tensor) -> Tensor:
         if flat.dtype not in self._rooms:
             self._rooms[flat.dtype] = _Room(flat.dtype)
-        room = self._rooms[flat.dtype]
-        for piece in flat.split(PIECE):
-            room.fill(piece.numpy(), self._stream)
+        room, numbers = self._rooms[flat.dtype], flat.numpy()
+        for start in range(0, len(numbers), PIECE):
+            room.fill(numbers[start : start + PIECE], self._stream)
         return flat
 
     def state(self) -> dict[str, Any]:

@@ -22,6 +22,8 @@ def prove(tape: Tape, batch: Batch, max_grad_norm: float) -> None:
     compared: list[tuple[nn.Parameter, Tensor, Tensor, float]] = []
     for p in tape.parameters():
         stray, p.grad = p.grad, None
+        if stray is None and p in tape.proven:
+            continue
         grad, tapped = batch.autograd.get(p, stray), batch.tapped.get(p)
         if grad is not None and not tapped:
             _refuse_uncovered(tape, batch, p)

@@ -187,7 +187,7 @@ class PrivateStep:
                 cure="call optimizer.step() after every batch. To gather gradients over several physical batches give "
                 "make_private(max_physical_batch_size=...): the step is then taken on the last of them only.",
             )
-        self._close(draw)
+        self._close(draw, self._trainable())
         if draw.last:
             self.drop()
             if self._paced is not None:
@@ -316,16 +316,17 @@ class PrivateStep:
                 )
             return
         try:
-            self._close(draw)
+            trainable = self._trainable()
+            self._close(draw, trainable)
             if draw.last:
-                self._release(draw)
+                self._release(draw, trainable)
         except BaseException as error:
             self.drop()
             self.ranks.give_up(error)
             raise
 
     @torch.no_grad()
-    def _close(self, draw: Draw) -> None:
+    def _close(self, draw: Draw, trainable: dict[nn.Parameter, int]) -> None:
         """End a physical batch: prove, clip, and add its weighted sums to those of the logical batch."""
         batch = self.tape.close()
         self._draw = None
@@ -333,7 +334,6 @@ class PrivateStep:
             return
         draw.done = True
         batch.unmark()
-        trainable = self._trainable()
         prove(self.tape, batch, self.max_grad_norm)
         forms = {p: joined(found) for p, found in batch.forms.items() if p.requires_grad}
         batch.forms.clear()  # here they are held alone, so that each can go as soon as it is summed up
@@ -352,7 +352,7 @@ class PrivateStep:
             self._sum.add_nothing(trainable)
 
     @torch.no_grad()
-    def _release(self, draw: Draw) -> None:
+    def _release(self, draw: Draw, trainable: dict[nn.Parameter, int]) -> None:
         """Sums + noise, divided by the expected batch size, become ``p.grad``; the ledger is written first."""
         if self._paced is not None and not self._paced.follows(draw.logical):
             raise UnfinishedStepError(
@@ -362,14 +362,14 @@ class PrivateStep:
             )
         clipped, self._sum = self._sum, None
         assert clipped is not None
-        trainable = self._trainable()
         if self.ranks.size > 1:
             self._agree(draw, clipped, trainable)
         sums, observed = clipped.take(trainable), clipped.take_observed()
-        left_out, self._left_out = torch.tensor([self._left_out]), 0
         event = self.event(clipped.noise_multiplier)
-        shared = [*observed, left_out] if self.shards is not None else [*sums, *observed, left_out]
-        self.ranks.gather(shared)
+        beside = list(observed)
+        if self.ranks.size > 1:
+            beside.append(torch.tensor([self._left_out]))
+            self.ranks.gather(beside if self.shards is not None else [*sums, *beside])
         grads: list[Tensor] = []
 
         def noisy() -> None:
@@ -397,9 +397,10 @@ class PrivateStep:
             if self.shards is None:
                 grads.extend(torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in trainable)
             self.spending.follow(event if counted else None)
-        self.ranks.hand_out([*observed, left_out] if self.shards is not None else [*grads, *observed, left_out])
+        self.ranks.hand_out(beside if self.shards is not None else [*grads, *beside])
         self.ranks.done()
-        self.nonfinite_records += int(left_out)
+        self.nonfinite_records += int(beside[-1]) if self.ranks.size > 1 else self._left_out
+        self._left_out = 0
         if event is not None:
             self._charged = clipped.noise_multiplier
         if self._paced is not None:
@@ -433,7 +434,11 @@ class PrivateStep:
 
     def _as_gradients(self, parameters: dict[nn.Parameter, int], sums: list[Tensor]) -> Iterator[Tensor]:
         for p, total in zip(parameters, sums, strict=True):
-            yield total.view(p.shape).to(p.dtype) if self.shards is None else self.shards.as_gradient(p, total)
+            if self.shards is not None:
+                yield self.shards.as_gradient(p, total)
+            else:
+                shaped = total.view(p.shape)
+                yield shaped if shaped.dtype == p.dtype else shaped.to(p.dtype)
 
     def _refuse_sharded(self) -> None:
         """Raise for what is not known to be right, or not to part the ranks, where parameters are sharded."""

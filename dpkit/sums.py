@@ -67,11 +67,7 @@ class ClippedSum:
         Returns:
             How many units were left out because their gradient is not finite.
         """
-        squares = {p: units.sq_norm(f) for p, f in forms.items()}
-        wide = max((s.dtype for s in squares.values()), key=lambda d: torch.finfo(d).bits)
-        like = next(iter(squares.values()))
-        nothing = torch.zeros(()).to(like).expand_as(like)
-        norms = torch.stack([squares.get(p, nothing).to(like.device, wide) for p in columns], 1).sqrt_().mul_(scale)
+        norms = _columns([units.sq_norm(forms[p]) if p in forms else None for p in columns]).sqrt_().mul_(scale)
         left_out = 0
         if not math.isfinite(float(norms.sum())):
             finite = torch.isfinite(norms).all(1)
@@ -145,6 +141,16 @@ class ClippedSum:
         self._totals = {
             parameters[name]: total.to(parameters[name].device, copy=True) for name, total in state["totals"].items()
         }
+
+
+def _columns(found: list[Tensor | None]) -> Tensor:
+    """[n, k] from k columns [n], None for zeros; where the first is, in the widest of their dtypes."""
+    known = [s for s in found if s is not None]
+    like, kinds = known[0], {(s.dtype, s.device) for s in known}
+    if len(known) == len(found) and len(kinds) == 1:
+        return torch.stack(known, 1)
+    wide, nothing = max((s.dtype for s in known), key=lambda d: torch.finfo(d).bits), torch.zeros_like(like)
+    return torch.stack([(nothing if s is None else s).to(like.device, wide) for s in found], 1)
 
 
 def _wide(p: Tensor) -> torch.dtype:

@@ -337,8 +337,9 @@ class Tape:
             return False
         router.culprit = module
         router.in_order(module, (args, kwargs))
-        site = router.site(module, k, leaves((args, kwargs)))
-        if not site.data or any(isinstance(v, StandIn) for v in leaves((args, kwargs))):
+        values = leaves((args, kwargs))
+        site = router.site(module, k, values)
+        if not site.data or any(isinstance(v, StandIn) for v in values):
             return False
         frame.site = site
         return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,25 +41,22 @@ _PLAIN = (Tensor, int, float, str, type(None))
 def leaves(tree: Any) -> list[Any]:
     """All leaves of ``tree``, in a fixed order."""
     found: list[Any] = []
-    _collect(tree, found)
+    _collect((tree,), found)
     return found
 
 
-def _collect(tree: Any, found: list[Any]) -> None:
-    if isinstance(tree, _PLAIN):
-        found.append(tree)
-    elif isinstance(tree, list | tuple):
-        for v in tree:
+def _collect(values: Iterable[Any], found: list[Any]) -> None:
+    for v in values:
+        if isinstance(v, _PLAIN):
+            found.append(v)
+        elif isinstance(v, list | tuple):
             _collect(v, found)
-    elif isinstance(tree, Mapping):
-        for v in tree.values():
-            _collect(v, found)
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        for f in dataclasses.fields(tree):
-            if f.init:
-                _collect(getattr(tree, f.name), found)
-    else:
-        found.append(tree)
+        elif isinstance(v, Mapping):
+            _collect(v.values(), found)
+        elif dataclasses.is_dataclass(v) and not isinstance(v, type):
+            _collect((getattr(v, f.name) for f in dataclasses.fields(v) if f.init), found)
+        else:
+            found.append(v)
 
 
 def signature(tree: Any) -> tuple[Any, ...]:
