@@ -196,16 +196,12 @@ class Dense(Form):
 
 @dataclass(frozen=True)
 class Outer(Form):
-    """Sums of outer products: ``g`` [n, *m, t, o] and ``a`` [n, *m, t, i] give [n, *m, o, i]; 2-D inputs have t = 1."""
+    """Sums of outer products: ``g`` [n, *m, t, o] and ``a`` [n, *m, t, i] give [n, *m, o, i]; without t, a product."""
 
     g: Tensor
     a: Tensor
 
     def __post_init__(self) -> None:
-        if self.g.ndim == 2:
-            object.__setattr__(self, "g", self.g.unsqueeze(1))
-        if self.a.ndim == 2:
-            object.__setattr__(self, "a", self.a.unsqueeze(1))
         if self.g.shape[:-1] != self.a.shape[:-1]:
             raise ValueError(
                 f"Outer: g {list(self.g.shape)} and a {list(self.a.shape)} differ before the last dimension"
@@ -219,8 +215,12 @@ class Outer(Form):
         # Under autocast the layer saw its input rounded to g's dtype: so does the gradient.
         return wide(self.g), wide(self.a if self.a.dtype == self.g.dtype else self.a.to(self.g.dtype))
 
+    def summed(self) -> Outer:
+        """The same with a dimension t."""
+        return Outer(self.g.unsqueeze(1), self.a.unsqueeze(1)) if self.g.ndim == 2 else self
+
     def dense(self) -> Tensor:
-        g, a = self._wide()
+        g, a = self.summed()._wide()
         return g.transpose(-1, -2) @ a
 
     @property
@@ -228,14 +228,14 @@ class Outer(Form):
         return self.a[0].numel() * self.a.element_size()
 
     def kind(self) -> str:
-        *stack, t, o = self.g.shape[1:]
+        *stack, t, o = self.g.shape[1:] if self.g.ndim > 2 else (1, self.g.shape[1])
         return f"Outer {[*stack, o, self.a.shape[-1]]} t≤{rounded(t)} {described(self.g)}"
 
     def ways(self) -> dict[str, Way]:
+        if self.g.ndim == 2 or self.g.shape[-2] == 1:
+            return {}
         *stack, t, o = self.g.shape[1:]
         i, m = self.a.shape[-1], math.prod(stack)
-        if t == 1:
-            return {}
         product, kept = 2.0 * t * o * i, self.g[0].numel() * self.g.element_size() + self.held
         dense = m * o * i * max(4, self.g.element_size())
         return {
@@ -245,22 +245,24 @@ class Outer(Form):
 
     def sq_norm(self) -> Tensor:
         g, a = self._wide()
-        if g.shape[-2] == 1:
-            lengths: Tensor = torch.linalg.vector_norm(g, dim=-1) * torch.linalg.vector_norm(a, dim=-1)
-            squares = lengths.square_()
-            return squares.squeeze(1) if squares.ndim == 2 else squares.flatten(1).sum(1)
-        return _gram(g, a)
+        if g.ndim > 2 and g.shape[-2] > 1:
+            return _gram(g, a)
+        products: Tensor = torch.linalg.vector_norm(g, dim=-1) * torch.linalg.vector_norm(a, dim=-1)
+        squares = products.square_()
+        return squares if squares.ndim == 1 else squares.flatten(1).sum(1)
 
     def lengths(self) -> Tensor:
         g, a = self._wide()
         products: Tensor = torch.linalg.vector_norm(g, dim=-1) * torch.linalg.vector_norm(a, dim=-1)
-        return products.flatten(1).sum(1)
+        return products if products.ndim == 1 else products.flatten(1).sum(1)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         g, a = self._wide()
         g, a = (times(w, g), a) if g.shape[-1] <= a.shape[-1] else (g, times(w, a))
+        if g.ndim == 2:
+            return (g.T @ a).view(-1)
         if g.ndim == 3:
-            return (g.flatten(0, 1).T @ a.flatten(0, 1)).flatten()
+            return (g.flatten(0, 1).T @ a.flatten(0, 1)).view(-1)
         return torch.einsum("n...to,n...ti->...oi", g, a).flatten()
 
     def take(self, records: Tensor) -> Outer:
@@ -269,9 +271,10 @@ class Outer(Form):
     def folded(self, k: int) -> Form:
         if self.g.ndim > 3:
             return Dense(self.dense()).folded(k)
+        t = 1 if self.g.ndim == 2 else self.g.shape[1]
         return Outer(
-            self.g.reshape(-1, k * self.g.shape[1], self.g.shape[2]),
-            self.a.reshape(-1, k * self.a.shape[1], self.a.shape[2]),
+            self.g.reshape(-1, k * t, self.g.shape[-1]),
+            self.a.reshape(-1, k * t, self.a.shape[-1]),
         )
 
     def scaled(self, w: Tensor) -> Outer:
@@ -555,8 +558,8 @@ def _inner(one: Form, other: Form) -> Tensor:
         one, other = other, one
     if isinstance(one, Rows):
         g = wide(one.g)
-        if isinstance(other, Outer) and other.g.ndim == 3:  # [n, s, v] and [n, s, d]: pick the v's that were touched
-            og, oa = other._wide()
+        if isinstance(other, Outer) and other.g.ndim <= 3:  # [n, s, v] and [n, s, d]: pick the v's that were touched
+            og, oa = other.summed()._wide()
             picked = og.gather(2, one.index.unsqueeze(1).expand(-1, og.shape[1], -1))  # [n, s, t]
             return (picked * (oa @ g.transpose(1, 2))).sum((1, 2))
         table = other.dense().reshape(one.n, one.v, -1)
@@ -584,7 +587,7 @@ def _merge(same: list[Form]) -> Form:
     if len(same) == 1:
         return first
     if isinstance(first, Outer):
-        outers = [f for f in same if isinstance(f, Outer)]
+        outers = [f.summed() for f in same if isinstance(f, Outer)]
         return Outer(torch.cat([f.g for f in outers], -2), torch.cat([f.a for f in outers], -2)).settled()
     if isinstance(first, Rows):
         rows = [f for f in same if isinstance(f, Rows)]

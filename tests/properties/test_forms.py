@@ -20,6 +20,8 @@ def reference(form: Form) -> Tensor:
     match form:
         case Dense(value):
             return value.double().flatten(1)
+        case Outer(g, a) if g.ndim == 2:
+            return torch.einsum("no,ni->noi", g.double(), a.double()).flatten(1)
         case Outer(g, a):
             return torch.einsum("n...to,n...ti->n...oi", g.double(), a.double()).flatten(1)
         case Rows(index, g, v):
@@ -43,7 +45,7 @@ def terms(form: Form) -> Tensor:
     """[n]: the summed lengths of all terms: what rounding is measured against."""
     match form:
         case Outer(g, a):
-            return (g.double().norm(dim=-1) * a.double().norm(dim=-1)).flatten(1).sum(1)
+            return (g.double().norm(dim=-1) * a.double().norm(dim=-1)).view(len(g), -1).sum(1)
         case Rows(_, g, _):
             return g.double().norm(dim=-1).sum(1)
         case Routed(_, g, a, _):
@@ -54,8 +56,8 @@ def terms(form: Form) -> Tensor:
 
 
 @st.composite
-def forms(draw: st.DrawFn, kinds: str = "dorsxmj", n: int | None = None, shape: tuple[int, int] | None = None) -> Form:
-    """A form of one of the kinds d(ense), o(uter), r(ows), s(tacked outer), x (routed), m(erged), j(oined)."""
+def forms(draw: st.DrawFn, kinds: str = "dporsxmj", n: int | None = None, shape: tuple[int, int] | None = None) -> Form:
+    """A form of a kind: d(ense), p(roduct), o(uter), r(ows), s(tacked outer), x (routed), m(erged), j(oined)."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     n = draw(SIZES) if n is None else n
     o, i = (draw(SIZES), draw(SIZES)) if shape is None else shape
@@ -73,6 +75,8 @@ def forms(draw: st.DrawFn, kinds: str = "dorsxmj", n: int | None = None, shape: 
     kind = draw(st.sampled_from(kinds))
     if kind == "d":
         return Dense(normal(n, o, i))
+    if kind == "p":
+        return Outer(normal(n, o), normal(n, i))
     if kind == "o":
         a = normal(n, t, i)
         a[:, t // 2 : 2 * (t // 2)] = a[:, : t // 2]
@@ -93,7 +97,7 @@ def forms(draw: st.DrawFn, kinds: str = "dorsxmj", n: int | None = None, shape: 
         if draw(st.booleans()):
             same.append(Routed(index.flip(1), normal(n, t, o), normal(n, t, i), m))
         return joined(same)
-    merged = draw(st.lists(forms(kinds="dor" if kind == "j" else "o", n=n, shape=(o, i)), min_size=2, max_size=3))
+    merged = draw(st.lists(forms(kinds="dpor" if kind == "j" else "po", n=n, shape=(o, i)), min_size=2, max_size=3))
     if draw(st.booleans()) and isinstance(merged[0], Outer):
         merged.append(Outer(-merged[0].g, merged[0].a))  # the first use is cancelled by another
     if kind == "j" and draw(st.booleans()):  # all uses are cancelled by one of another kind, but for a little
