@@ -83,14 +83,13 @@ class Convolved(Form):
     def _normed(self, way: str) -> Normed:
         """With the norms of gradients that are formed for them alone, some records at a time."""
         each = max(1, _RESULT // math.prod(self.shape))
-        squares = []
+        squares: list[Tensor] = []
+        lengths: list[Tensor] = []
         for k in range(0, self.n, each):
             some = replace(self, x=self.x[k : k + each], grad=self.grad[k : k + each])
-            lengths: list[Tensor] = []
-            formed = Dense(some._patches(lengths) if way == "patches" else some._grouped())
-            terms = torch.cat(lengths) if lengths else some.lengths()
-            squares.append(not_below(formed.sq_norm(), terms.square()))  # the sum is rounded in another way
-        return Normed(self, torch.cat(squares))
+            squares.append(Dense(some._patches(lengths) if way == "patches" else some._grouped()).sq_norm())
+        terms = torch.cat(lengths) if lengths else self.lengths()
+        return Normed(self, not_below(torch.cat(squares), terms.square()))  # the sum is rounded in another way
 
     def _backward(self, x: Tensor, grad: Tensor, weight: Tensor, groups: int) -> Tensor:
         nothing = [0] * (x.ndim - 2)
@@ -129,7 +128,7 @@ class Convolved(Form):
             g, patches = grad[some].flatten(2), self._patched(x[some], grad.shape[2:])
             torch.bmm(g, patches, out=out[some])
             if lengths is not None:
-                products = torch.linalg.vector_norm(g, dim=1) * torch.linalg.vector_norm(patches, dim=2)
+                products = g.square().sum(1).sqrt_() * torch.linalg.vector_norm(patches, dim=2)
                 lengths.append(products.sum(1))
         return out.view(self.n, o, *kernel, c).movedim(-1, 2) if kernel else out
 
