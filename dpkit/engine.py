@@ -37,7 +37,7 @@ from .state import Part, Stateful, collect, give_back, refuse_others
 from .statement import Statement
 from .step import PrivateStep, innermost
 from .targets import budget_for, noise_multiplier_for
-from .together import begin_together, refuse_own_sizes, refuse_sharded_state
+from .together import begin_together, refuse_own_sizes
 from .units import PrivacyUnit, refuse_reordering, units_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -445,22 +445,27 @@ class PrivacyEngine:
 
         Model, optimizer, σ and C, the place in the pass and in the logical batch, its sums so far, the generators of
         draws and noise, the global ones (torch, Python, numpy), what was released, and a learning clipping's state.
-        Model and optimizer tensors are the live ones, as torch's own ``state_dict`` gives them.
+        Model and optimizer tensors are the live ones, as torch's own ``state_dict`` gives them. Where they are sharded
+        (`fully_shard`), they are copies of the whole on the CPU, and all ranks have to call.
 
         It is as confidential as the data: it holds sums without noise, and the streams that noise comes from.
 
         Args:
             weights: if False, model and optimizer are left to somebody else's checkpoint (Trainer, Lightning,
-                Accelerate), which has to be loaded first: `load_state_dict` compares them with a fingerprint.
+                Accelerate, torch.distributed.checkpoint), which has to be loaded first: `load_state_dict` compares them
+                with a fingerprint.
         """
-        refuse_sharded_state(self._attached().shards)
+        step = self._attached()
+        if step.shards is not None:
+            step.ranks.agree("the engine's state", releases=self._spending.released)
+            step.ranks.done()
+            step.shards.dealt_out()
         about = {"lives": [life.to_dict() for life in self._lives.all()], "target_delta": self._target_delta}
         parts = collect(self._parts(weights=weights))
         return {"version": 1, "configuration": self._configuration(), "about": about, **parts}
 
     def load_state_dict(self, state: dict[str, Any], *, replay: bool = True) -> None:
         """Go on from what `state_dict` gave, after `make_private` with the same arguments; see `load_checkpoint`."""
-        refuse_sharded_state(self._attached().shards)
         self._load(copy.deepcopy(state), {}, replay)
 
     def save_checkpoint(
@@ -478,8 +483,10 @@ class PrivacyEngine:
 
         The file is for resuming, and as confidential as the data. Publish ``model.state_dict()`` instead.
 
-        Among several processes rank 0 writes it, and the call does nothing on the others. A logical batch that was
-        begun will be begun again.
+        Among several processes rank 0 writes it, and all have to call. A logical batch that was begun will be begun
+        again. Any number of processes can go on from it, with `fully_shard` or without. Where it was sharded, every
+        rank has noise of its own: another number of ranks goes on with fresh noise, and if the ledger holds releases
+        beyond the checkpoint, with ``replay=False`` only.
 
         Args:
             also: what else belongs to the run and has ``state_dict`` and ``load_state_dict``: schedulers, averages.
@@ -490,10 +497,12 @@ class PrivacyEngine:
             CheckpointError: it cannot be written, or something holds other than plain values. The file that was there
                 before is untouched.
         """
-        refuse_sharded_state(self._attached().shards)
-        if not self._attached().ranks.first:
+        step = self._attached()
+        if not step.ranks.first and step.shards is None:
             return
         state = self.state_dict(weights=weights)
+        if not step.ranks.first:
+            return
         checkpoint.save(path, {"state": state, "also": collect(also or {}), "extra": extra})
 
     def load_checkpoint(
@@ -514,7 +523,6 @@ class PrivacyEngine:
             CheckpointError: damaged, or of another model, optimizer, data set or setting; nothing was loaded.
             LedgerError: the ledger is not the run's, or holds less than the checkpoint.
         """
-        refuse_sharded_state(self._attached().shards)
         ranks = self._attached().ranks
         ranks.agree("load_checkpoint")  # so that rank 0 has written it
         held = checkpoint.load(path)
@@ -549,7 +557,7 @@ class PrivacyEngine:
 
         def load(state: dict[str, Any]) -> None:
             def told() -> dict[str, Any]:
-                spending.load_state_dict(state, replay=replay, repeatable=not step.noise.secure)
+                spending.load_state_dict(state, replay=replay, repeatable=step.repeatable)
                 return spending.state_dict()
 
             known = step.ranks.decide(told)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Fingerprint:
     def __init__(self) -> None:
         self._weights: dict[torch.device, Tensor] = {}
 
-    def of(self, tensors: Sequence[Tensor]) -> str:
+    def of(self, tensors: Iterable[Tensor]) -> str:
         """16 hexadecimal digits."""
         total = 0
         for t in tensors:

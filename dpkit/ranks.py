@@ -133,6 +133,14 @@ class Ranks:
         with self._talking("the ranks' numbers"):
             return [int(f) for f in self._gather(torch.tensor([number]))]
 
+    def each(self, value: Any) -> list[Any]:
+        """Every rank's plain value, in their order."""
+        found = [value] * self.size
+        if self.size > 1:
+            with self._talking("the ranks' states"):
+                dist.all_gather_object(found, value, group=self._words)
+        return found
+
     def share(self, generator: torch.Generator) -> torch.Generator:
         """Put the generator into the state that rank 0's is in, in place."""
         if self.size > 1:

@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .errors import ConfigurationError, UncoveredParameterError
 from .ranks import Ranks
+from .state import Part
+from .trees import tree_map
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -151,17 +154,61 @@ class Shards:
         assert holds_rows(p)
         return p.to_local()
 
-    @staticmethod
-    def as_gradient(p: Tensor, rows: Tensor) -> Tensor:
+    def as_gradient(self, p: Tensor, rows: Tensor) -> Tensor:
         """This rank's rows, flat, as the gradient of the sharded parameter."""
         assert holds_rows(p)
-        shaped = rows.view(p.to_local().shape).to(p.dtype)
+        return self._dealt(rows.view(p.to_local().shape).to(p.dtype), p)
+
+    # ---- state
+
+    def model(self) -> Part:
+        """The model's state, whole on every rank's CPU: any number of ranks can go on from it. All have to ask."""
+
+        def load(state: dict[str, Any]) -> None:
+            here = self.root.state_dict()
+            self.root.load_state_dict({k: self._rows(v, here.get(k)) for k, v in state.items()})
+
+        return Part(lambda: self._whole(self.root.state_dict()), load)
+
+    def optimizer(self, optimizer: Optimizer) -> Part:
+        """The same of an optimizer on the model's parameters."""
+
+        def load(state: dict[str, Any]) -> None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            own = {
+                k: {name: self._rows(v, parameters[k]) for name, v in held.items()}
+                for k, held in state["state"].items()
+            }
+            optimizer.load_state_dict({**state, "state": own})
+
+        return Part(lambda: self._whole(optimizer.state_dict()), load)
+
+    @staticmethod
+    def _whole(state: dict[str, Any]) -> dict[str, Any]:
+        gathered: dict[str, Any] = tree_map(lambda v: whole(v).cpu() if holds_rows(v) else v, state)
+        return gathered
+
+    def _rows(self, value: Any, like: Tensor | None) -> Any:
+        """This rank's rows of a whole tensor, where ``like`` holds the rows of such a one; anything else as it is."""
+        if not holds_rows(like) or not isinstance(value, Tensor) or value.shape != like.shape:
+            return value
+        mine = like.to_local()
+        first = min(self.ranks.rank * -(-len(value) // self.ranks.size), len(value))
+        return self._dealt(value[first : first + len(mine)].to(mine.device), like)
+
+    @staticmethod
+    def _dealt(rows: Tensor, like: DTensor) -> Tensor:
         from torch.distributed.tensor import DTensor
 
         made: Tensor = DTensor.from_local(
-            shaped, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+            rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
         return made
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a tensor that is dealt out, for which all ranks have to ask; any other as it is."""
+    return tensor.full_tensor() if holds_rows(tensor) else tensor
 
 
 def holds_rows(parameter: object) -> TypeGuard[DTensor]:

@@ -30,7 +30,7 @@ from .proof import prove, refuse_coupled_losses
 from .ranks import Ranks
 from .sampling import Sampling
 from .scaler import LossScale, placeholders
-from .sharded import shards_of
+from .sharded import shards_of, whole
 from .spending import Spending
 from .state import Part, Stateful
 from .sums import ClippedSum
@@ -91,6 +91,7 @@ class PrivateStep:
         self._fingerprint, self._compared = Fingerprint(), -1
         self._admitted: tuple[Any, bool] | None = None
         self.strictly_examined = False
+        self.repeatable = not noise.secure  # whether the streams of noise are those of the checkpoint that was loaded
         self.shards = shards_of(model, ranks)
         if self.shards is not None:
             self._refuse_sharded()
@@ -479,9 +480,8 @@ class PrivateStep:
         """All that has a state here; ``inside``: whether a pass is under way, so that its sums go on; ``weights``:
         model and optimizer, or else what they are compared with when somebody else has loaded them."""
         parts: dict[str, Stateful] = {
-            **({"model": self.model, "optimizer": self.optimizer} if weights else {}),
-            **({} if weights else {"weights": Part(self._weights, self._refuse_other_weights)}),
-            "noise": self.noise,
+            **(self._whole() if weights else {"weights": Part(self._weights, self._refuse_other_weights)}),
+            "noise": Part(self._streams, self._load_streams),
             "methods": self.tape.methods,
         }
         if isinstance(self.clipping, Stateful):
@@ -491,10 +491,30 @@ class PrivateStep:
         parts["step"] = Part(lambda: self._state(inside), self._load)
         return parts
 
+    def _whole(self) -> dict[str, Stateful]:
+        if self.shards is None:
+            return {"model": self.model, "optimizer": self.optimizer}
+        return {"model": self.shards.model(), "optimizer": self.shards.optimizer(self.optimizer)}
+
+    def _streams(self) -> dict[str, Any]:
+        """Where the noise comes from; with shards, of every rank."""
+        own = self.noise.state_dict()
+        return own if self.shards is None else {"of": self.ranks.each(own)}
+
+    def _load_streams(self, state: dict[str, Any]) -> None:
+        """Go on with the streams of noise; with fresh ones, if there were more or fewer ranks with one of their own."""
+        held = state.get("of", [state])
+        own = [self.ranks.rank, self.ranks.size] if self.shards is not None else [0, 1]
+        if len(held) == own[1]:
+            self.noise.load_state_dict(held[own[0]])
+        else:
+            self.noise.reseed()
+        self.repeatable = len(held) == own[1] and not self.noise.secure
+
     def _weights(self) -> dict[str, Any]:
         """What tells the model's and the optimizer's tensors from others."""
         held = leaves((self.model.state_dict(), self.optimizer.state_dict()["state"]))
-        return {"fingerprint": Fingerprint().of([v for v in held if isinstance(v, Tensor)])}
+        return {"fingerprint": Fingerprint().of(whole(v) for v in held if isinstance(v, Tensor))}
 
     def _refuse_other_weights(self, state: dict[str, Any]) -> None:
         if state != self._weights():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import randomness
-from .errors import CheckpointError, ConfigurationError
+from .errors import ConfigurationError
 from .ranks import Ranks
 from .sharded import Shards, holds_rows
 from .spending import Spending
@@ -42,18 +42,6 @@ def refuse_own_sizes(shards: Shards | None, auto: bool) -> None:
             why="every rank finds a size of its own, and ranks that run forwards differently often wait for each other "
             "for ever.",
             cure="give a number.",
-        )
-
-
-def refuse_sharded_state(shards: Shards | None) -> None:
-    """Raise where no rank has the whole of the state."""
-    if shards is not None:
-        raise CheckpointError(
-            "the engine's state, with parameters that are sharded (fully_shard)",
-            why="each rank holds some rows of the model, and the stream of its own noise; no file has all of them.",
-            cure="save model and optimizer with torch.distributed.checkpoint and engine.accountant.state_dict() beside "
-            "them (on rank 0); load all three into what a new engine is made from. Draws and noise are then fresh, and "
-            "everything stays counted.",
         )
 
 

@@ -240,7 +240,6 @@ def sharded_noise(folder: Path) -> Any:
     found = {"steps": [2 * (b - a) for a, b in pairwise(seen)], "held": held}
     found["rows"] = model.weight.to_local().shape[0]
     found["epsilon"] = engine.get_epsilon(1e-5)
-    found["checkpoint"] = refusal(lambda: engine.save_checkpoint(folder / "never"))
     engine.detach()
     for name, options in REFUSED_SHARDED.items():
         found[name] = refusal(lambda options=options: private(model=dealt(Reader()), **options))  # type: ignore[misc]
@@ -468,6 +467,104 @@ def replay(folder: Path) -> Any:
     lives.append({"weights": weights(model), "epsilon": engine.get_epsilon(1e-5)})
     engine.detach()
     return lives
+
+
+def reader(**options: Any) -> tuple[dpkit.PrivacyEngine, nn.Module, torch.optim.Optimizer, DataLoader[Any]]:
+    """An engine on a reader of sequences, dealt out over the ranks."""
+    torch.manual_seed(1)
+    texts = TensorDataset(torch.randint(11, (24, 5), generator=seeded(2)))
+    engine, model, optimizer, loader = private(
+        dataset=texts, model=dealt(Reader()), optimizer=torch.optim.Adam, max_physical_batch_size=2, **options
+    )
+    optimizer.param_groups[0]["lr"] = 0.01
+    return engine, model, optimizer, loader
+
+
+def read(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(model(x).transpose(1, 2), x.flip(1)).backward()
+    optimizer.step()
+
+
+def sharded_resumed(path: Path | None, **how: Any) -> dict[str, Any]:
+    """Two passes to their end, from a checkpoint or from the beginning."""
+    engine, model, optimizer, loader = reader()
+    if path is not None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.5)  # what is loaded is seen
+        engine.load_checkpoint(path, **how)
+    for _ in range(engine.completed_passes, 2):
+        for (x,) in loader:
+            read(model, optimizer, x)
+    found = {"weights": all_weights(model), "releases": engine.releases}
+    engine.detach()
+    return found
+
+
+@scenario
+def sharded_saved(folder: Path) -> Any:
+    """Runs of a sharded model, saved and left: in the middle of a logical batch, and at its end."""
+    for at in CHECKPOINTS:
+        engine, model, optimizer, loader = reader()
+        for k, (x,) in enumerate(loader):
+            read(model, optimizer, x)
+            if k == at:
+                engine.save_checkpoint(folder / f"sharded{at}.ckpt")
+                break
+        engine.detach()
+
+
+@scenario
+def sharded_went_on(folder: Path) -> Any:
+    """The checkpoints of whatever number of ranks."""
+    return [sharded_resumed(folder / f"sharded{at}.ckpt") for at in CHECKPOINTS]
+
+
+@scenario
+def sharded_replay(folder: Path) -> Any:
+    """Releases after the checkpoint are repeated bit for bit, with every rank's own noise, by as many ranks only."""
+    ledger, path = folder / "sharded.ledger", folder / "sharded.replayed"
+    lives, first = [], not path.exists()
+    for life in range(0 if first else 1, 3):
+        engine, model, optimizer, loader = reader(ledger=ledger, noise_multiplier=1.0)
+        if life:
+            said = refusal(lambda engine=engine, life=life: engine.load_checkpoint(path, replay=life == 1))
+            if said.startswith("CheckpointError"):
+                lives.append({"error": said, "releases": engine.releases})
+                engine.detach()
+                continue
+        for k, (x,) in enumerate(loader):
+            read(model, optimizer, x)
+            if k == 1 and not life:
+                engine.save_checkpoint(path)
+        lives.append({"weights": all_weights(model), "epsilon": engine.get_epsilon(1e-5), "releases": engine.releases})
+        engine.detach()
+    return lives
+
+
+@scenario
+def sharded_beside(folder: Path) -> Any:
+    """The engine's state alone, beside weights that somebody else has saved."""
+    path, found = folder / f"beside{dist.get_world_size()}", {}
+    engine, model, optimizer, loader = reader(noise_multiplier=1.0)
+    for (x,) in loader:
+        read(model, optimizer, x)
+    engine.save_checkpoint(path, weights=False)
+    own = [p.to_local().clone() if isinstance(p, DTensor) else p.clone() for p in model.state_dict().values()]
+    moments = optimizer.state_dict()
+    epsilon = engine.get_epsilon(1e-5)
+    engine.detach()
+    engine, model, optimizer, loader = reader(noise_multiplier=1.0)
+    found["others"] = refusal(lambda: engine.load_checkpoint(path))
+    with torch.no_grad():
+        for p, held in zip(model.state_dict().values(), own, strict=True):
+            (p.to_local() if isinstance(p, DTensor) else p).copy_(held)
+    optimizer.load_state_dict(moments)
+    engine.load_checkpoint(path)
+    found["epsilon"] = (epsilon, engine.get_epsilon(1e-5))
+    engine.detach()
+    return found
 
 
 @scenario

@@ -19,7 +19,7 @@ import dpkit
 from dpkit.shares import shared
 from tests import ranked
 
-SHARDED = ("sharded", "sharded_noise")
+SHARDED = ("sharded", "sharded_noise", "sharded_went_on", "sharded_replay", "sharded_beside")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -73,6 +73,7 @@ def two(folder: Path) -> list[dict[str, Any]]:
         "resume",
         "replay",
         "page",
+        "sharded_saved",
         *SHARDED,
     )
 
@@ -260,8 +261,45 @@ def test_what_is_refused_where_parameters_are_sharded(two: list[dict[str, Any]])
     for name in ("noise_generator", "correlated noise"):
         assert found[name].startswith(f"ConfigurationError: {name} with parameters that are sharded")
     assert found["auto"].startswith('ConfigurationError: max_physical_batch_size="auto" with parameters that')
-    assert found["checkpoint"].startswith("CheckpointError: the engine's state, with parameters that are sharded")
     assert "whole on every rank" in found["parts"]
+
+
+def test_a_sharded_checkpoint_goes_on_with_another_number_of_ranks(
+    two: list[dict[str, Any]], three: list[dict[str, Any]], folder: Path
+) -> None:
+    """2 → 2, 2 → 3, and 2 → 1, whole."""
+    uninterrupted = ranked.sharded_resumed(None)
+    ranks = [rank["sharded_went_on"] for rank in (*two, three[0], three[2])]
+    for resumed in (*ranks, ranked.sharded_went_on(folder)):
+        assert len(resumed) == len(ranked.CHECKPOINTS)
+        for found in resumed:
+            assert close(found["weights"], uninterrupted["weights"])
+            assert found["releases"] == uninterrupted["releases"] == 10
+
+
+def test_sharded_releases_are_repeated_by_as_many_ranks(
+    two: list[dict[str, Any]], three: list[dict[str, Any]], folder: Path
+) -> None:
+    """Bit for bit; by another number of ranks not at all, since their noise is another one."""
+    for rank in two:
+        first, second, fresh = rank["sharded_replay"]
+        assert torch.equal(first["weights"], second["weights"])
+        assert first["epsilon"] == second["epsilon"] < fresh["epsilon"]
+        assert not torch.equal(fresh["weights"], second["weights"])
+        assert [life["releases"] for life in (first, second, fresh)] == [5, 5, 9]
+    for others in (three[0], three[2], {"sharded_replay": ranked.sharded_replay(folder)}):
+        refused, fresh = others["sharded_replay"]
+        assert "with noise that cannot be repeated" in refused["error"]
+        assert fresh["epsilon"] > two[0]["sharded_replay"][0]["epsilon"]
+
+
+def test_the_engines_state_beside_sharded_weights(two: list[dict[str, Any]], three: list[dict[str, Any]]) -> None:
+    """``weights=False``: the same weights are asked for, on every rank."""
+    for rank in (*two, *three):
+        found = rank["sharded_beside"]
+        assert found["others"].startswith("CheckpointError: model and optimizer are not in the state")
+        before, after = found["epsilon"]
+        assert before == after > 0
 
 
 def test_the_page_on_many_devices(two: list[dict[str, Any]]) -> None:
