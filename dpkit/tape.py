@@ -39,11 +39,8 @@ class _Hook:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
-    def __call__(self, *args: Any) -> Any:
-        return self._as_it_is(*args) if torch.compiler.is_compiling() else self.function(*args)
-
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # in a compiled model, too, hooks run as they are
-    def _as_it_is(self, *args: Any) -> Any:
+    def __call__(self, *args: Any) -> Any:
         return self.function(*args)
 
     def __deepcopy__(self, memo: Any) -> Any:
