@@ -32,6 +32,24 @@ class Scale(nn.Module):
         return (self.weight * x).tanh()
 
 
+class Positions(nn.Module):
+    """A layer whose rule is of no use, since its input is not of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(4, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1]).repeat(len(x), 1)
+        found: Tensor = self.out((x.unsqueeze(-1) * self.table(places)).tanh().mean(1))
+        return found
+
+
+def with_positions() -> nn.Module:
+    torch.manual_seed(0)
+    return Positions()
+
+
 def with_rules() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 1))
@@ -62,7 +80,7 @@ def trained(build: Callable[[], nn.Module], when: str, backend: str) -> tuple[Te
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("when", ["before", "after", "in place"])
-@pytest.mark.parametrize("build", [with_rules, without_rules])
+@pytest.mark.parametrize("build", [with_rules, without_rules, with_positions])
 def test_compiled_models_take_the_same_steps(build: Callable[[], nn.Module], when: str, backend: str) -> None:
     """Whether or not the layers have rules."""
     _, expected = trained(build, "never", backend)
