@@ -154,7 +154,7 @@ class PrivateDataLoader(DataLoader[Any]):
         self._place, self._served = (0, 0), 0  # where a resumed pass goes on, after how many batches with records
         self._origin: dict[str, torch.Tensor] = {}  # the generators when this pass began
         self._fetched: Draw | None = None
-        self._chance: dict[str, Any] = {}  # outside the engine, before that one was fetched
+        self._chance = randomness.Chance()  # outside the engine, before that one was fetched
         self._resumed: dict[str, Any] | None = None  # chance at the moment of the checkpoint, until the pass goes on
         self._then: dict[str, Any] | None = None  # and after the batch that had been fetched by then is fetched again
         workers: dict[str, Any] = {}
@@ -261,7 +261,7 @@ class PrivateDataLoader(DataLoader[Any]):
             log, end = self._batches.log, object()
             batch: Any = None
             while batch is not end:
-                chance = randomness.capture()
+                chance = randomness.Chance()
                 batch = next(inner, end)
                 self._refuse_stale(this, listener)
                 if batch is not end:
@@ -359,7 +359,7 @@ class PrivateDataLoader(DataLoader[Any]):
         if self._resumed is not None:
             chance, then = self._resumed, self._then
         elif self.inside and self._fetched is not None and not self._fetched.done:
-            chance = self._chance  # it will be fetched again
+            chance = self._chance.plain()  # it will be fetched again
             if self._fetched is not self._latest:  # while draws of nobody came first
                 then = randomness.capture()
         else:

@@ -16,21 +16,34 @@ from torch.utils.data import get_worker_info
 from .trees import leaves
 
 
-def capture() -> dict[str, Any]:
-    """The states of torch's global generators (CPU, and CUDA where in use), Python's and, where loaded, numpy's."""
-    version, words, gauss = random.getstate()
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
-    }
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        held = numpy.random.get_state(legacy=False)
-        if held["bit_generator"] == "MT19937":
+class Chance:
+    """The states of torch's global generators (CPU, and CUDA where in use), Python's and, where loaded, numpy's.
+
+    Taken in every batch and written down in few of them, so they are held as they come.
+    """
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self._numpy = None if numpy is None else numpy.random.get_state(legacy=False)
+
+    def plain(self) -> dict[str, Any]:
+        """In plain values."""
+        version, words, gauss = self._python
+        python = [version, torch.tensor(words, dtype=torch.int64), gauss]
+        state = {"torch": self._torch, "cuda": self._cuda, "python": python}
+        held = self._numpy
+        if held is not None and held["bit_generator"] == "MT19937":
             key = torch.from_numpy(held["state"]["key"].astype("int64"))
             state["numpy"] = [key, int(held["state"]["pos"]), int(held["has_gauss"]), float(held["gauss"])]
-    return state
+        return state
+
+
+def capture() -> dict[str, Any]:
+    """What `Chance` holds now, in plain values."""
+    return Chance().plain()
 
 
 def restore(state: dict[str, Any]) -> None:
