@@ -27,8 +27,8 @@ _METADATA = frozenset(
     """
     size dim ndimension numel nelement stride storage_offset is_contiguous is_floating_point is_complex get_device
     element_size __len__ is_pinned is_shared is_inference is_signed is_same_size has_names data_ptr untyped_storage
-    is_tensor _is_view is_conj is_neg item tolist __bool__ __float__ __int__ __index__ __repr__ __format__ __hash__ numpy
-    __contains__ __deepcopy__ __reduce_ex__ equal allclose
+    is_tensor _is_view is_conj is_neg item tolist __bool__ __float__ __int__ __index__ __repr__ __format__ __hash__
+    numpy __contains__ __deepcopy__ __reduce_ex__ equal allclose
     """.split()  # noqa: SIM905
 )
 _COMPUTED_ATTRIBUTES = frozenset(["T", "mT", "H", "mH", "real", "imag"])
