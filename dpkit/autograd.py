@@ -7,12 +7,19 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .errors import UncoveredParameterError
 
 
-def accumulates(anchors: Iterable[Tensor]) -> bool:
+class Anchor:
+    """A leaf that requires grad, and the node of autograd's at which its gradient would be accumulated."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.leaf = torch.zeros((), device=device, requires_grad=True)
+        self.node = torch.autograd.graph.get_gradient_edge(self.leaf).node
+
+
+def accumulates(anchors: Iterable[Anchor]) -> bool:
     """Whether the running backward pass accumulates gradients into leaves, of which some are known.
 
     ``torch.autograd.grad(loss, x)`` and ``loss.backward(inputs=[x])`` (adversarial examples, saliency) pass the same
@@ -22,8 +29,7 @@ def accumulates(anchors: Iterable[Tensor]) -> bool:
         return True
     asked = False
     for anchor in anchors:
-        node = torch.autograd.graph.get_gradient_edge(anchor).node
-        if torch._C._will_engine_execute_node(node):
+        if torch._C._will_engine_execute_node(anchor.node):
             return True
         asked = True
     return not asked

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import checks, probe
 from .apart import brings_back, packed_in
 from .apiece import Apiece
+from .autograd import Anchor
 from .errors import ConfigurationError, CoupledRecordsError, UncoveredParameterError
 from .examine import examine, examine_any
 from .live import Live
@@ -103,7 +104,7 @@ class Tape:
         self.latest: probe.Plan | None = None
         self.router: Live | probe.Recorder | None = None
         self._watching: Taint | None = None
-        self._anchors: dict[torch.device, Tensor] = {}
+        self._anchors: dict[torch.device, Anchor] = {}
         self._handles: list[Any] = []
         self._watches: list[Any] = []
         self._watched: list[tuple[str, nn.Module]] = []
@@ -163,11 +164,11 @@ class Tape:
     def anchor(self, like: Tensor) -> Tensor:
         """A leaf that requires grad, so that layers with integer inputs get a gradient."""
         if like.device not in self._anchors:
-            self._anchors[like.device] = torch.zeros((), device=like.device, requires_grad=True)
-        return self._anchors[like.device]
+            self._anchors[like.device] = Anchor(like.device)
+        return self._anchors[like.device].leaf
 
     def anchors(self) -> list[Tensor]:
-        return list(self._anchors.values())
+        return [anchor.leaf for anchor in self._anchors.values()]
 
     def parameters(self) -> dict[nn.Parameter, str]:
         """The model's parameters, each once, with their names."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .autograd import accumulates, once_differentiable
+from .autograd import Anchor, accumulates, once_differentiable
 from .errors import CoupledRecordsError, DoubleUseError
 from .forms import Dense, Form
 from .methods import Methods
@@ -166,7 +166,7 @@ class Batch:
     unproven: frozenset[nn.Parameter] = frozenset()
     autograd: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     passive: str = ""
-    anchors: Mapping[torch.device, Tensor] = field(default_factory=dict)
+    anchors: Mapping[torch.device, Anchor] = field(default_factory=dict)
     marked: Sequence[nn.Parameter] = ()
     shards: Shards | None = None
     closed: bool = False
