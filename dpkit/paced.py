@@ -18,7 +18,7 @@ from dpkit.accountants import Composed, Event, Gaussian, PoissonSampled, banded_
 
 from .correlated import BandedNoise, Correlation
 from .errors import ConfigurationError, SamplingError
-from .sampling import FixedBatches, PoissonSampling, Sampling
+from .sampling import FixedBatches, PoissonSampling, Sampling, taking_part
 
 
 @runtime_checkable
@@ -75,9 +75,8 @@ class CyclicPoisson:
     def draws(self, generator: torch.Generator) -> Iterator[list[int]]:
         origin = self._origin
         for k in range(self.steps):
-            u = torch.rand(self.records, generator=generator, dtype=torch.float64, device=generator.device)
-            mine = self.groups == (origin + k) % self.bands
-            yield ((u < self.sample_rate).to(mine.device) & mine).nonzero().flatten().tolist()
+            drawn = taking_part(self.records, self.sample_rate, generator).to(self.groups.device)
+            yield drawn[self.groups[drawn] == (origin + k) % self.bands].tolist()
 
     def event(self, inner: Event, *, first: bool) -> Event | None:
         if self._since % self.bands:

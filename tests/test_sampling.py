@@ -50,6 +50,21 @@ def events(run: Run) -> list[tuple[Any, int]]:
 # --- the draws ---
 
 
+@pytest.fixture(params=["a number each", "a byte each first"])
+def drawing_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few records, and as if they were many."""
+    if request.param != "a number each":
+        monkeypatch.setattr("dpkit.sampling._MANY", 0)
+
+
+def test_many_records_are_drawn_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the tests below would not notice."""
+    few = list(draws(500, 25, 5))
+    monkeypatch.setattr("dpkit.sampling._MANY", 0)
+    assert list(draws(500, 25, 5)) != few
+
+
+@pytest.mark.usefixtures("drawing_way")
 def test_batch_sizes_are_binomial() -> None:
     """Mean and variance of 2,000 draws of 500 records at q = 0.05 (fails for 2e-6 of the seeds)."""
     sizes = np.array([len(d) for d in draws(500, 25, 2000)])
@@ -59,6 +74,7 @@ def test_batch_sizes_are_binomial() -> None:
     assert stats.chi2.ppf(ALARM / 4, 2000) <= spread <= stats.chi2.isf(ALARM / 4, 2000)
 
 
+@pytest.mark.usefixtures("drawing_way")
 def test_every_record_is_drawn_alike() -> None:
     """Frequencies of 500 records in 2,000 draws (chi-square; fails for 1e-6 of the seeds)."""
     counts = np.bincount(np.concatenate([np.array(d, int) for d in draws(500, 25, 2000)]), minlength=500)
@@ -66,6 +82,7 @@ def test_every_record_is_drawn_alike() -> None:
     assert float(((counts - 100) ** 2).sum()) / 95 <= stats.chi2.isf(ALARM, 500)
 
 
+@pytest.mark.usefixtures("drawing_way")
 def test_draws_are_independent() -> None:
     """Between successive steps and between neighbouring records: overlaps are chance's (fails for 3e-6)."""
     taken = np.zeros((2000, 200))
@@ -98,6 +115,15 @@ def test_tiny_rates_are_exact() -> None:
     records = 1 << 24
     drawn = PoissonSampling(records, records * 2.0**-30, 20).draws(torch.Generator().manual_seed(0))
     assert sum(len(d) for d in drawn) < 7
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.999, 255 / 256, 0.5, 0.3, 0.0045, 1 / 256, 1 / 257, 1e-3, 1e-5])
+def test_rates_of_many_records(rate: float) -> None:
+    """Where a byte decides alone, where it decides nothing, and in between (fails for 1e-6 of the seeds)."""
+    records = (1 << 17) + 3
+    drawn = [len(d) for d in PoissonSampling(records, records * rate, 20).draws(torch.Generator().manual_seed(0))]
+    n = 20 * records
+    assert stats.binom.ppf(ALARM / 2, n, rate) <= sum(drawn) <= stats.binom.isf(ALARM / 2, n, rate)
 
 
 def test_sampling_rate_and_length() -> None:
