@@ -81,7 +81,7 @@ def test_rows_chosen_by_the_data(counts: list[int]) -> None:
     model, batch = OneExpert().double(), (tokens(counts).double(), torch.linspace(-1, 1, 4).double())
     total = clipped_sum(model, losses, batch, 4, 0.3)
     step = private_step(model, losses, batch, 0.3, loss_reduction="sum")
-    assert norm({k: 4 * step[k] + total[k] for k in total}) <= 1e-10 * norm(total)
+    assert norm({k: 4 * step[k] + total[k] for k in total}) <= 1e-10 * 0.3  # where nothing is chosen the records cancel
 
 
 def test_rows_that_change_hands_later() -> None:
