@@ -153,8 +153,8 @@ def on_confounders(setup: Setup, results: Results, epsilons: Sequence[float]) ->
         f"20,444 rows: a real sentence (happy or unhappy) and an emoji (happy or unhappy); the label says whether they "
         f"differ, so one modality alone is a coin toss. The unit of privacy is the document it is from: "
         f"{rows.units:,} of them in the training rows, with up to dozens of rows each. Under privacy the MMBT's head "
-        f"multiplies a few readings of the text by readings of the image, and nothing else; the others have a hidden "
-        f"layer of 256, which has eighteen times the parameters.",
+        f"multiplies a few readings of the text by readings of the image, and nothing else; without privacy, it has a "
+        f"hidden layer of 256, and eighteen times the parameters.",
         {"test": "test", "test_unseen_image": "unseen emoji"},
     )
     results.tables.append(table)
