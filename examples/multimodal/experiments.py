@@ -110,18 +110,20 @@ def compare(
     *,
     without: Sequence[str] = (),
     private: Recipe = PRIVATE,
+    head: str = "mlp",
     unfrozen: Recipe | None = UNFROZEN,
     judged: str = "test",
 ) -> Judged:
-    """All of `MODELS`, then the MMBT with privacy, then, without, with its fused layer trained as well."""
+    """All of `MODELS`, then the MMBT with privacy and that ``head``, then, without, with its fused layer trained."""
     late, early = (setup.model(name, 2, without) for name in ("late fusion", "MMBT"))
     apart = {split: featured(late, records[split]) for split in ("train", *table.splits)}
     fused = {split: featured(early, records[split]) for split in ("train", "val", *table.splits)}
     models: Judged = {}
 
-    def add(name: str, of: str, seen: dict[str, Records], recipe: Recipe, **options: Any) -> None:
-        model = HeadOnly(setup.model(of, 2, prepared=False))
-        setup.fit(table, model, seen, recipe, name=name, **options)
+    def add(name: str, of: str, seen: dict[str, Records], recipe: Recipe, epsilon: float | None = None) -> None:
+        chosen = {} if epsilon is None else {"head": head}
+        model = HeadOnly(setup.model(of, 2, prepared=False, **chosen))
+        setup.fit(table, model, seen, recipe, name=name, epsilon=epsilon)
         models[name] = (model, seen[judged])
 
     for name, which in (("text only", TEXT), ("image only", IMAGE)):
@@ -150,11 +152,14 @@ def on_confounders(setup: Setup, results: Results, epsilons: Sequence[float]) ->
         "Confounders: does the picture agree with the words?",
         f"20,444 rows: a real sentence (happy or unhappy) and an emoji (happy or unhappy); the label says whether they "
         f"differ, so one modality alone is a coin toss. The unit of privacy is the document it is from: "
-        f"{rows.units:,} of them in the training rows, with up to dozens of rows each.",
+        f"{rows.units:,} of them in the training rows, with up to dozens of rows each. Under privacy the MMBT's head "
+        f"multiplies a few readings of the text by readings of the image, and nothing else; without privacy, it has a "
+        f"hidden layer of 256, and eighteen times the parameters.",
         {"test": "test", "test_unseen_image": "unseen emoji"},
     )
     results.tables.append(table)
-    models = compare(setup, table, records, epsilons, without=unseen)
+    private = PRIVATE.but(lr={"heads": 5e-3})
+    models = compare(setup, table, records, epsilons, without=unseen, private=private, head="product")
     results.statement = next((run.statement for run in table.runs if run.statement), "")
     named = {run.name: run.metrics for run in table.runs}
     public = {name: named[name] for name in ("MMBT", "MMBT, unfrozen") if name in named}

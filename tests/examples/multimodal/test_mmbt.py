@@ -15,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 import dpkit  # noqa: E402
-from examples.multimodal.mmbt import MMBT, SHAPES  # noqa: E402
+from examples.multimodal.mmbt import MMBT, SHAPES, Product  # noqa: E402
 from examples.multimodal.records import Batch  # noqa: E402
 from tests.examples.multimodal import tiny  # noqa: E402
 from tests.oracle import clipped_sum  # noqa: E402
@@ -58,6 +58,30 @@ def test_gradients_are_the_loops_through_the_pooler() -> None:
 
 def test_gradients_are_the_loops_above_cached_layers() -> None:
     exact(tiny.mmbt(below=2, tokens=9, head="mlp"), tiny.batch(below=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"skip": True, "tasks": True}])
+def test_gradients_are_the_loops_through_products(options: dict) -> None:
+    exact(tiny.mmbt(head="product", **options), tiny.batch())
+
+
+def test_a_product_is_of_one_modality_by_the_other() -> None:
+    """Linear in each, and neither is taken for the other; at first it says nothing."""
+    parts = (3, 5, 2)
+    head = Product(parts, outputs=4, rank=6)
+    image, text, past = features = torch.randn(10).split(parts)
+
+    def said(*of: torch.Tensor) -> torch.Tensor:
+        return head(torch.cat(of)[None])[0].detach()
+
+    assert not said(*features).any()
+    torch.nn.init.normal_(head.image.weight)
+    torch.nn.init.zeros_(head.text.bias)
+    torch.testing.assert_close(said(image, 2 * text, past), 2 * said(*features))
+    torch.testing.assert_close(said(3 * image, text, 3 * past), 3 * said(*features))
+    assert not said(image, 0 * text, past).any()
+    assert not said(0 * image, text, 0 * past).any()
+    assert said(0 * image, text, past).any()  # the map alone counts
 
 
 def test_several_labels() -> None:
@@ -201,3 +225,5 @@ def test_wrong_options_are_refused() -> None:
         tiny.mmbt(fusion=4)
     with pytest.raises(ValueError, match="linear"):
         tiny.mmbt(head="deep")
+    with pytest.raises(ValueError, match="does not tell them apart"):
+        tiny.mmbt(head="product", readout="cls")
