@@ -398,7 +398,9 @@ def test_the_split_model_is_the_whole_one(smollm: str) -> None:
     lower.base.float()
     policy, hidden = lower(rows[0][:p], [row[p:] for row in rows], lambda _: None)
     top = large.Top(model, plan, policy, reader)
-    found = large.probabilities(top, (hidden, torch.tensor([len(row) - p for row in rows])))
+    found = large.probabilities(
+        top, large.Read(policy, hidden, torch.tensor([len(row) - p for row in rows]), torch.zeros(6))
+    )
     for row, one in zip(rows, found, strict=True):
         whole = score(model(input_ids=torch.tensor([row])).logits[:, -1], reader.safe, reader.unsafe)[0]
         torch.testing.assert_close(one, whole, atol=1e-2, rtol=0)  # kept in bfloat16
