@@ -107,7 +107,7 @@ def sections(results: dict[str, Any], command: str) -> Iterable[Part]:
     yield "h2", "What it took"
     yield "table", cost_table(results)
     told = ", ".join(f"{key} {value}" for key, value in recipe.items())
-    yield "p", f"One recipe for all runs: {told}. Momentum 0.9, rate falling linearly."
+    yield "p", f"One recipe for all runs: {told}. Momentum 0.9, rate falling linearly, from ε where that is below lr."
 
 
 def headline_table(results: dict[str, Any], runs: dict[str, Any]) -> Table:

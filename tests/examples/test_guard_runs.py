@@ -19,7 +19,7 @@ for needed in ("sklearn", "rich", "matplotlib", "yaml"):
 transformers = pytest.importorskip("transformers")
 
 from examples.guard import __main__ as command  # noqa: E402
-from examples.guard import data, encoder, large, tiny, toy, with_trainer  # noqa: E402
+from examples.guard import data, encoder, large, minilm, public, tiny, toy, with_trainer  # noqa: E402
 from examples.guard.augment import Augmentation  # noqa: E402
 from examples.guard.data import Record  # noqa: E402
 from examples.guard.language_model import (  # noqa: E402
@@ -148,6 +148,56 @@ def test_another_policy_is_met_by_names() -> None:
     used = {k for name in moderation.names for k in asked.columns(moderation, name)}
     torch.testing.assert_close(asked.any_of(moderation, logits), 1 - (1 - p[:, sorted(used)]).prod(1))
     assert (asked.any_of(moderation, logits) >= under.max(1).values - 1e-12).all()
+
+
+def test_what_is_known_beforehand_comes_from_public_texts(bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the data sets out of reach, the space and the start are made all the same; and no phrase is a row of them."""
+    sources = (data.prompts(), data.responses(), data.xstest(), data.openai_moderation())
+    held = {r.message.strip().lower() for source in sources for rows in source.splits.values() for r in rows}
+    monkeypatch.setattr(data, "_rows", lambda name: pytest.fail(f"{name} was read"))
+    made, asked = encoder.Encoder(bert), encoder.Questions(built_in("mlcommons"), built_in("diasafety"))
+    rows, space = public.phrases().splits["train"], public.Space.of(made, 60)
+    assert not held & {r.message.lower() for r in rows}
+    inputs = space(made.features(rows))
+    assert inputs.shape == (len(rows), 2 * 60)
+    with torch.no_grad():
+        logits = public.warm_start(asked, rows, inputs)(inputs)
+    hazards = [k for k, r in enumerate(rows) if r.violates]
+    columns = [asked.column("User", name) for name in asked.taxonomies["User"].names]
+    guessed = logits[hazards][:, columns].argmax(1).tolist()
+    right = [asked.taxonomies["User"].names[g] == rows[k].category for g, k in zip(guessed, hazards, strict=True)]
+    assert sum(right) > 0.5 * len(right)  # a random encoder; a guess has 1/12
+    assert (logits[:, asked.column("Agent", encoder.ANY)] == 0).all()  # nothing public was said of answers
+
+
+def test_half_whitening_takes_the_root_of_each_deviation(bert: str) -> None:
+    made = encoder.Encoder(bert)
+    space = public.Space.of(made, 20)
+    texts = [*public.phrases().splits["train"], *public.words(made)]
+    seen = made.features(texts)
+    before = (space.map / space.map.norm(dim=0)).T @ seen[:, :192].T.cov() @ (space.map / space.map.norm(dim=0))
+    torch.testing.assert_close(before, before.diag().diag(), atol=1e-5, rtol=0)  # directions do not move together
+    first, last = before.diag()[0], before.diag()[-1]
+    scales = space.map.norm(dim=0)
+    floor = first / 1000
+    torch.testing.assert_close(scales[-1] / scales[0], ((first + floor) / (last + floor)) ** 0.25, atol=0, rtol=1e-3)
+    phrases = seen[: len(public.phrases().splits["train"])]
+    lengths = [x[:, :n].norm(dim=1).mean() for x, n in ((phrases - space.centre, 192), (space(phrases), 20))]
+    torch.testing.assert_close(*lengths)
+
+
+def test_every_run_begins_with_the_public_start(bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[float, torch.Tensor]] = []
+
+    def seen(head: encoder.Head, dataset: Any, losses_of: Any, recipe: Recipe, *args: Any, **kwargs: Any) -> Any:
+        begun.append((recipe.lr, head.linear.weight.detach().clone()))
+        return train(head, dataset, losses_of, recipe, *args, **kwargs)
+
+    monkeypatch.setattr(minilm, "train", seen)
+    minilm.study([8.0, 3.0], model=bert, recipe=Recipe(1, 128, 5.0), limit=100, resamples=0, told=lambda _: None)
+    assert [rate for rate, _ in begun] == [5.0, 5.0, 3.0, 5.0]  # no privacy, both ε, the audit
+    assert begun[0][1].any()
+    assert all(torch.equal(weight, begun[0][1]) for _, weight in begun)
 
 
 @pytest.fixture(scope="module")
