@@ -28,13 +28,13 @@ GOALS = {
     "hazard": (0.78, 0.65),
 }
 TRIED = (
-    "Three folds of training and validation prompts had, with a simulation of these steps, hazards of .765 without "
-    "privacy and .720, .697 and .660 at ε = 8, 3 and 1; the recipe before (no public phrases, no whitening, one rate, 220 "
-    "steps of 1,024) .736, .680, .604 and .366. Tried in place of a part of it, without privacy and at ε = 8: all "
-    "directions (.763, .708); hashed words beside the features (.764, .709); batches of 4,096, half the steps, twice the "
-    "rate (.755, .724). And with batches of 1,024, where it had .766 and .715: no whitening (.745, .697); whitening nearer "
-    "to full (.753, .703); double weight on the hazards (.755, .714); twice the rate (.755, .686); the average over the "
-    "last half of the steps (.761, .717)."
+    "Three folds of training and validation prompts had, with a simulation of these steps, hazards of .765 "
+    "without privacy and .720, .697 and .660 at ε = 8, 3 and 1; the recipe before (no public phrases, no "
+    "whitening, one rate, 220 steps of 1,024) .736, .680, .604 and .366. Tried in place of a part of it, without "
+    "privacy and at ε = 8: all directions (.763, .708); hashed words beside the features (.764, .709); batches of "
+    "4,096, half the steps, twice the rate (.755, .724). And with batches of 1,024, where it had .766 and .715: "
+    "no whitening (.745, .697); whitening nearer to full (.753, .703); double weight on the hazards (.755, .714); "
+    "twice the rate (.755, .686); the average over the last half of the steps (.761, .717)."
 )
 
 
