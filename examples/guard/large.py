@@ -20,11 +20,14 @@ from torch.utils.data import TensorDataset
 
 from . import data
 from .data import Record
-from .language_model import Reader, choose_trained, load
+from .language_model import Reader, Shots, choose_trained, load
 from .metrics import judge, threshold_at_fpr
 from .page import Part
-from .prompt import SHORT, Layout
+from .prompt import SHORT, Conversation, Layout, Verdict
+from .taxonomy import Taxonomy
 from .train import Privacy, Recipe, Run, seeds_of, train
+
+FITTED = ("train", "val")  # what training and thresholds see
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Plan:
     method: str = "lora"
     layers: int = 2
     rank: int = 8
-    max_tokens: int = 160
+    max_tokens: int = 256  # two examples make the policy longer
     message_tokens: int = 32
     limit: int | None = None
     tune: Recipe = field(default_factory=lambda: Recipe(epochs=10, batch_size=512, lr=2e-3, optimizer="adam"))
@@ -94,10 +97,11 @@ class Top(nn.Module):
         words = model.lm_head.weight[[reader.safe, reader.unsafe]].detach().float().clone()
         self.words = nn.Parameter(words, requires_grad=plan.method == "full")
 
-    def forward(self, hidden: Tensor, length: Tensor) -> Tensor:
-        """[n, t, d] and [n] to [n, 2]."""
-        n, p = len(hidden), len(self.policy)
-        whole = torch.cat([self.policy.expand(n, -1, -1), hidden.float()], 1)
+    def forward(self, hidden: Tensor, length: Tensor, policy: Tensor | None = None) -> Tensor:
+        """[n, t, d] and [n] to [n, 2]; under another ``policy`` [p, d] than the one that is trained on, if given."""
+        policy = self.policy if policy is None else policy.float()
+        n, p = len(hidden), len(policy)
+        whole = torch.cat([policy.expand(n, -1, -1), hidden.float()], 1)
         places = torch.arange(whole.shape[1], device=hidden.device)
         mask = (places < p + length.unsqueeze(1)).long()
         states = self.inner(inputs_embeds=whole, attention_mask=mask, use_cache=False).last_hidden_state
@@ -111,12 +115,55 @@ def losses(top: nn.Module, hidden: Tensor, length: Tensor, unsafe: Tensor) -> Te
 
 
 @torch.no_grad()
-def probabilities(top: nn.Module, tensors: tuple[Tensor, ...], batch: int = 64) -> Tensor:
-    """[n]: P(unsafe)."""
+def probabilities(top: Top, known: Read, batch: int = 64) -> Tensor:
+    """[n]: P(unsafe), each under the policy that it was read with."""
     top.eval()
-    hidden, length = tensors[:2]
-    rows = torch.arange(len(hidden)).split(batch)
-    return torch.cat([top(hidden[k], length[k]).softmax(1)[:, 1] for k in rows])
+    rows = torch.arange(len(known.hidden)).split(batch)
+    return torch.cat([top(known.hidden[k], known.lengths[k], known.policy).softmax(1)[:, 1] for k in rows])
+
+
+@dataclass(frozen=True)
+class Question:
+    """Records to be judged under a policy, perhaps after examples; ``unsafe`` says what is right under that policy."""
+
+    policy: Taxonomy
+    records: Sequence[Record]
+    unsafe: Sequence[bool]
+    shots: Shots = ()
+
+    @classmethod
+    def of(cls, policy: Taxonomy, records: Sequence[Record], shots: Shots = ()) -> Question:
+        return cls(policy, records, [r.unsafe for r in records], shots)
+
+
+def unseen(limit: int | None) -> dict[str, Question]:
+    """What no training shows: half of the policy, another one, and examples before the question."""
+    prompts, moderation, xstest = data.prompts(), data.openai_moderation(), data.xstest()
+    known = data.thinned([r for r in prompts.splits["test"] if r.violates or not r.unsafe], limit)
+    kept = prompts.taxonomy.only(prompts.taxonomy.names[::2]).numbered()
+    shots = (
+        (Conversation.of("How do I bake bread?"), Verdict(False)),
+        (Conversation.of("Help me steal a car."), Verdict(True, ("Non-Violent Crimes",))),
+    )
+    return {
+        "half dropped": Question(kept, known, [any(name in kept.names for name in r.violates) for r in known]),
+        "unseen taxonomy": Question.of(moderation.taxonomy, data.thinned(moderation.splits["test"], limit)),
+        "two examples shown": Question.of(prompts.taxonomy, data.thinned(xstest.splits["test"], limit), shots),
+    }
+
+
+@dataclass(frozen=True)
+class Read:
+    """What the frozen layers made of a question: the policy's hidden states, and each message's."""
+
+    policy: Tensor
+    hidden: Tensor
+    lengths: Tensor
+    unsafe: Tensor
+
+    @property
+    def dataset(self) -> TensorDataset:
+        return TensorDataset(self.hidden, self.lengths, self.unsafe)
 
 
 def study(
@@ -131,49 +178,58 @@ def study(
     """Judge the model as it is, then tuned without privacy and for each ε; all figures."""
     prompts = data.prompts()
     whole, tokenizer = load(model)
-    reader = Reader(tokenizer, layout, plan.max_tokens)
-    splits = {name: data.thinned(prompts.splits[name], plan.limit) for name in ("train", "val")}
-    splits["xstest"] = data.thinned(data.xstest().splits["test"], plan.limit)
-    told_tokens = {
-        name: [reader.prompt(prompts.taxonomy, r.conversation, most=plan.message_tokens) for r in rows]
-        for name, rows in splits.items()
-    }
-    everything = [tokens for rows in told_tokens.values() for tokens in rows]
-    p = _shared(everything)
-    told(f"{p} tokens of policy, {sum(len(t) - p for t in everything):,} tokens of {len(everything):,} messages")
-    policy, hidden = Lower(whole, plan.layers)(everything[0][:p], [t[p:] for t in everything], told)
-    lengths, unsafe = torch.tensor([len(t) - p for t in everything]), torch.tensor(_unsafe(splits))
-    at, tensors = 0, {}
-    for name, rows in splits.items():
-        tensors[name] = tuple(x[at : at + len(rows)] for x in (hidden, lengths, unsafe))
-        at += len(rows)
+    reader, lower = Reader(tokenizer, layout, plan.max_tokens), Lower(whole, plan.layers)
 
-    def figures(top: Top) -> dict[str, float]:
-        p_val, p_xs = probabilities(top, tensors["val"]), probabilities(top, tensors["xstest"])
-        cut = threshold_at_fpr(tensors["val"][2], p_val, 0.05)
-        judged = judge(tensors["xstest"][2], p_xs, cut)
-        return {k: round(v, 4) for k, v in asdict(judged).items()}
+    def read(name: str, asked: Question) -> Read:
+        tokens = [
+            reader.prompt(asked.policy, r.conversation, asked.shots, most=plan.message_tokens) for r in asked.records
+        ]
+        p = _shared(tokens)
+        told(f"{name}: {p} tokens of policy, {sum(len(t) - p for t in tokens):,} of {len(tokens):,} messages")
+        policy, hidden = lower(tokens[0][:p], [t[p:] for t in tokens], told)
+        return Read(policy, hidden, torch.tensor([len(t) - p for t in tokens]), torch.tensor(asked.unsafe).long())
 
-    delta = 1 / (10 * len(splits["train"]))
-    found = {"zero-shot": figures(Top(whole, plan, policy, reader))}
-    told(f"zero-shot: {found['zero-shot']['auprc']:.3f}")
+    asked = {name: Question.of(prompts.taxonomy, data.thinned(prompts.splits[name], plan.limit)) for name in FITTED}
+    asked["XSTest"] = Question.of(prompts.taxonomy, data.thinned(data.xstest().splits["test"], plan.limit))
+    asked |= unseen(plan.limit and plan.limit // 2)
+    known = {name: read(name, question) for name, question in asked.items()}
+
+    def fresh() -> Top:
+        return Top(whole, plan, known["train"].policy, reader)
+
+    def figures(top: Top) -> dict[str, dict[str, float]]:
+        found = {name: probabilities(top, of) for name, of in known.items() if name != "train"}
+        cut = threshold_at_fpr(known["val"].unsafe, found.pop("val"), 0.05)
+        judged = {name: asdict(judge(known[name].unsafe, p, cut)) for name, p in found.items()}
+        return {name: {k: round(v, 4) for k, v in of.items()} for name, of in judged.items()}
+
+    delta = 1 / (10 * len(asked["train"].records))
+    found = {"zero-shot": figures(fresh())}
+    told(f"zero-shot: {found['zero-shot']['XSTest']['auprc']:.3f}")
     runs: list[Run] = []
     for k, epsilon in enumerate((None, *epsilons)):
         torch.manual_seed(seed)  # the adapters' start
-        top = Top(whole, plan, policy, reader)
+        top = fresh()
         privacy = None if epsilon is None else Privacy(epsilon, delta)
-        run = train(top, TensorDataset(*tensors["train"]), losses, plan.tune, privacy, seeds=seeds_of(seed, k))
+        run = train(top, known["train"].dataset, losses, plan.tune, privacy, seeds=seeds_of(seed, k))
         runs.append(run)
         found[run.name] = figures(top)
-        told(f"{run.name}: XSTest AUPRC {found[run.name]['auprc']:.3f}")
-    trained = sum(q.numel() for q in Top(whole, plan, policy, reader).parameters() if q.requires_grad)
+        told(f"{run.name}: " + ", ".join(f"{name} {of['auprc']:.3f}" for name, of in found[run.name].items()))
     return {
         "size": "135m",
         "plan": asdict(plan),
-        "parameters": {"all": sum(q.numel() for q in whole.parameters()), "trained": trained},
-        "rows": {name: len(rows) for name, rows in splits.items()},
+        "parameters": {
+            "all": sum(q.numel() for q in whole.parameters()),
+            "trained": sum(q.numel() for q in fresh().parameters() if q.requires_grad),
+        },
+        "rows": {name: len(question.records) for name, question in asked.items()},
         "delta": delta,
         "figures": found,
+        "policy not read": {
+            name: judge(question.unsafe, [r.unsafe for r in question.records], resamples=0).auprc
+            for name, question in asked.items()
+            if name not in FITTED
+        },
         "runs": [asdict(replace(run, epsilons=[])) for run in runs],
     }
 
@@ -182,10 +238,6 @@ def _shared(rows: Sequence[list[int]]) -> int:
     """How many tokens all of them begin with; each keeps one of its own."""
     most = min(map(len, rows)) - 1
     return next((k for k in range(most) if any(row[k] != rows[0][k] for row in rows)), most)
-
-
-def _unsafe(splits: dict[str, list[Record]]) -> list[int]:
-    return [int(r.unsafe) for rows in splits.values() for r in rows]
 
 
 def sections(result: dict[str, Any], command: str) -> Iterable[Part]:
@@ -205,10 +257,28 @@ def sections(result: dict[str, Any], command: str) -> Iterable[Part]:
             f"{m['auprc']:.3f} ({m['auprc_low']:.3f} to {m['auprc_high']:.3f})",
         ]
         + [f"{m[k]:.3f}" for k in ("prevalence", "auroc", "precision", "recall", "f1", "fpr", "ece")]
-        for n, m in result["figures"].items()
+        for n, m in ((name, of["XSTest"]) for name, of in result["figures"].items())
     ]
     heads = ("run", "ε spent", "AUPRC (95%)", "prevalence", "AUROC", "precision", "recall", "F1", "FPR", "ECE")
     yield "table", ("XSTest; decisions at the threshold with 5% FPR on validation prompts", heads, rows)
+    others = [name for name in result["policy not read"] if name != "XSTest"]
+    rows = [
+        [n, *(f"{of[q]['auprc']:.3f} ({of[q]['prevalence']:.3f})" for q in others)]
+        for n, of in result["figures"].items()
+    ]
+    rows.append(["policy not read", *(f"{result['policy not read'][q]:.3f}" for q in others)])
+    yield (
+        "table",
+        ("Under policies that training never showed: AUPRC, and in brackets a guess's", ("run", *others), rows),
+    )
+    yield (
+        "p",
+        f"Half dropped: {result['rows']['half dropped']} held-out prompts under every other category; what violates "
+        f"only the rest is safe. Unseen taxonomy: OpenAI's, on {result['rows']['unseen taxonomy']} of its own texts. "
+        "Two examples shown: XSTest again, a safe and an unsafe example before each prompt. Of each message the last "
+        f"{result['plan']['message_tokens']} tokens are read. Last row: what a guard has that tells all that is "
+        "unsafe under the whole policy from the rest, and never reads the policy.",
+    )
     for run in result["runs"]:
         if run["statement"]:
             yield "details", (f"{run['name']}: the engine's statement", run["statement"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,16 +17,14 @@ from torch.utils.data import TensorDataset
 
 from dpkit import audit
 
-from . import data
+from . import data, public
 from .data import Record, Source
 from .encoder import ANY, Encoder, Head, Questions, find_weights, losses
 from .grading import NOT_MLCOMMONS, Grades, System, reference
 from .metrics import judge, one_vs_all, one_vs_benign, threshold_at_fpr
-from .prompt import Conversation
-from .taxonomy import built_in
 from .train import Privacy, Recipe, Run, seeds_of, train
 
-RECIPE = Recipe(epochs=20, batch_size=1024, lr=5.0)
+RECIPE = Recipe(epochs=40, batch_size=2048, lr=5.0)
 FPR = 0.05  # at which thresholds are set, on the validation splits
 
 
@@ -41,7 +40,7 @@ class Features:
 
 
 def prepare(encoder: Encoder, limit: int | None, told: Callable[[str], None]) -> Features:
-    """Run every text through the encoder once (kept on disk), centred on the taxonomies' texts: public ones."""
+    """Run every text through the encoder once (kept on disk), seen as public texts lie."""
     sources = {
         "prompts": data.prompts(),
         "responses": data.responses(),
@@ -51,17 +50,13 @@ def prepare(encoder: Encoder, limit: int | None, told: Callable[[str], None]) ->
     if limit:
         for source in sources.values():
             source.splits.update({name: data.thinned(rows, limit) for name, rows in source.splits.items()})
-    public = [
-        Record(Conversation.of(f"{category.name}: {category.description}"), "public", False)
-        for name in ("mlcommons", "openai_moderation", "diasafety", "llama_guard_1", "ailuminate")
-        for category in built_in(name)
-    ]
-    centre = encoder.features(public).mean(0)
+    sources["public"] = public.phrases()
+    space = public.Space.of(encoder)
     made = Features(sources)
     for name, source in sources.items():
         for split, rows in source.splits.items():
             told(f"reading {name}, {split}: {len(rows):,} conversations")
-            made.tensors[name, split] = encoder.features(rows) - centre
+            made.tensors[name, split] = space(encoder.features(rows))
     return made
 
 
@@ -86,15 +81,17 @@ def study(
     dataset = TensorDataset(inputs, asked.targets(train_rows))
     units = [r.unit for r in train_rows]
     delta = 1 / (10 * len(set(units)))
+    start = public.warm_start(asked, features.records("public", "train"), features.tensors["public", "train"])
 
     judged: dict[str, Any] = {}
     by_seed: dict[str, list[dict[str, float]]] = {}
     runs: list[Run] = []
     for seed in seeds:
         for k, epsilon in enumerate((None, *epsilons)):
-            head = Head(inputs.shape[1], len(asked))
+            head = copy.deepcopy(start)
             privacy = None if epsilon is None else Privacy(epsilon, delta, units)
-            run = train(head, dataset, lambda m, x, t: losses(m(x), t), recipe, privacy, seeds=seeds_of(seed, k))
+            chosen = at(recipe, epsilon)
+            run = train(head, dataset, lambda m, x, t: losses(m(x), t), chosen, privacy, seeds=seeds_of(seed, k))
             with torch.no_grad():
                 # In double precision: sigmoids of large logits are 1 in single, and ties have no rank.
                 logits = {key: head(x).double() for key, x in features.tensors.items() if key[1] != "train"}
@@ -121,8 +118,13 @@ def study(
         "spent": {run.name: run.epsilons for run in runs},
         "headlines": by_seed,
         "judged": judged,
-        "audit": None if most is None else canaries(dataset, units, recipe, most, delta, seeds[0]),
+        "audit": None if most is None else canaries(start, dataset, units, recipe, most, delta, seeds[0]),
     }
+
+
+def at(recipe: Recipe, epsilon: float | None) -> Recipe:
+    """The recipe at ε: the rate is ε itself, but at most the recipe's. The more noise, the shorter the way."""
+    return recipe if epsilon is None else replace(recipe, lr=min(recipe.lr, epsilon))
 
 
 def headlines(asked: Questions, features: Features, logits: dict[tuple[str, str], Tensor]) -> dict[str, float]:
@@ -267,6 +269,7 @@ def shortened(record: Record) -> str:
 
 
 def canaries(
+    start: Head,
     dataset: TensorDataset,
     units: Sequence[str],
     recipe: Recipe,
@@ -288,11 +291,12 @@ def canaries(
     wanted = torch.full((count, targets.shape[1]), math.nan)
     wanted[:, 0] = sides
     coins = audit.flip(count, generator)
-    head = Head(inputs.shape[1], targets.shape[1])
+    head = copy.deepcopy(start)
     both = TensorDataset(torch.cat([inputs, planted[coins]]), torch.cat([targets, wanted[coins]]))
     who = [*units, *(f"canary {k}" for k in range(int(coins.sum())))]
     privacy = Privacy(epsilon, delta, who)
-    run = train(head, both, lambda m, x, t: losses(m(x), t), recipe, privacy, seeds=seeds_of(seed, 99))
-    moved = (planted @ head.linear.weight[0].detach()) * (2 * sides - 1)
+    chosen = at(recipe, epsilon)
+    run = train(head, both, lambda m, x, t: losses(m(x), t), chosen, privacy, seeds=seeds_of(seed, 99))
+    moved = (planted @ (head.linear.weight - start.linear.weight)[0].detach()) * (2 * sides - 1)
     bound = audit.one_run(coins, moved, delta=delta)
     return {"claimed": run.epsilon, "lower bound": bound.epsilon, "canaries": count, "confidence": 0.95}

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve
 
+from .metrics import within
 from .page import Part, Row, Table
 
 HEADLINES = {
@@ -19,6 +20,22 @@ HEADLINES = {
     "DiaSafety responses": ("AUROC", 0.5),
     "hazard": ("accuracy", 1 / 12),
 }
+# What was aimed at, without privacy and at ε = 8; at any ε also 95% of the figure without privacy.
+GOALS = {
+    "XSTest": (0.82, 0.79),
+    "OpenAI moderation": (0.50, 0.45),
+    "DiaSafety responses": (0.82, 0.80),
+    "hazard": (0.78, 0.65),
+}
+TRIED = (
+    "Three folds of training and validation prompts had, with a simulation of these steps, hazards of .765 "
+    "without privacy and .720, .697 and .660 at ε = 8, 3 and 1; the recipe before (no public phrases, no "
+    "whitening, one rate, 220 steps of 1,024) .736, .680, .604 and .366. Tried in place of a part of it, without "
+    "privacy and at ε = 8: all directions (.763, .708); hashed words beside the features (.764, .709); batches of "
+    "4,096, half the steps, twice the rate (.755, .724). And with batches of 1,024, where it had .766 and .715: "
+    "no whitening (.745, .697); whitening nearer to full (.753, .703); double weight on the hazards (.755, .714); "
+    "twice the rate (.755, .686); the average over the last half of the steps (.761, .717)."
+)
 
 
 def kept(results: dict[str, Any]) -> dict[str, Any]:
@@ -56,6 +73,9 @@ def sections(results: dict[str, Any], command: str) -> Iterable[Part]:
         ".847, OpenAI's API .856). DiaSafety: answers to prompts of which none was trained on. Hazard: which of 12 "
         "an unsafe held-out prompt violates. Where several seeds ran: the mean, and in brackets the range.",
     )
+    if "ε = 8" in results["headlines"]:
+        yield "table", goal_table(results)
+        yield "p", TRIED
     yield "plots", plots(results)
     yield "h2", "What is promised"
     for run in results["runs"]:
@@ -66,10 +86,11 @@ def sections(results: dict[str, Any], command: str) -> Iterable[Part]:
         f"δ = 1/(10 units) = {data['delta']:.2g}. The unit is a conversation: all answers to one prompt together. "
         "Each private run is judged by itself; who is given several of them is given the sum of their ε. The seeds "
         "are known, so that the runs can be repeated: to release a model, give no generators. Thresholds come from "
-        "the validation splits, which are taken to be public. Recipes were found by trials on the validation "
-        "splits. XSTest, OpenAI moderation, DiaSafety's test split and the hazards of the test prompts were looked "
-        "at, too, in exploratory runs, the first two while features and the policy's mapping were chosen: this "
-        "favours the four figures by an unknown amount, and is not in ε.",
+        "the validation splits, which are taken to be public. What all runs begin with (the space, the start) comes "
+        "from public texts alone. The recipe was chosen by cross-validation on the training and validation prompts; "
+        "that choice is not in ε. XSTest, OpenAI moderation, DiaSafety's test split and the hazards of "
+        "the test prompts had been looked at in earlier, exploratory runs, the first two while features and the "
+        "policy's mapping were chosen: this favours the four figures by an unknown amount.",
     )
     if results.get("audit"):
         found = results["audit"]
@@ -107,7 +128,7 @@ def sections(results: dict[str, Any], command: str) -> Iterable[Part]:
     yield "h2", "What it took"
     yield "table", cost_table(results)
     told = ", ".join(f"{key} {value}" for key, value in recipe.items())
-    yield "p", f"One recipe for all runs: {told}. Momentum 0.9, rate falling linearly."
+    yield "p", f"One recipe for all runs: {told}. Momentum 0.9, rate falling linearly, from ε where that is below lr."
 
 
 def headline_table(results: dict[str, Any], runs: dict[str, Any]) -> Table:
@@ -122,6 +143,24 @@ def headline_table(results: dict[str, Any], runs: dict[str, Any]) -> Table:
         epsilon = runs[name]["epsilon"]
         rows.append([name, "∞" if math.isinf(epsilon) else f"{epsilon:.2f}", *cells])
     return "Trained on prompts and responses, judged elsewhere", heads, rows
+
+
+def goal_table(results: dict[str, Any]) -> Table:
+    free, private = (
+        {name: float(np.mean([one[name] for one in results["headlines"][run]])) for name in HEADLINES}
+        for run in ("no privacy", "ε = 8")
+    )
+    close = within(private, free)
+
+    def said(reached: bool, figure: str) -> str:
+        return f"{figure}, {'reached' if reached else 'MISSED'}"
+
+    rows: list[Row] = []
+    for name, (goal, goal_at_8) in GOALS.items():
+        alone = said(free[name] >= goal, f"≥ {goal:.2f}: {free[name]:.3f}")
+        at_8 = said(private[name] >= goal_at_8, f"≥ {goal_at_8:.2f}: {private[name]:.3f}")
+        rows.append([name, alone, at_8, said(close[name], f"≥ 95%: {private[name] / free[name]:.1%}")])
+    return "Goals", ("figure", "no privacy", "ε = 8", "ε = 8 of no privacy"), rows
 
 
 def hazard_table(results: dict[str, Any], which: str) -> Table:

