@@ -25,6 +25,7 @@ from .ledger import Ledger
 from .loader import Limit, PrivateDataLoader, refuse_private
 from .methods import MODES, Profile, free_bytes
 from .noise import Source, source_of
+from .optimizers import innermost
 from .optional import register_optional
 from .paced import CyclicPoisson, paced
 from .ranks import Ranks, is_first
@@ -35,7 +36,7 @@ from .seeds import unforeseeable
 from .spending import Spending
 from .state import Part, Stateful, collect, give_back, refuse_others
 from .statement import Statement
-from .step import PrivateStep, innermost
+from .step import PrivateStep
 from .targets import budget_for, noise_multiplier_for
 from .together import begin_together, refuse_own_sizes
 from .units import PrivacyUnit, refuse_reordering, units_of

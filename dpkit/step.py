@@ -24,6 +24,7 @@ from .fingerprint import Fingerprint
 from .forms import joined
 from .loader import Draw
 from .noise import Source
+from .optimizers import Evaluated, settings
 from .optional import register_optional
 from .paced import Paced
 from .proof import prove, refuse_coupled_losses
@@ -299,7 +300,7 @@ class PrivateStep:
         with torch.enable_grad():
             loss = closure()  # here, so that its gradient is clipped and noised
         self._take_step()
-        known = _Evaluated(loss)
+        known = Evaluated(loss)
         return (
             tuple(known if a is closure else a for a in args),
             {name: known if a is closure else a for name, a in kwargs.items()},
@@ -429,7 +430,7 @@ class PrivateStep:
             noise_multiplier=clipped.noise_multiplier,
             max_grad_norm=clipped.max_grad_norm,
             trained=[p.requires_grad for p in self._parameters()],
-            optimizer=[_settings(group) for group in self.optimizer.param_groups],
+            optimizer=[settings(group) for group in self.optimizer.param_groups],
             weights=self._fingerprint.of([p.detach() for p in self._parameters()]) if due else "",
         )
 
@@ -571,36 +572,3 @@ class PrivateStep:
             self._left_out = state["left_out"]
             self._sum = self._begin_sum()
             self._sum.load_state_dict(state["sum"], parameters)
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """What an optimizer does with a gradient: its plain numbers."""
-    numbers = {k: float(v) if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in group.items()}
-    return {k: v for k, v in numbers.items() if isinstance(v, bool | int | float | str | tuple)}
-
-
-def innermost(optimizer: Optimizer) -> Optimizer:
-    """The optimizer whose ``step`` runs hooks, inside what another library (Accelerate) has wrapped around it."""
-    while "_optimizer_step_pre_hooks" not in vars(optimizer):
-        inner = getattr(optimizer, "optimizer", None)
-        if not isinstance(inner, Optimizer):
-            return optimizer
-        optimizer = inner
-    return optimizer
-
-
-class _Evaluated:
-    """A closure's loss, for the optimizer that asks for it."""
-
-    def __init__(self, loss: Any) -> None:
-        self._loss, self._asked = loss, False
-
-    def __call__(self) -> Any:
-        if self._asked:
-            raise ConfigurationError(
-                "the optimizer evaluated its closure a second time",
-                why="it would use the data beyond the one noisy gradient that is accounted.",
-                cure="use any first-order optimizer (SGD, Adam, AdamW, ...).",
-            )
-        self._asked = True
-        return self._loss
