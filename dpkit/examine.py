@@ -179,8 +179,11 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
         refuse_written(written)
         difference = probe.same(full, part, n, m)
         if difference is not None:
-            again = (run.recorded(probe.cut(arguments, dims, n, n), n)[0] for _ in range(_AGAIN))
-            if not (by_chance and any(_differ(full, other) for other in again)):
+            again = (run.recorded(probe.cut(arguments, dims, n, n), n)[0] for _ in range(32))
+            parts = (run.recorded(probe.cut(arguments, dims, n, m), m)[0] for _ in range(4))  # slim chances pass by
+            if not by_chance or not (
+                any(_differ(full, other) for other in again) or any(not probe.same(full, p, n, m) for p in parts)
+            ):
                 probe.refuse_coupling(tape.path(module), difference)
         if by_chance:
             tape.model.eval()  # random by design: judge it without chance
@@ -321,10 +324,6 @@ def _where(a: Any, b: Any, n: int, m: int) -> Records | None:
         return None
     where = place(tuple(a.shape), tuple(b.shape), n, m)
     return where if isinstance(where, Records) else None
-
-
-_AGAIN = 256
-"""Runs on the same records, in which chance may show; it is slim where attention that is nearly even drops a weight."""
 
 
 def _differ(one: Any, other: Any) -> bool:

@@ -44,8 +44,9 @@ def test_dropout_of_attention(spread: float) -> None:
         engine.detach()
 
 
+@pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("seed", [158, 218, 586])
-def test_slim_chance(seed: int) -> None:
+def test_slim_chance(seed: int, coupled: bool) -> None:
     """It shows in one forward of 67: when a record was left out, and in none of the next 32 on the same records."""
 
     class Rare(nn.Module):
@@ -54,13 +55,17 @@ def test_slim_chance(seed: int) -> None:
             self.layer = nn.Linear(4, 1)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.layer(x)
+            y = self.layer(x) + (x.mean() if coupled and self.training else 0.0)
             return y * (1.0 + 0.1 * (torch.rand(()) < 0.015)) if self.training else y
 
     torch.manual_seed(0)
     run = attach(Rare(), data(8), 8)
     for batch in run.loader:
         torch.manual_seed(seed)
+        if coupled:  # in train mode alone, and run again it stays
+            with pytest.raises(dpkit.CoupledRecordsError):
+                run.model(batch[0])
+            continue
         squared_loss(run.model, batch).backward()
         run.optimizer.step()
 
