@@ -24,7 +24,7 @@ from .fingerprint import Fingerprint
 from .forms import joined
 from .loader import Draw
 from .noise import Source
-from .optimizers import Evaluated, settings
+from .optimizers import Evaluated, called_by_step, settings
 from .optional import register_optional
 from .paced import Paced
 from .proof import prove, refuse_coupled_losses
@@ -284,7 +284,7 @@ class PrivateStep:
                 p.grad = grad
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if self.tape.paused:
+        if self.tape.paused or (self._draw is None and called_by_step(optimizer)):
             return None
         given = [a for a in (*args[1:], *kwargs.values()) if a is not None]
         if not given:
