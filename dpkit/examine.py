@@ -412,7 +412,7 @@ def _where(a: Any, b: Any, n: int, m: int) -> Records | None:
     """Where a floating output has its records."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point()):
         return None
-    where = place(tuple(a.shape), tuple(b.shape), n, m)
+    where = place(tuple(a.shape), tuple(b.shape), n, m, (a, b))
     return where if isinstance(where, Records) else None
 
 

@@ -467,7 +467,7 @@ class Tape:
                     )
                     return
                 plan = examine_any(self, module, args, kwargs, dims, batch.n)
-                if batch.n > 1:
+                if batch.n > 2 or plan.gives_records:  # one record, which others are left with, says little
                     self._plans[key] = plan
                     self._attributed &= {p for p in self.names if p.requires_grad}
         rows = {t.shape[d] for t, d in zip(tensors, plan.inputs, strict=True) if d is not None}

@@ -4,6 +4,7 @@ a module remembers; and everyday models that only look as if they did.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import dpkit
 from tests.oracle import clipped_sum
 from tests.test_loops import C, N, error, moved
-from tests.training import attach, train
+from tests.training import attach, drawing, train
 
 
 class Mixes(nn.Module):
@@ -133,20 +134,22 @@ def test_coupling_in_train_mode_alone(part: bool) -> None:
 class Reversed(nn.Module):
     """Runs its middle on the records in reverse order: their gradients are the others'."""
 
-    def __init__(self) -> None:
+    def __init__(self, flat: bool = False) -> None:
         super().__init__()
-        self.first, self.middle, self.head = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 1)
+        self.first, self.middle, self.head = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+        self.flat = flat
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.tanh(self.first(x))
-        return self.head(torch.tanh(self.middle(y.flip(0))).flip(0))
+        y = self.head(torch.tanh(self.middle(y.flip(0))).flip(0))
+        return y.flatten() if self.flat else y
 
 
 def test_what_is_unfrozen_later_is_attributed_then() -> None:
     """No record's share of a frozen layer is looked at; when it trains, it is."""
 
     def values(model: nn.Module, batch: Any) -> Tensor:
-        return model(batch[0]).square().flatten()
+        return model(batch[0]).square().sum(1)
 
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -165,6 +168,39 @@ def test_what_is_unfrozen_later_is_attributed_then() -> None:
                 optimizer.step()
 
     assert error(moved(model, loop, (x,)), clipped_sum(twin, values, (x,), N, C)) < 1e-5
+
+
+def test_what_is_returned_flat_is_attributed() -> None:
+    """Rows of outputs [n·k] are a record's, too, and their gradients are compared."""
+
+    def values(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch[0]).view(-1, 2).square().sum(1)
+
+    model = Reversed(flat=True)
+    x = torch.randn(N, 6) * torch.logspace(-1, 1, N)[:, None]
+    expected = clipped_sum(copy.deepcopy(model), values, (x,), N, C)
+
+    def loop(engine: Any, optimizer: Any, loader: Any) -> None:
+        for batch in loader:
+            values(model, batch).mean().backward()
+            optimizer.step()
+
+    assert error(moved(model, loop, (x,)), expected) < 1e-5
+
+
+def test_two_records_of_which_one_is_squeezed() -> None:
+    """``squeeze()`` leaves no dimension of records where there is one: the next batch is examined, too."""
+
+    def fit(mix: Any) -> None:
+        run = attach(Wraps(mix, Tensor.squeeze))
+        with drawing([0, 1], [0, 1, 2]):
+            for x, y in run.loader:
+                (run.model(x) - y.squeeze()).square().mean().backward()
+                run.optimizer.step()
+
+    fit(lambda y, training: y)
+    with pytest.raises(dpkit.CoupledRecordsError, match="left out"):
+        fit(standardised)
 
 
 # --- outputs ---
