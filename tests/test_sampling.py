@@ -223,7 +223,7 @@ def test_loader_options_are_kept() -> None:
     for name in ("dataset", "num_workers", "timeout", "prefetch_factor"):
         assert getattr(loader, name) is getattr(given, name), name
     assert isinstance(loader.collate_fn, BatchChance)  # the workers' chance is the batch's own; what they do is kept
-    assert (loader.collate_fn.collate, loader.collate_fn.init) == (as_dict, print)
+    assert (loader.collate_fn.collate.collate, loader.collate_fn.init) == (as_dict, print)
     assert loader.batch_sampler.generator is generator  # type: ignore[union-attr]
 
 
