@@ -418,5 +418,6 @@ def refuse_private(loader: object) -> None:
         raise SamplingError(
             "the data loader is private already",
             why="its draws are counted by another engine.",
-            cure="pass the original one.",
+            cure="pass the original one; several networks that learn from the same batch are one module "
+            "(nn.ModuleList) with one optimizer.",
         )

@@ -64,7 +64,7 @@ def _refuse_uncovered(tape: Tape, batch: Batch, p: nn.Parameter) -> None:
             f"{tape.name(p)} received an ordinary gradient: {batch.passive}, while {batch.n} records were drawn",
             why="the gradient is not clipped per record.",
             cure="feed the model the batches of the private loader, one row for each record, in the dimension that "
-            "batch_first says.",
+            "batch_first says; several views of a record one after another, model(a) and model(b), not in more rows.",
         )
     raise NonPrivateGradientError(
         f"{tape.name(p)} {list(p.shape)} received a gradient that the engine did not see",

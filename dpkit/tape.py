@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import checks, probe
 from .apart import brings_back, packed_in
 from .apiece import Apiece
-from .autograd import Anchor
+from .autograd import Anchor, Strangers
 from .errors import ConfigurationError, CoupledRecordsError, UncoveredParameterError
 from .examine import examine, examine_any
 from .live import Live
@@ -108,6 +108,7 @@ class Tape:
         self.router: Live | probe.Recorder | None = None
         self._watching: Taint | None = None
         self._anchors: dict[torch.device, Anchor] = {}
+        self.strangers = Strangers(self.names)
         self._handles: list[Any] = []
         self._watches: list[Any] = []
         self._watched: list[tuple[str, nn.Module]] = []
@@ -193,6 +194,7 @@ class Tape:
             unproven = frozenset()
         self.methods.begin()
         self.batch = Batch(n, self.methods, unproven=unproven, anchors=self._anchors, marked=marked, shards=self.shards)
+        self.batch.strangers = self.strangers
         self._watches = [p.register_post_accumulate_grad_hook(_Hook(self._keep)) for p in unproven]
 
     def _keep(self, parameter: Tensor) -> None:
@@ -216,6 +218,7 @@ class Tape:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.strangers.forget()
         _tapes.pop(self.model, None)
 
     def restore(self) -> None:

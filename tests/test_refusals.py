@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +24,7 @@ from torch.utils.data import (
 )
 
 import dpkit
+from dpkit.autograd import _watching
 from tests.training import Run, attach, data, drawing, mlp, squared_loss, train, weights, work
 
 Refused = pytest.ExceptionInfo[dpkit.PrivacyError]
@@ -508,6 +510,34 @@ def test_in_the_optimizer_and_not_in_the_model() -> None:
     run.optimizer.add_param_group({"params": [stranger]})
     with refused(dpkit.UncoveredParameterError, "[7, 2]", "not in the model"):
         train(run)
+
+
+def test_a_head_that_another_optimizer_trains() -> None:
+    """It would learn from the records without privacy, and the model through it."""
+    body, head = mlp(), nn.Linear(1, 1)
+    run, other = attach(body), torch.optim.SGD(head.parameters(), lr=0.1)
+
+    def fit() -> None:
+        for x, y in run.loader:
+            (head(run.model(x)) - y).square().mean().backward()
+            run.optimizer.step()
+            other.step()
+
+    fit()
+    before = weights(body)
+    with refused(dpkit.UncoveredParameterError, "[1, 1]", "another optimizer", "ModuleList"):
+        fit()
+    assert torch.equal(weights(body), before)
+
+
+def test_engines_that_are_forgotten_look_at_no_optimizer() -> None:
+    gc.collect()
+    before = len(_watching)
+    train(attach(mlp()))
+    gc.collect()
+    assert len(_watching) == before
+    attach(mlp()).engine.detach()
+    assert len(_watching) == before
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-4])
