@@ -392,6 +392,7 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
                         cure="freeze it, or register a rule for the module that uses it (dpkit.register_rule).",
                     )
             except PrivacyError as refusal:
+                probe.refuse_hooked(tape.name(p), p)
                 if any(not rule.built_in for rule in tape.rules_of(p)):  # a wrong rule is not to be hidden
                     raise
                 raise _Lost(refusal, p) from refusal

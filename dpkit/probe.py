@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import randomness
 from .buffers import Buffers
-from .errors import CoupledRecordsError, FoldedBatchError, GradientMismatchError
+from .errors import CoupledRecordsError, FoldedBatchError, GradientMismatchError, UncoveredParameterError
 from .forms import Form
 from .moves import Move, Places, Taint
 from .records import Folded, Place, Records, Shape, place
@@ -535,6 +535,18 @@ def refuse_coupling(path: str, what: str, when: str = "other records were left o
         why="a record then acts through the other records' gradients too, which clipping its own does not bound.",
         cure="remove what mixes records: BatchNorm (use GroupNorm), statistics of the batch, mixup, balancing losses.",
     )
+
+
+def refuse_hooked(name: str, p: Tensor) -> None:
+    """Raise if a hook of the user's may be why a parameter's gradient is not what its records' add up to."""
+    if p._backward_hooks:
+        raise UncoveredParameterError(
+            f"{name} has a hook (register_hook) that changes its gradient",
+            why="records' gradients are computed and clipped as if there were none.",
+            cure="remove it. To keep a part of a parameter as it is, multiply it by a mask in the forward, or make the "
+            "part a buffer; to change what the optimizer sees, register optimizer.register_step_pre_hook after "
+            "make_private: it finds the noisy gradient.",
+        )
 
 
 def refuse_draws(path: str, what: str) -> None:

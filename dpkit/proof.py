@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .errors import GradientMismatchError, NonPrivateGradientError
 from .forms import joined
+from .probe import refuse_hooked
 from .tape import Tape
 from .taps import Batch
 
@@ -42,6 +43,7 @@ def prove(tape: Tape, batch: Batch, max_grad_norm: float) -> None:
             continue
         # a gradient that is zero but for rounding (an attention key's bias) is judged against the largest one
         if gap > batch.tolerance * max(scale, size) and gap > batch.tolerance * 1e-3 * _most(batch):
+            refuse_hooked(tape.name(p), p)
             raise GradientMismatchError(
                 f"{tape.name(p)} {list(p.shape)}: the per-record gradients add up to something else than "
                 f"autograd's gradient (they differ by {gap:.3g}, norm {size:.3g})",

@@ -192,6 +192,13 @@ class Tape:
         unproven = frozenset(p for p in self.names if p.requires_grad and p not in self.proven)
         if self.shards is not None:  # torch would add up the ranks' ordinary gradients; the examination has compared
             unproven = frozenset()
+        for p in self.names if unproven else ():
+            if p in unproven and p._post_accumulate_grad_hooks:
+                raise ConfigurationError(
+                    f"{self.name(p)} has a hook on its accumulated gradient (an optimizer that steps in the backward?)",
+                    why="in the first batch it would be given the ordinary gradient, before anything is clipped.",
+                    cure="remove the hook; step with the optimizer that was given to make_private.",
+                )
         self.methods.begin()
         self.batch = Batch(n, self.methods, unproven=unproven, anchors=self._anchors, marked=marked, shards=self.shards)
         self.batch.strangers = self.strangers

@@ -530,6 +530,38 @@ def test_a_head_that_another_optimizer_trains() -> None:
     assert torch.equal(weights(body), before)
 
 
+@pytest.mark.parametrize("warm", [False, True])
+def test_hooks_that_change_a_parameters_gradient(warm: bool) -> None:
+    """Half of a table is kept as it is by a hook: a private step would not know of it. One that only looks may stay."""
+    model, seen = mlp(), []
+    model[0].weight.register_hook(lambda g: seen.append(float(g.norm())))
+    run = attach(model)
+    train(run)
+    assert seen
+    if not warm:
+        model = mlp()
+        run = attach(model)
+    model[2].weight.register_hook(lambda g: g * torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]))
+    if warm:  # nothing would call it any more: no ordinary gradient is computed
+        run.engine.detach()
+        run = attach(model)
+    with refused(dpkit.UncoveredParameterError, "2.weight", "register_hook", "mask"):
+        train(run)
+
+
+def test_optimizers_that_step_in_the_backward() -> None:
+    """They would be given the ordinary gradient of the first batch."""
+    model = mlp()
+    before = weights(model)
+    each = {p: torch.optim.SGD([p], lr=1.0) for p in model.parameters()}
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: each[p].step())
+    run = attach(model)
+    with refused(dpkit.ConfigurationError, "0.weight", "accumulated"):
+        train(run)
+    assert torch.equal(weights(model), before)
+
+
 def test_engines_that_are_forgotten_look_at_no_optimizer() -> None:
     gc.collect()
     before = len(_watching)
