@@ -196,8 +196,10 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
                 any(_differ(full, other) for other in again) or any(not probe.same(full, p, n, m) for p in parts)
             ):
                 probe.refuse_coupling(tape.path(module), difference)
-        chance_stays = False
+        chance_stays, added = False, None
         if by_chance:
+            if n > 1 and any(isinstance(v, Tensor) and v.numel() == 1 for v in full):
+                added = _added_up(run, probe.cut(arguments, dims, n, n), n)
             apart = n == 1 or _apart_by_chance(tape, run, probe.cut(arguments, dims, n, n), full, part, n)
             tape.model.eval()  # random by design: judge it without chance
             chance = randomness.capture()
@@ -216,8 +218,8 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
             if difference is not None:
                 probe.refuse_coupling(tape.path(module), difference)
             if alone is not None:
-                added = _added_up(run, probe.cut(arguments, dims, n, n), n) if chance_stays else None
-                plan.losses = probe.mixed_losses(full, part, alone, n, run.keys, kwargs.get("labels"), added)
+                labels = kwargs.get("labels")
+                plan.losses = probe.mixed_losses(full, part, alone, n, run.keys, labels, added, chance_stays)
             plan.reduced = probe.reduced(full, part, n, seen_full.taint.has)
         plan.crossed, plan.holds = probe.crossed(full, part), run.holds
         probe.merge(seen_full, seen_part, plan)
@@ -252,18 +254,20 @@ def _apart_by_chance(tape: Tape, run: _Run, arguments: Any, full: Any, part: Any
 
 
 def _added_up(run: _Run, arguments: Any, n: int) -> list[bool] | None:
-    """Whether each output is a sum over the records: one that is replaced changes it by as much, whatever the others
-    are."""
-    one, other = {0: 1}, {n - 1: 0}
-    runs = _with_the_same_draws(run, arguments, {}, one, other, {**one, **other})
-    return (
-        None
-        if runs is None
-        else [
+    """Whether each output is a sum over the records: those at even places, replaced, change it by as much, whatever
+    stands at the odd ones. None where that cannot be told."""
+    even, odd = {k: (k + 1) % n for k in range(0, n, 2)}, {k: k - 1 for k in range(1, n, 2)}
+    added: list[bool] = []
+    for _ in range(_DRAWS):
+        runs = _with_the_same_draws(run, arguments, {}, even, odd, {**even, **odd})
+        if runs is None:
+            return None
+        found = [
             isinstance(a, Tensor) and a.shape == d.shape and not probe.gap((a + d).flatten(), (b + c).flatten())
             for a, b, c, d in zip(*runs, strict=False)
         ]
-    )
+        added = [one and other for one, other in zip(added or found, found, strict=False)]
+    return added
 
 
 def _with_the_same_draws(run: _Run, arguments: Any, *others: Mapping[int, int]) -> list[list[Any]] | None:

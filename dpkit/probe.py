@@ -492,7 +492,14 @@ def paired(v: Tensor, dims: list[int] | None, n: int) -> bool:
 
 
 def mixed_losses(
-    full: list[Any], part: list[Any], alone: list[Any], n: int, keys: list[str], labels: Any, added: list[bool] | None
+    full: list[Any],
+    part: list[Any],
+    alone: list[Any],
+    n: int,
+    keys: list[str],
+    labels: Any,
+    added: list[bool] | None,
+    by_chance: bool,
 ) -> dict[int, str]:
     """Outputs that hold nothing for each record, and are neither the mean nor the sum of one value a record: leaf
     number -> reason.
@@ -500,7 +507,8 @@ def mixed_losses(
     Args:
         keys: the outputs' names, where they have some.
         labels: an argument of that name.
-        added: where chance changes them from run to run, whether each output is a sum over the records.
+        added: whether each output is a sum over the records, where chance has a hand in the model.
+        by_chance: whether it has in the outputs at hand, so that they cannot be compared.
     """
     found: dict[int, str] = {}
     for k, (a, b, c) in enumerate(zip(full, part, alone, strict=False)):
@@ -512,7 +520,9 @@ def mixed_losses(
             found[k] = f"{keys[k]} balances the experts over the tokens of the whole batch"
         elif isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
             found[k] = "it averages over the labelled tokens of the whole batch"
-        elif not (added[k] if added else abs(n * x - ((n - 1) * y + z)) <= scale or abs(x - (y + z)) <= scale):
+        elif (added is not None and not all(added[k : k + 1])) or not (
+            by_chance or abs(n * x - ((n - 1) * y + z)) <= scale or abs(x - (y + z)) <= scale
+        ):
             found[k] = "it is neither the mean nor the sum of one loss a record"
     return found
 

@@ -474,6 +474,9 @@ class Tape:
                     sizes = sorted({tuple(t.shape)[:1] for t in tensors})
                     batch.passive = (
                         f"{self.path(module)} was called on tensors of leading sizes {[s[0] for s in sizes if s]}"
+                        if tensors
+                        else f"{self.path(module)} was called on no tensor that is an argument, or in a tuple, list, "
+                        "dict or dataclass that is one"
                     )
                     return
                 plan = examine_any(self, module, args, kwargs, dims, batch.n)

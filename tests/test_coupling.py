@@ -4,6 +4,7 @@ a module remembers; and everyday models that only look as if they did.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -69,8 +70,8 @@ def layer_at_times(y: Tensor, training: bool) -> Tensor:
 
 
 def as_much_as_the_data_say(y: Tensor, training: bool) -> Tensor:
-    """Rejection sampling: how many numbers are drawn for a record moves those of the next."""
-    return y * torch.distributions.Gamma(y.detach().abs() + 0.1, 1.0).sample()
+    """As rejection sampling does: another record, and the next ones' numbers are others."""
+    return y * torch.rand(1 + int(1e4 * y.detach().abs().sum()))[-1]
 
 
 @pytest.mark.parametrize("mix", [noise_for_each, noise_for_all, layer_at_times])
@@ -110,6 +111,22 @@ def test_a_loss_with_noise_in_it() -> None:
     for x, _ in run.loader:
         with pytest.raises(dpkit.CoupledRecordsError, match="neither the mean nor the sum"):
             run.model(x).backward()
+
+
+class LossAlone(Mixes):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x).square().mean()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_coupling_by_chance_of_which_the_loss_alone_tells(seed: int) -> None:
+    torch.manual_seed(seed)
+    for mix, mixes in ((noise_for_each, False), (layer_at_times, False), (mixup, True)):
+        run = attach(LossAlone(mix))
+        for x, _ in run.loader:
+            with pytest.raises(dpkit.CoupledRecordsError) if mixes else contextlib.nullcontext():
+                run.model(x).backward()
+            run.optimizer.step() if not mixes else None
 
 
 # --- modes ---
