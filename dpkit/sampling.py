@@ -131,6 +131,13 @@ def checked(loader: DataLoader[Any], ranks: Ranks | None = None) -> DataLoader[A
             "who takes part in a step has to be drawn, and counted, by the engine.",
             "pass a torch.utils.data.DataLoader over a map-style dataset.",
         )
+    own = type(loader).__iter__ is not DataLoader.__iter__
+    if own and not type(loader).__module__.startswith("accelerate."):  # what those do, move batches, is done
+        _refuse(
+            f"the loader is a {type(loader).__name__}, whose __iter__ is its own",
+            "the engine draws batches from the data set itself, and what is done to them there would be left out.",
+            "do it in collate_fn, in the data set or in the loop, and pass a plain DataLoader.",
+        )
     if isinstance(loader.dataset, IterableDataset):
         _refuse(
             f"the data set is an IterableDataset ({type(loader.dataset).__name__})",

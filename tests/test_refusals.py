@@ -433,6 +433,13 @@ class OddBatches(BatchSampler):
     """A user's own rule."""
 
 
+class Moves(DataLoader[Any]):
+    """Does something to its batches on their way."""
+
+    def __iter__(self) -> Any:
+        return ([v.double() for v in batch] for batch in super().__iter__())
+
+
 SEQUENCE = SequentialSampler(data())
 LOADERS: dict[str, tuple[Callable[[], Any], str]] = {
     "weighted": (lambda: DataLoader(data(), 4, sampler=WeightedRandomSampler([1.0] * 8, 8)), "WeightedRandomSampler"),
@@ -445,6 +452,7 @@ LOADERS: dict[str, tuple[Callable[[], Any], str]] = {
     "no batches": (lambda: DataLoader(data(), batch_size=None), "NoneType"),
     "empty": (lambda: DataLoader([], 4), "empty"),
     "too large": (lambda: DataLoader(data(), 9), "9"),
+    "own iteration": (lambda: Moves(data(), 4), "__iter__"),
     "no loader": (lambda: [data().tensors], "list"),
 }
 

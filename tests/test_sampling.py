@@ -496,6 +496,18 @@ def test_runs_add_up_on_one_engine() -> None:
     assert events(run) == [(Gaussian(3.0), 1), (Gaussian(2.0), 1)]
 
 
+def test_another_engine_on_the_same_model_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Its epsilon does not hold what the first one has spent."""
+    run = attach(mlp(), noise_multiplier=3.0)
+    run.engine.detach()
+    again = attach(run.model, noise_multiplier=3.0)  # nothing was released yet
+    train(again)
+    again.engine.detach()
+    assert not caplog.text
+    attach(again.model, noise_multiplier=2.0)
+    assert "another engine" in caplog.text
+
+
 @pytest.mark.parametrize("poisson", [True, False])
 @pytest.mark.parametrize("name", ["make_private", "make_private_with_epsilon"])
 @pytest.mark.parametrize("length", [{"epochs": 3}, {"steps": 14}])
