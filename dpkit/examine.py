@@ -120,7 +120,7 @@ class _Run:
         tensors = [v for v in leaves(what) if isinstance(v, Tensor)]
         recorder.taint.mark([v for v, d in zip(tensors, self.dims, strict=True) if d is not None])
         out = self.routed(recorder, what)
-        self.keys = [str(key) for key, v in out.items() for _ in leaves(v)] if isinstance(out, Mapping) else []
+        self.keys = _keys(out)
         self.holds = bool(holders(out))
         return within(out), recorder
 
@@ -196,8 +196,9 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
                 any(_differ(full, other) for other in again) or any(not probe.same(full, p, n, m) for p in parts)
             ):
                 probe.refuse_coupling(tape.path(module), difference)
-        chance_stays, added = False, None
+        chance_stays, added, in_train_mode = False, None, probe.Plan(inputs=dims)
         if by_chance:
+            probe.merge(seen_full, seen_part, in_train_mode)
             if n > 1 and any(isinstance(v, Tensor) and v.numel() == 1 for v in full):
                 added = _added_up(run, probe.cut(arguments, dims, n, n), n)
             apart = n == 1 or _apart_by_chance(tape, run, probe.cut(arguments, dims, n, n), full, part, n)
@@ -220,7 +221,8 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
             if alone is not None:
                 labels = kwargs.get("labels")
                 plan.losses = probe.mixed_losses(full, part, alone, n, run.keys, labels, added, chance_stays)
-            plan.reduced = probe.reduced(full, part, n, seen_full.taint.has)
+                plan.scalars = any(isinstance(v, Tensor) and v.numel() == 1 and v.is_floating_point() for v in full)
+            plan.by_chance, plan.reduced = by_chance, probe.reduced(full, part, n, seen_full.taint.has)
         plan.crossed, plan.holds = probe.crossed(full, part), run.holds
         probe.merge(seen_full, seen_part, plan)
         if plan.lost is not None:
@@ -228,6 +230,7 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
                 probe.refuse_scattered(tape.path(plan.lost))
             except PrivacyError as refusal:
                 raise _Lost(refusal, plan.lost) from refusal
+        probe.extend(plan, in_train_mode)
         where = [_where(a, b, n, m) for a, b in zip(full, part, strict=False)]
         plan.gives_records = n > 1 and any(r is not None for r in where)
         with torch.enable_grad():
@@ -268,6 +271,20 @@ def _added_up(run: _Run, arguments: Any, n: int) -> list[bool] | None:
         ]
         added = [one and other for one, other in zip(added or found, found, strict=False)]
     return added
+
+
+def look_again(tape: Tape, module: nn.Module, args: Any, kwargs: Any, plan: probe.Plan, n: int) -> None:
+    """Whether losses that the model computes are means or sums over the records of this batch, too: what they are
+    divided by (class weights) may be the same for all records of one batch, and not of another."""
+    with probe.undisturbed(tape.model) as buffers:
+        run, arguments, dims = _Run(tape, module, plan.inputs, buffers), (args, kwargs), plan.inputs
+        probe.without_dropout(tape.model)
+        whole = probe.cut(arguments, dims, n, n)
+        added = _added_up(run, whole, n) if plan.by_chance else None
+        out = run.plain(whole)
+        part, alone = run.plain(probe.cut(arguments, dims, n, n - 1)), run.plain(probe.last(arguments, dims, n))
+        full = within(out), within(part), within(alone)
+        plan.losses |= probe.mixed_losses(*full, n, _keys(out), kwargs.get("labels"), added, plan.by_chance)
 
 
 def _with_the_same_draws(run: _Run, arguments: Any, *others: Mapping[int, int]) -> list[list[Any]] | None:
@@ -419,6 +436,11 @@ def _where(a: Any, b: Any, n: int, m: int) -> Records | None:
         return None
     where = place(tuple(a.shape), tuple(b.shape), n, m, (a, b))
     return where if isinstance(where, Records) else None
+
+
+def _keys(out: Any) -> list[str]:
+    """The outputs' names, where they have some."""
+    return [str(key) for key, v in out.items() for _ in leaves(v)] if isinstance(out, Mapping) else []
 
 
 def _differ(one: Any, other: Any) -> bool:

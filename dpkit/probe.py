@@ -138,6 +138,9 @@ class Plan:
     moves: list[Places] = field(default_factory=list)  # rows that are moved as the data say, in order
     lost: nn.Module | None = None  # where they are moved so that the records can no longer be followed
     gives_records: bool = False  # whether a floating output carries records
+    scalars: bool = False  # whether there are floating outputs of one value
+    by_chance: bool = False  # whether random numbers are drawn in the forward
+    used: int = 0  # how often, where there are such outputs
     holds: bool = False  # whether outputs are in objects of other kinds than containers
 
 

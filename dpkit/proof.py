@@ -13,6 +13,8 @@ from .probe import refuse_hooked
 from .tape import Tape
 from .taps import Batch
 
+_PENALTY = "A penalty on weights uses no record: leave it out of the loss, and give the optimizer weight_decay."
+
 
 def prove(tape: Tape, batch: Batch, max_grad_norm: float) -> None:
     """Compare the forms with autograd's own gradient, for parameters that were not compared before.
@@ -49,7 +51,7 @@ def prove(tape: Tape, batch: Batch, max_grad_norm: float) -> None:
                 f"autograd's gradient (they differ by {gap:.3g}, norm {size:.3g})",
                 why="either its layer's rule is wrong, or the parameter is also used where no rule sees it; what "
                 "is not clipped per record is not covered by the guarantee.",
-                cure="correct the rule (dpkit.register_rule), or freeze the parameter.",
+                cure=f"correct the rule (dpkit.register_rule), or freeze the parameter. {_PENALTY}",
             )
         tape.proven.add(p)
 
@@ -72,7 +74,7 @@ def _refuse_uncovered(tape: Tape, batch: Batch, p: nn.Parameter) -> None:
         f"{tape.name(p)} {list(p.shape)} received a gradient that the engine did not see",
         why="what is not clipped per record is not covered by the guarantee.",
         cure="freeze it, register a rule for its module (dpkit.register_rule), or use the parameter through its "
-        "module inside the model's forward.",
+        f"module inside the model's forward. {_PENALTY}",
     )
 
 

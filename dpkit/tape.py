@@ -22,7 +22,7 @@ from .apart import brings_back, packed_in
 from .apiece import Apiece
 from .autograd import Anchor, Strangers
 from .errors import ConfigurationError, CoupledRecordsError, UncoveredParameterError
-from .examine import examine, examine_any
+from .examine import examine, examine_any, look_again
 from .live import Live
 from .methods import Methods
 from .moves import Taint
@@ -489,6 +489,10 @@ class Tape:
                 f"{self.path(module)} was called on tensors with different numbers of records {sorted(rows)}"
             )
             return
+        if plan.scalars and batch.n > 1 and self.shards is None:
+            plan.used += 1
+            if plan.used & (plan.used - 1) == 0 and plan.used > 1:
+                look_again(self, module, args, kwargs, plan, batch.n)
         self.latest = plan
         self.router = Live(self, plan, batch, rows.pop())
         self._watching = self.router.watch((args, kwargs))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import dpkit
 from tests.oracle import clipped_sum
@@ -127,6 +128,52 @@ def test_coupling_by_chance_of_which_the_loss_alone_tells(seed: int) -> None:
             with pytest.raises(dpkit.CoupledRecordsError) if mixes else contextlib.nullcontext():
                 run.model(x).backward()
             run.optimizer.step() if not mixes else None
+
+
+class Weighted(nn.Module):
+    """Its loss is divided by the batch's class weights: a mean, where all records are of one class."""
+
+    def __init__(self, drops: bool) -> None:
+        super().__init__()
+        self.net, self.drops = nn.Linear(4, 2), drops
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        scores = F.dropout(self.net(x), 0.2, self.training and self.drops)
+        return F.cross_entropy(scores, y, weight=torch.tensor([1.0, 10.0]))
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_loss_that_is_no_mean_on_a_later_batch(drops: bool) -> None:
+    x, y = torch.randn(12, 4), torch.tensor([0] * 8 + [1] * 4)
+    run = attach(Weighted(drops), TensorDataset(x, y))
+    steps = 0
+
+    def fit() -> None:
+        nonlocal steps
+        for part in run.loader:
+            run.model(*part).backward()
+            run.optimizer.step()
+            steps += 1
+
+    alike, mixed = list(range(8)), [0, 1, 2, 9, 10]
+    with drawing(alike, alike, alike, mixed), pytest.raises(dpkit.CoupledRecordsError, match="neither the mean"):
+        fit()
+    assert steps == 3
+
+
+class NoisyNet(nn.Module):
+    """Its weights are noisy in train mode, for all records alike: another operation than in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.width = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.full((1, 4), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + self.width * torch.randn(1, 4) if self.training else self.weight)
+
+
+def test_operations_of_train_mode_alone() -> None:
+    train(attach(NoisyNet()), 2)
 
 
 # --- modes ---
