@@ -991,6 +991,30 @@ def test_wrong_objects() -> None:
             )
 
 
+class OwnClipping:
+    """Clips each parameter by itself, to C or, rightly, to C / √k."""
+
+    def __init__(self, right: bool, wide: bool = True) -> None:
+        self.right, self.wide = right, wide
+
+    def weights(self, norms: torch.Tensor, max_grad_norm: float) -> torch.Tensor:
+        bound = max_grad_norm / norms.shape[1] ** 0.5 if self.right else max_grad_norm
+        weights = (bound / norms).clamp(max=1.0)
+        return weights if self.wide else weights.T
+
+    def sensitivity(self, max_grad_norm: float) -> float:
+        return max_grad_norm
+
+
+def test_a_clipping_that_exceeds_what_it_says() -> None:
+    attach_and_train = lambda clipping: train(attach(mlp(), clipping=clipping, max_grad_norm=0.01))  # noqa: E731
+    attach_and_train(OwnClipping(True))
+    with refused(dpkit.ConfigurationError, "lets a record contribute 0.02", "while sensitivity is 0.01"):
+        attach_and_train(OwnClipping(False))
+    with refused(dpkit.ConfigurationError, "clipping.weights gives [4, 8]"):
+        attach_and_train(OwnClipping(True, wide=False))
+
+
 @pytest.mark.parametrize("name", ["noise_multiplier", "max_grad_norm"])
 @pytest.mark.parametrize("value", [-1.0, NAN, INF, "1"])
 def test_bad_schedule(name: str, value: object) -> None:
