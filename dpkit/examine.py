@@ -198,7 +198,8 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
                 probe.refuse_coupling(tape.path(module), difference)
         chance_stays, added, in_train_mode = False, None, probe.Plan(inputs=dims)
         if by_chance:
-            probe.merge(seen_full, seen_part, in_train_mode)
+            if seen_full.same_way(seen_part):
+                probe.merge(seen_full, seen_part, in_train_mode)
             if n > 1 and any(isinstance(v, Tensor) and v.numel() == 1 for v in full):
                 added = _added_up(run, probe.cut(arguments, dims, n, n), n)
             apart = n == 1 or _apart_by_chance(tape, run, probe.cut(arguments, dims, n, n), full, part, n)
@@ -230,7 +231,9 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
                 probe.refuse_scattered(tape.path(plan.lost))
             except PrivacyError as refusal:
                 raise _Lost(refusal, plan.lost) from refusal
-        probe.extend(plan, in_train_mode)
+        plan.calls = in_train_mode.calls | plan.calls  # of what is in train mode alone, what was seen there
+        plan.ops = in_train_mode.ops | plan.ops
+        plan.bare |= in_train_mode.bare
         where = [_where(a, b, n, m) for a, b in zip(full, part, strict=False)]
         plan.gives_records = n > 1 and any(r is not None for r in where)
         with torch.enable_grad():

@@ -182,6 +182,10 @@ class Recorder:
         if self.taint.reordered and not self.quiet:
             self.lost = self.lost or self.inside()
 
+    def same_way(self, other: Recorder) -> bool:
+        """Whether both runs took the same way through the model, where chance may choose one."""
+        return self.calls.keys() == other.calls.keys() and self.ops.keys() == other.ops.keys()
+
     def call(self, layer: nn.Module, args: Any, kwargs: Any) -> bool:
         """Note a call of a layer with a rule. Returns whether it may use the rule: its input comes from the batch."""
         k = self._called[layer]

@@ -176,6 +176,28 @@ def test_operations_of_train_mode_alone() -> None:
     train(attach(NoisyNet()), 2)
 
 
+class LayerDrop(nn.Module):
+    """Leaves layers out in train mode, so that two runs are hard to compare: in eval mode they are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.scale = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), nn.Parameter(torch.ones(4))
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if not self.training or torch.rand(()) < 0.5:
+                x = x + self.scale * torch.tanh(layer(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_layers_that_are_left_out_by_chance(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(seed)
+    train(attach(LayerDrop()), 3)
+    assert not caplog.text
+
+
 # --- modes ---
 
 
