@@ -177,7 +177,7 @@ def test_operations_of_train_mode_alone() -> None:
 
 
 class LayerDrop(nn.Module):
-    """Leaves layers out in train mode, so that two runs are hard to compare: in eval mode they are not."""
+    """Drops activations and layers in train mode, so that two runs are hard to compare: in eval mode they are not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,10 +185,12 @@ class LayerDrop(nn.Module):
         self.head = nn.Linear(4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        y = x[:, None] * torch.tensor([0.5, 1.0, 2.0])[:, None]
         for layer in self.layers:
             if not self.training or torch.rand(()) < 0.5:
-                x = x + self.scale * torch.tanh(layer(x))
-        return self.head(x)
+                rows = F.dropout(y, 0.5, self.training).reshape(-1, 4)
+                y = y + self.scale * torch.tanh(layer(rows)).view(y.shape)
+        return self.head(y.mean(1))
 
 
 @pytest.mark.parametrize("seed", range(4))
