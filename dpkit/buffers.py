@@ -6,6 +6,8 @@ the forward updates from the batch would be released without clipping and withou
 
 from __future__ import annotations
 
+import pickle
+import random
 from typing import Any
 
 import torch
@@ -15,17 +17,25 @@ from .errors import UnsupportedModuleError
 
 
 class Buffers:
-    """The buffers of a model as they are now."""
+    """The buffers of a model as they are now; and its modules' plain attributes: numbers (a counter of steps) and
+    generators of random numbers."""
 
     def __init__(self, model: nn.Module) -> None:
         self._places: list[tuple[str, dict[str, Tensor | None], str, bool]] = []
         self._kept: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
+        self._numbers: list[tuple[dict[str, Any], str, Any]] = []
+        self._generators: list[tuple[Any, Any]] = []
         for path, module in model.named_modules():
             for name, b in module._buffers.items():
                 released = name not in module._non_persistent_buffers_set
                 self._places.append((f"{path}.{name}" if path else name, module._buffers, name, released))
                 if b is not None:
                     self._kept.append((module._buffers, name, b, b.detach().clone()))
+            for name, v in vars(module).items():
+                if type(v) in (int, float, bool) and name != "training":
+                    self._numbers.append((vars(module), name, v))
+                elif isinstance(v, torch.Generator | random.Random) or _numpys(v):
+                    self._generators.append((v, _state(v)))
 
     def put_back(self) -> None:
         """Every buffer is the object that it was, with the value that it had."""
@@ -34,6 +44,23 @@ class Buffers:
                 home[name] = b
                 if not _equal(b, value):
                     b.copy_(value)
+        for attributes, name, number in self._numbers:
+            attributes[name] = number
+        for generator, state in self._generators:
+            _restore(generator, state)
+
+    def generators(self) -> list[Any]:
+        """The states of the modules' own generators."""
+        return [_state(generator) for generator, _ in self._generators]
+
+    @property
+    def drawn(self) -> bool:
+        """Whether a module has drawn from a generator of its own."""
+        return self.generators_moved([state for _, state in self._generators])
+
+    def generators_moved(self, states: list[Any]) -> bool:
+        """Whether they are in other states than these."""
+        return not all(map(_same, self.generators(), states))
 
     def released(self) -> dict[str, Tensor]:
         """Copies of what the buffers that are released hold now, by their names."""
@@ -43,6 +70,30 @@ class Buffers:
     def reached(self, taint: Any, *, released: bool = True) -> set[str]:
         """The names of those (that are released, or not) which ``taint`` says hold what is computed from the batch."""
         return {path for path, home, name, r in self._places if r == released and taint.has(home.get(name))}
+
+
+def _numpys(v: Any) -> bool:
+    """Whether it is a numpy.random.Generator."""
+    return type(v).__module__.startswith("numpy.random") and hasattr(v, "bit_generator")
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return pickle.dumps(generator.bit_generator.state if _numpys(generator) else generator.getstate())
+
+
+def _restore(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif _numpys(generator):
+        generator.bit_generator.state = pickle.loads(state)
+    else:
+        generator.setstate(pickle.loads(state))
+
+
+def _same(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
 
 
 def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -84,6 +85,24 @@ def refuse_inside_wrapper(path: str) -> None:
             why="it adds up the ranks' ordinary gradients, before anything is clipped per record.",
             cure="call the model itself: among several processes the engine adds up their clipped sums.",
         )
+
+
+def refuse_bypassed(paths: Mapping[nn.Module, str]) -> None:
+    """Raise if a module's ``forward`` is running that was not called through the module."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get(next(iter(frame.f_code.co_varnames), ""))
+        if (
+            isinstance(module, nn.Module)
+            and module in paths
+            and frame.f_code is getattr(type(module).forward, "__code__", None)
+        ):
+            raise ConfigurationError(
+                f"{paths[module]}.forward was called, and not the module itself",
+                why="hooks run where the module itself is called: what it does between its layers is not looked at.",
+                cure="call the module: model(x) in place of model.forward(x).",
+            )
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def number(name: str, value: object, *, low: float, strict: bool = True, high: float = math.inf) -> float:

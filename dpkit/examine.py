@@ -177,7 +177,8 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
         probe.without_dropout(tape.model)
         chance = randomness.capture()
         full, seen_full = run.recorded(probe.cut(arguments, dims, n, n), n)
-        by_chance = randomness.drawn_since(chance)
+        own_chance = buffers.drawn  # which is put back before each run, so that no other run tells
+        by_chance = own_chance or randomness.drawn_since(chance)
         written, held = buffers.reached(seen_full.taint), buffers.released()
         remembered = buffers.reached(seen_full.taint, released=False)
         part, seen_part = run.recorded(probe.cut(arguments, dims, n, m), m)
@@ -189,7 +190,7 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
         if remembered:
             _refuse_remembered(run, probe.cut(arguments, dims, n, n), remembered)
         difference = probe.same(full, part, n, m)
-        if difference is not None:
+        if difference is not None and not own_chance:
             again = (run.recorded(probe.cut(arguments, dims, n, n), n)[0] for _ in range(32))
             parts = (run.recorded(probe.cut(arguments, dims, n, m), m)[0] for _ in range(4))  # slim chances pass by
             if not by_chance or not (
@@ -206,7 +207,7 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
             tape.model.eval()  # random by design: judge it without chance
             chance = randomness.capture()
             full, seen_full = run.recorded(probe.cut(arguments, dims, n, n), n)
-            chance_stays = randomness.drawn_since(chance)
+            chance_stays = randomness.drawn_since(chance) or buffers.drawn
             part, seen_part = run.recorded(probe.cut(arguments, dims, n, m), m)
             difference = probe.same(full, part, n, m)
             if chance_stays and not apart:
@@ -292,13 +293,15 @@ def look_again(tape: Tape, module: nn.Module, args: Any, kwargs: Any, plan: prob
 
 def _with_the_same_draws(run: _Run, arguments: Any, *others: Mapping[int, int]) -> list[list[Any]] | None:
     """The outputs with each of these replacements; None where not as much was drawn for all."""
-    chance, drawn, found = randomness.capture(), None, []
+    chance, drawn = randomness.capture(), None
+    found: list[list[Any]] = []
+    own: list[Any] = []
     for replacements in others:
         randomness.restore(chance)
         found.append(within(run.plain(probe.replaced(arguments, run.dims, replacements))))
-        if drawn is not None and randomness.drawn_since(drawn):
+        if drawn is not None and (randomness.drawn_since(drawn) or run.buffers.generators_moved(own)):
             return None
-        drawn = drawn or randomness.capture()
+        drawn, own = drawn or randomness.capture(), own or run.buffers.generators()
     return found
 
 

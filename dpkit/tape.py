@@ -100,6 +100,7 @@ class Tape:
         self.rules: dict[nn.Module, Rule | None] = {}
         self.apiece: set[nn.Module] = set()  # modules that run on one record at a time
         self.owners: list[tuple[nn.Module, str]] = []
+        self._owned: list[nn.Parameter] = []  # what each of them owned
         self._plans: dict[Any, probe.Plan] = {}
         self._modules: list[nn.Module] = []
         self._training: list[bool] = []  # which parameters did in the forward before
@@ -124,6 +125,7 @@ class Tape:
             for name, p in own:
                 self.names.setdefault(p, f"{path}.{name}" if path else name)
                 self.owners.append((module, name))
+                self._owned.append(p)
             self.rules[module] = rule_for(module) if own else None
             if next(module.parameters(), None) is not None:
                 self._handles += [
@@ -135,8 +137,9 @@ class Tape:
         """Look at the model anew, between two batches: it has got other modules (adapters)."""
         for handle in self._handles:
             handle.remove()
-        for known in (self._handles, self.names, self._paths, self.rules, self.owners, self.apiece, self._plans):
+        for known in (self._handles, self.names, self._paths, self.rules, self.owners, self._owned, self.apiece):
             known.clear()
+        self._plans.clear()
         self.proven.clear()
         self.latest = None
         self._attach()
@@ -189,6 +192,8 @@ class Tape:
     def open(self, n: int, marked: Sequence[nn.Parameter] = ()) -> None:
         """From now on, forwards are private: n records are in the user's hands; ``marked``: see `Batch`."""
         self.restore()
+        if self.shards is None:
+            self._refuse_changed()
         unproven = frozenset(p for p in self.names if p.requires_grad and p not in self.proven)
         if self.shards is not None:  # torch would add up the ranks' ordinary gradients; the examination has compared
             unproven = frozenset()
@@ -203,6 +208,18 @@ class Tape:
         self.batch = Batch(n, self.methods, unproven=unproven, anchors=self._anchors, marked=marked, shards=self.shards)
         self.batch.strangers = self.strangers
         self._watches = [p.register_post_accumulate_grad_hook(_Hook(self._keep)) for p in unproven]
+
+    def _refuse_changed(self) -> None:
+        """Raise if a layer's parameter is another one than it was, or none any more."""
+        for (module, name), p in zip(self.owners, self._owned, strict=True):
+            if module._parameters.get(name) is not p:
+                raise UncoveredParameterError(
+                    f"{self.names[p]} is another parameter than when the model was made private (replaced, pruned, "
+                    "parametrised)",
+                    why="how its gradient is computed was settled then; and the optimizer may hold the old one.",
+                    cure="change the model before make_private; or engine.detach(), and make_private again with an "
+                    "optimizer of the new parameters: what was spent is added up.",
+                )
 
     def _keep(self, parameter: Tensor) -> None:
         if self.batch is not None and not self.paused:  # what a public pass leaves is the user's
@@ -479,6 +496,7 @@ class Tape:
                         "dict or dataclass that is one"
                     )
                     return
+                checks.refuse_bypassed(self._paths)
                 plan = examine_any(self, module, args, kwargs, dims, batch.n)
                 if batch.n > 2 or plan.gives_records:  # one record, which others are left with, says little
                     self._plans[key] = plan

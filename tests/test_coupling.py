@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,6 +115,57 @@ def test_a_loss_with_noise_in_it() -> None:
     for x, _ in run.loader:
         with pytest.raises(dpkit.CoupledRecordsError, match="neither the mean nor the sum"):
             run.model(x).backward()
+
+
+class OwnChance(nn.Module):
+    """Draws from a generator of its own, and counts its steps; a mean over the batch, if asked for, is hidden in it."""
+
+    def __init__(self, generator: Any, coupled: bool = False) -> None:
+        super().__init__()
+        self.net, self.generator, self.coupled, self.calls, self.warmth = nn.Linear(4, 1), generator, coupled, 0, 0.5
+
+    def drawn(self, n: int) -> Tensor:
+        if isinstance(self.generator, torch.Generator):
+            return torch.randn(n, 1, generator=self.generator)
+        if isinstance(self.generator, random.Random):
+            return torch.tensor([[self.generator.random()] for _ in range(n)])
+        return torch.from_numpy(self.generator.normal(size=(n, 1))).float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls, self.warmth = self.calls + 1, 0.9 * self.warmth
+        y = self.net(x) * (1 + self.warmth)
+        return y + 0.1 * self.drawn(len(x)) - (y.mean(0).detach() if self.coupled else 0.0)
+
+
+GENERATORS: list[Callable[[], Any]] = [
+    lambda: torch.Generator().manual_seed(3),
+    lambda: random.Random(3),
+    lambda: np.random.default_rng(3),
+    lambda: np.random.Generator(np.random.MT19937(3)),
+]
+
+
+@pytest.mark.parametrize("build", GENERATORS)
+def test_generators_and_counters_of_the_models_own(build: Callable[[], Any]) -> None:
+    """They are no coupling, and the examination neither draws nor counts; nor do they hide one."""
+    model, generator = OwnChance(build()), build()
+    train(attach(model), 3)
+    assert (model.calls, model.warmth) == (3, pytest.approx(0.5 * 0.9**3))
+    twin = OwnChance(generator)
+    for _ in range(3):
+        twin.drawn(8)
+    assert torch.equal(model.drawn(8), twin.drawn(8))
+    with pytest.raises(dpkit.CoupledRecordsError, match="replaced"):
+        train(attach(OwnChance(build(), coupled=True)))
+
+
+def test_forward_called_directly() -> None:
+    """What it does between its layers would not be looked at."""
+    run = attach(Mixes(standardised))
+    x, _ = next(iter(run.loader))
+    with pytest.raises(dpkit.ConfigurationError, match=r"Mixes\.forward was called") as refusal:
+        run.model.forward(x)
+    assert "model(x)" in refusal.value.cure
 
 
 class LossAlone(Mixes):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 import dpkit
@@ -272,6 +273,36 @@ def test_step_hooks() -> None:
     optimizer.register_step_post_hook(lambda *args: calls.append("after"))
     train(run, 2)
     assert calls == ["first", "second", "after"] * 2
+
+
+def replaced(model: nn.Module) -> None:
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+
+
+def assigned(model: nn.Module) -> None:
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        replaced,
+        assigned,
+        lambda model: prune.l1_unstructured(model[0], "weight", amount=0.5),
+        lambda model: nn.utils.parametrizations.weight_norm(model[0]),
+    ],
+)
+def test_parameters_that_are_replaced(change: Callable[[nn.Module], Any]) -> None:
+    """Ordinary training would go on with the old ones, without a word; the cure works."""
+    run = attach(mlp())
+    train(run)
+    change(run.model)
+    with pytest.raises(dpkit.UncoveredParameterError, match=r"0\.weight is another parameter"):
+        train(run)
+    run.engine.detach()
+    before = weights(run.model)
+    train(attach(run.model))
+    assert not torch.equal(weights(run.model), before)
 
 
 class Halved(torch.optim.SGD):
