@@ -27,7 +27,7 @@ def mixup(rows: list[Any]) -> Pair:
 def cutmix(rows: list[Any]) -> Pair:
     """The last features are the next record's; numpy's chance says how many."""
     x, y = default_collate(rows)
-    x[:, int(np.random.rand() < 0.5) :] = x.roll(1, 0)[:, -1:]  # noqa: NPY002
+    x[:, 1 + int(np.random.rand() < 0.5) :] = x.roll(1, 0)[:, -1:]  # noqa: NPY002
     return x, y
 
 
