@@ -31,7 +31,6 @@ from functools import cache, reduce
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
