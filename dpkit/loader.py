@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 
 from . import randomness
 from .errors import SamplingError, UnfinishedStepError
-from .forks import watch
 from .ranks import Ranks
 from .sampling import Sampling
 from .seeds import scramble, unforeseeable
@@ -179,7 +178,6 @@ class PrivateDataLoader(DataLoader[Any]):
             pin_memory_device=loader.pin_memory_device,
             **workers,
         )
-        watch(self)
 
     def close(self) -> None:
         """Stop serving: the engine has been detached."""
@@ -399,11 +397,6 @@ class PrivateDataLoader(DataLoader[Any]):
         self._resumed = chance if state["inside"] else None
         self._then = state["then"] if state["inside"] else None
         randomness.restore(chance)
-
-    def forked(self) -> None:
-        """In a child process: draws of its own, unless they are repeatable by the user's seed."""
-        if self._given is None and self._batches.ranks.size == 1:
-            self.reseed()
 
     def reseed(self) -> None:
         """Draw anew, by nobody's seed, from the current logical batch on; its parts that were served are forgotten."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigurationError
-from .forks import watch
 from .keystream import Keystream, available
 from .normals import PIECE, Encrypted, Generated, Normals
 from .secure import SecureNoise
@@ -60,7 +59,6 @@ class NoiseSource:
         self._given = generator
         self._own: dict[torch.device, Normals] = {}
         self._ahead: Ahead | None = None
-        watch(self)
 
     @property
     def seeded(self) -> bool:
@@ -147,12 +145,6 @@ class NoiseSource:
         if self._given is not None:
             scramble(self._given)
         self._own, self._ahead = {}, None
-
-    def forked(self) -> None:
-        """In a child process: noise of its own, never the parent's again (a seed given by hand repeats, as it was
-        asked to). The thread that drew ahead is the parent's, too."""
-        if not self.seeded:
-            self.reseed()
 
     def prepare(self, parameters: Sequence[Tensor]) -> None:
         """Begin to draw the next noise for these parameters, beside the user's forward and backward.
