@@ -40,9 +40,9 @@ class Buffers:
         found = ((path, home.get(name)) for path, home, name, released in self._places if released)
         return {path: b.detach().clone() for path, b in found if b is not None}
 
-    def reached(self, taint: Any) -> set[str]:
-        """The names of those that hold a tensor which ``taint`` says is computed from the batch."""
-        return {path for path, home, name, released in self._places if released and taint.has(home.get(name))}
+    def reached(self, taint: Any, *, released: bool = True) -> set[str]:
+        """The names of those (that are released, or not) which ``taint`` says hold what is computed from the batch."""
+        return {path for path, home, name, r in self._places if r == released and taint.has(home.get(name))}
 
 
 def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
@@ -60,6 +60,16 @@ def refuse_written(paths: set[str]) -> None:
             cure="stop the update (eval mode, if it stops then), keep the statistic out of the model, or take it from "
             "public data.",
         )
+
+
+def refuse_remembered(paths: set[str]) -> None:
+    """Raise for buffers that carry what the records are into the next batch, where outputs follow from it."""
+    raise UnsupportedModuleError(
+        f"the forward writes what the records are into the buffer {', '.join(sorted(paths))}, and uses it in the next "
+        "batch",
+        why="a record would act in steps that it was not drawn for, through the other records' gradients.",
+        cure="stop the update, or take the statistic from public data.",
+    )
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import probe, randomness
-from .buffers import Buffers, differing, refuse_written
+from .buffers import Buffers, differing, refuse_remembered, refuse_written
 from .errors import PrivacyError, UncoveredParameterError
 from .forms import joined
 from .live import Live
 from .methods import Kept
 from .records import Records, place
 from .taps import Batch
-from .trees import leaves, tree_map
+from .trees import holders, leaves, tree_map, within
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -111,12 +112,17 @@ class _Run:
 
     def __init__(self, tape: Tape, module: nn.Module, dims: list[int | None], buffers: Buffers) -> None:
         self.tape, self.module, self.dims, self.buffers = tape, module, dims, buffers
+        self.keys: list[str] = []  # names of the latest outputs, where they have some
+        self.holds = False  # whether some are in objects of other kinds than containers
 
-    def recorded(self, what: Any, rows: int, *, watch: bool = False) -> tuple[Any, probe.Recorder]:
+    def recorded(self, what: Any, rows: int, *, watch: bool = False) -> tuple[list[Any], probe.Recorder]:
         recorder = probe.Recorder(rows, lambda: self.tape.stack[-1].module, watch=watch)
         tensors = [v for v in leaves(what) if isinstance(v, Tensor)]
         recorder.taint.mark([v for v, d in zip(tensors, self.dims, strict=True) if d is not None])
-        return self.routed(recorder, what), recorder
+        out = self.routed(recorder, what)
+        self.keys = [str(key) for key, v in out.items() for _ in leaves(v)] if isinstance(out, Mapping) else []
+        self.holds = bool(holders(out))
+        return within(out), recorder
 
     def routed(self, router: probe.Recorder | Live, what: Any) -> Any:
         tape = self.tape
@@ -133,9 +139,11 @@ class _Run:
         finally:
             tape.restore()
 
-    def plain(self, what: Any) -> Any:
+    def plain(self, what: Any, *, fresh: bool = True) -> Any:
+        """``fresh``: with the buffers as they were, not as the run before has left them."""
         args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, what)
-        self.buffers.put_back()
+        if fresh:
+            self.buffers.put_back()
         self.tape.push(self.module)
         try:
             return self.module.forward(*args, **kwargs)
@@ -171,12 +179,15 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
         full, seen_full = run.recorded(probe.cut(arguments, dims, n, n), n)
         by_chance = randomness.drawn_since(chance)
         written, held = buffers.reached(seen_full.taint), buffers.released()
+        remembered = buffers.reached(seen_full.taint, released=False)
         part, seen_part = run.recorded(probe.cut(arguments, dims, n, m), m)
         changed = differing(held, buffers.released()) - written
         if changed:
             run.recorded(probe.cut(arguments, dims, n, n), n)
             written |= changed - differing(held, buffers.released())  # the rest changes by chance
         refuse_written(written)
+        if remembered:
+            _refuse_remembered(run, probe.cut(arguments, dims, n, n), remembered)
         difference = probe.same(full, part, n, m)
         if difference is not None:
             again = (run.recorded(probe.cut(arguments, dims, n, n), n)[0] for _ in range(32))
@@ -185,40 +196,119 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
                 any(_differ(full, other) for other in again) or any(not probe.same(full, p, n, m) for p in parts)
             ):
                 probe.refuse_coupling(tape.path(module), difference)
+        chance_stays = False
         if by_chance:
+            apart = n == 1 or _apart_by_chance(tape, run, probe.cut(arguments, dims, n, n), full, part, n)
             tape.model.eval()  # random by design: judge it without chance
+            chance = randomness.capture()
             full, seen_full = run.recorded(probe.cut(arguments, dims, n, n), n)
+            chance_stays = randomness.drawn_since(chance)
             part, seen_part = run.recorded(probe.cut(arguments, dims, n, m), m)
             difference = probe.same(full, part, n, m)
-            if difference is not None:
+            if chance_stays and not apart:
+                probe.refuse_draws(tape.path(module), difference or "no output stays the same")
+            if difference is not None and not chance_stays:
                 probe.refuse_coupling(tape.path(module), difference)
+        _refuse_unseen(tape.path(module), full)
         if n > 1:
             alone = _alone(run, arguments, dims, n, full)
-            difference = None if alone is None else probe.same_alone(full, part, alone, n)
+            difference = None if alone is None or chance_stays else probe.same_alone(full, part, alone, n)
             if difference is not None:
                 probe.refuse_coupling(tape.path(module), difference)
             if alone is not None:
-                plan.losses = probe.mixed_losses(full, part, alone, n, m, arguments)
-        plan.crossed = probe.crossed(full, part)
+                added = _added_up(run, probe.cut(arguments, dims, n, n), n) if chance_stays else None
+                plan.losses = probe.mixed_losses(full, part, alone, n, run.keys, kwargs.get("labels"), added)
+            plan.reduced = probe.reduced(full, part, n, seen_full.taint.has)
+        plan.crossed, plan.holds = probe.crossed(full, part), run.holds
         probe.merge(seen_full, seen_part, plan)
         if plan.lost is not None:
             try:
                 probe.refuse_scattered(tape.path(plan.lost))
             except PrivacyError as refusal:
                 raise _Lost(refusal, plan.lost) from refusal
-        where = [_where(a, b, n, m) for a, b in zip(leaves(full), leaves(part), strict=False)]
+        where = [_where(a, b, n, m) for a, b in zip(full, part, strict=False)]
         plan.gives_records = n > 1 and any(r is not None for r in where)
         with torch.enable_grad():
             _attribute(tape, run, probe.cut(arguments, dims, n, n), where, plan, n)
     return plan
 
 
-def _alone(run: _Run, arguments: Any, dims: list[int | None], n: int, full: Any) -> Any:
+def _apart_by_chance(tape: Tape, run: _Run, arguments: Any, full: Any, part: Any, n: int) -> bool:
+    """Raise where chance decides whose record meets whose (mixup), or hides that they meet.
+
+    With the same draws, and another record in the place of one, the outputs of the rest stay what they were. Returns
+    whether that could be told: not where the data say how much is drawn (rejection sampling).
+    """
+    where = [_where(a, b, n, n - 1) for a, b in zip(full, part, strict=False)]
+    for k in range(_DRAWS):
+        gone, other = (n - 1, 0) if k % 2 else (0, n - 1)
+        runs = _with_the_same_draws(run, arguments, {}, {gone: other})
+        if runs is None:
+            return False
+        difference = probe.same_but(runs[0], runs[1], where, gone)
+        if difference is not None:
+            probe.refuse_coupling(tape.path(run.module), difference, "another one was replaced")
+    return True
+
+
+def _added_up(run: _Run, arguments: Any, n: int) -> list[bool] | None:
+    """Whether each output is a sum over the records: one that is replaced changes it by as much, whatever the others
+    are."""
+    one, other = {0: 1}, {n - 1: 0}
+    runs = _with_the_same_draws(run, arguments, {}, one, other, {**one, **other})
+    return (
+        None
+        if runs is None
+        else [
+            isinstance(a, Tensor) and a.shape == d.shape and not probe.gap((a + d).flatten(), (b + c).flatten())
+            for a, b, c, d in zip(*runs, strict=False)
+        ]
+    )
+
+
+def _with_the_same_draws(run: _Run, arguments: Any, *others: Mapping[int, int]) -> list[list[Any]] | None:
+    """The outputs with each of these replacements; None where not as much was drawn for all."""
+    chance, drawn, found = randomness.capture(), None, []
+    for replacements in others:
+        randomness.restore(chance)
+        found.append(within(run.plain(probe.replaced(arguments, run.dims, replacements))))
+        if drawn is not None and randomness.drawn_since(drawn):
+            return None
+        drawn = drawn or randomness.capture()
+    return found
+
+
+_DRAWS = 6
+
+
+def _refuse_remembered(run: _Run, arguments: Any, buffers: set[str]) -> None:
+    """Raise if outputs follow from what the batch before has left in buffers that are not saved."""
+    chance = randomness.capture()
+    one = run.plain(arguments)
+    randomness.restore(chance)
+    if _differ(one, run.plain(arguments, fresh=False)):
+        refuse_remembered(buffers)
+
+
+def _refuse_unseen(path: str, outputs: list[Any]) -> None:
+    """Raise where the model returns something of another kind, in which no tensor is seen."""
+    if any(isinstance(v, Tensor) for v in outputs):
+        return
+    kinds = sorted({type(v).__name__ for v in outputs if v is not None and not isinstance(v, int | float | str)})
+    if kinds:
+        raise UncoveredParameterError(
+            f"{path} returns a {kinds[0]}, in which no tensor was found",
+            why="whether the records are independent is measured on what a model returns.",
+            cure="return tensors, or a tuple, a dict, a dataclass or an object that has them as attributes.",
+        )
+
+
+def _alone(run: _Run, arguments: Any, dims: list[int | None], n: int, full: list[Any]) -> list[Any] | None:
     """The outputs for the last record alone. Some models cannot run on one record; that matters for a loss only."""
     try:
         return run.recorded(probe.last(arguments, dims, n), 1)[0]
     except Exception:
-        if any(isinstance(v, Tensor) and v.ndim == 0 and v.is_floating_point() for v in leaves(full)):
+        if any(isinstance(v, Tensor) and v.ndim == 0 and v.is_floating_point() for v in full):
             raise
         return None
 
@@ -236,7 +326,7 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
 
     def losses(out: Any) -> Tensor | None:
         terms = []
-        for k, (v, r) in enumerate(zip(leaves(out), where, strict=False)):
+        for k, (v, r) in enumerate(zip(within(out), where, strict=False)):
             if not isinstance(v, Tensor) or not v.requires_grad:
                 continue
             if r is not None:
@@ -322,13 +412,13 @@ def _where(a: Any, b: Any, n: int, m: int) -> Records | None:
     """Where a floating output has its records."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point()):
         return None
-    where = place(tuple(a.shape), tuple(b.shape), n, m)
+    where = place(tuple(a.shape), tuple(b.shape), n, m, (a, b))
     return where if isinstance(where, Records) else None
 
 
 def _differ(one: Any, other: Any) -> bool:
     """Whether two runs on the same input gave different outputs."""
-    pairs = [(a, b) for a, b in zip(leaves(one), leaves(other), strict=False) if isinstance(a, Tensor)]
+    pairs = [(a, b) for a, b in zip(within(one), within(other), strict=False) if isinstance(a, Tensor)]
     return any(
         a.is_floating_point() and (a.shape != b.shape or bool(probe.gap(a.detach().flatten(), b.detach().flatten())))
         for a, b in pairs

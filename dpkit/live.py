@@ -188,7 +188,7 @@ class Live:
             for v in values
         ]
         met = any(p is not None for p in places)
-        return probe.Site(name, places, [None] * len(values), [Records(0) if met else None], met)
+        return probe.Site(name, places, [None] * len(values), [Records(0) if met else None] * _MANY, met)
 
     def copies(self, s: StandIn) -> Tensor:
         return self._spread(s.origin) if s.copies is None else s.copies
@@ -367,6 +367,8 @@ def _attention(
     return F.dropout(scores.softmax(-1), dropout_p) @ value
 
 
+_MANY = 8
+"""More results than operations on parameters have (``broadcast_tensors``)."""
 _SHAPE_PRESERVING = frozenset(["contiguous", "clone", "to", "float", "double", "half", "bfloat16", "exp", "tanh"])
 _LINEAR = (F.linear, known_linear)
 _UNDER_VMAP: dict[Any, Callable[..., Any]] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from itertools import chain, islice
@@ -149,7 +150,7 @@ class PrivateDataLoader(DataLoader[Any]):
         self._listener: Listener | None = listener
         self._given = loader.generator
         self._device: torch.device | None = getattr(loader, "device", None)  # where Accelerate's loaders put batches
-        self._passes = 0
+        self._passes, self._process = 0, os.getpid()
         self._latest: Draw | None = None
         self._place, self._served = (0, 0), 0  # where a resumed pass goes on, after how many batches with records
         self._origin: dict[str, torch.Tensor] = {}  # the generators when this pass began
@@ -310,6 +311,9 @@ class PrivateDataLoader(DataLoader[Any]):
         chance, self._resumed = self._resumed, None
         if chance is None:
             listener.begin_pass()
+            if self._process != os.getpid() and not self.seeded:  # forked: the other process draws from here, too
+                scramble(self._batches.generator)
+            self._process = os.getpid()
             self._batches.resumed = None
             self._place, self._served = (0, 0), 0
             self._origin = self._ranks_origin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +25,18 @@ def innermost(optimizer: Optimizer) -> Optimizer:
             return optimizer
         optimizer = inner
     return optimizer
+
+
+def called_by_step(optimizer: Optimizer) -> bool:
+    """Whether the ``step`` whose hooks run now is called by another of the same optimizer: a derived class's own, which
+    has run them already."""
+    mine = sys._getframe(2)  # torch's wrapper, around every class's step
+    outer = mine.f_back
+    while outer is not None:
+        if outer.f_code is mine.f_code and optimizer in outer.f_locals.get("args", ())[:1]:
+            return True
+        outer = outer.f_back
+    return False
 
 
 class Evaluated:

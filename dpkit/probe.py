@@ -133,10 +133,12 @@ class Plan:
     ops: dict[tuple[nn.Parameter, str, int], list[Site]] = field(default_factory=dict)
     bare: set[nn.Parameter] = field(default_factory=set)  # parameters met outside a layer with a rule
     losses: dict[int, str] = field(default_factory=dict)  # scalar outputs that mix records: leaf number -> reason
+    reduced: set[int] = field(default_factory=set)  # other outputs that were reduced over the records: leaf numbers
     crossed: dict[int, list[int]] = field(default_factory=dict)  # outputs on pairs of records: leaf -> dimensions
     moves: list[Places] = field(default_factory=list)  # rows that are moved as the data say, in order
     lost: nn.Module | None = None  # where they are moved so that the records can no longer be followed
     gives_records: bool = False  # whether a floating output carries records
+    holds: bool = False  # whether outputs are in objects of other kinds than containers
 
 
 class Recorder:
@@ -352,6 +354,22 @@ def last(tree: Any, dims: list[int | None], n: int) -> Any:
     return tree_map(one, tree)
 
 
+def replaced(tree: Any, dims: list[int | None], others: Mapping[int, int]) -> Any:
+    """The arguments with another record in the place of some."""
+    found = iter(dims)
+
+    def one(v: Any) -> Any:
+        if not isinstance(v, Tensor):
+            return v
+        d, new = next(found), v.detach().clone()
+        if d is not None:
+            for gone, other in others.items():
+                new.select(d, gone).copy_(v.select(d, other))
+        return new
+
+    return tree_map(one, tree)
+
+
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[Buffers]:
     """Run the model aside: random state, buffers and train flags are put back. Gives the buffers."""
@@ -427,6 +445,19 @@ def same_alone(full: Any, part: Any, alone: Any, n: int) -> str | None:
     return None
 
 
+def same_but(full: list[Any], other: list[Any], where: list[Records | None], gone: int) -> str | None:
+    """None if the outputs of all records but one agree, else what differs."""
+    for k, (a, b, r) in enumerate(zip(full, other, where, strict=False)):
+        if r is None or a.shape != b.shape:
+            continue
+        x, y = r.split(a), r.split(b)
+        rest = torch.arange(len(x), device=x.device) != gone
+        found = gap(x[rest], y[rest])
+        if found:
+            return f"output {k} of the other records {found}"
+    return None
+
+
 def gap(x: Tensor, y: Tensor, kept: int | None = None) -> str:
     """How the first ``kept`` records' values [n, ...] (all by default) differ; nothing if they do not."""
     tolerance = 5e-2 if x.dtype in (torch.float16, torch.bfloat16) else 1e-3
@@ -460,33 +491,57 @@ def paired(v: Tensor, dims: list[int] | None, n: int) -> bool:
     return dims is not None and len(dims) == 2 and all(v.shape[d] == n for d in dims)
 
 
-def mixed_losses(full: Any, part: Any, alone: Any, n: int, m: int, arguments: Any) -> dict[int, str]:
-    """Scalar outputs that are neither the mean nor the sum of one value a record: leaf number -> reason."""
+def mixed_losses(
+    full: list[Any], part: list[Any], alone: list[Any], n: int, keys: list[str], labels: Any, added: list[bool] | None
+) -> dict[int, str]:
+    """Outputs that hold nothing for each record, and are neither the mean nor the sum of one value a record: leaf
+    number -> reason.
+
+    Args:
+        keys: the outputs' names, where they have some.
+        labels: an argument of that name.
+        added: where chance changes them from run to run, whether each output is a sum over the records.
+    """
     found: dict[int, str] = {}
-    names = arguments[1] if isinstance(arguments, tuple) and len(arguments) == 2 else {}
-    labels = names.get("labels") if isinstance(names, dict) else None
-    keys = [key for key, v in full.items() for _ in leaves(v)] if isinstance(full, Mapping) else []
-    for k, (a, b, c) in enumerate(zip(leaves(full), leaves(part), leaves(alone), strict=False)):
-        if not all(
-            isinstance(v, Tensor) and v.numel() == 1 and v.ndim == 0 and v.is_floating_point() for v in (a, b, c)
-        ):
+    for k, (a, b, c) in enumerate(zip(full, part, alone, strict=False)):
+        if not all(isinstance(v, Tensor) and v.numel() == 1 and v.is_floating_point() for v in (a, b, c)):
             continue
         x, y, z = float(a), float(b), float(c)
-        scale = 1e-3 * max(abs(n * x), abs(m * y), abs(z), 1e-6)
-        if k < len(keys) and "aux" in str(keys[k]):
+        scale = 1e-3 * max(abs(n * x), abs((n - 1) * y), abs(z), 1e-6)
+        if k < len(keys) and "aux" in keys[k]:
             found[k] = f"{keys[k]} balances the experts over the tokens of the whole batch"
         elif isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
             found[k] = "it averages over the labelled tokens of the whole batch"
-        elif abs(n * x - (m * y + z)) > scale and abs(x - (y + z)) > scale:
+        elif not (added[k] if added else abs(n * x - ((n - 1) * y + z)) <= scale or abs(x - (y + z)) <= scale):
             found[k] = "it is neither the mean nor the sum of one loss a record"
     return found
 
 
-def refuse_coupling(path: str, what: str) -> None:
+def reduced(full: list[Any], part: list[Any], n: int, reached: Callable[[Any], bool]) -> set[int]:
+    """Outputs that come from the batch and have no row for each record, but more than one value: leaf numbers."""
+    return {
+        k
+        for k, (a, b) in enumerate(zip(full, part, strict=False))
+        if all(isinstance(v, Tensor) and not isinstance(v, StandIn) and v.is_floating_point() for v in (a, b))
+        and a.numel() > 1
+        and place(tuple(a.shape), tuple(b.shape), n, n - 1) is None
+        and reached(a)
+    }
+
+
+def refuse_coupling(path: str, what: str, when: str = "other records were left out of the batch") -> None:
     raise CoupledRecordsError(
-        f"{path}: {what} when other records were left out of the batch",
+        f"{path}: {what} when {when}",
         why="a record then acts through the other records' gradients too, which clipping its own does not bound.",
-        cure="remove what mixes records: BatchNorm (use GroupNorm), statistics over the batch, balancing losses.",
+        cure="remove what mixes records: BatchNorm (use GroupNorm), statistics of the batch, mixup, balancing losses.",
+    )
+
+
+def refuse_draws(path: str, what: str) -> None:
+    raise CoupledRecordsError(
+        f"{path} draws random numbers, in eval mode too, and how many is for the records to say: {what}",
+        why="whether an output changes by chance or because of another record cannot be told.",
+        cure="draw as many for every record (no rejection sampling), or outside, and pass them as an argument.",
     )
 
 

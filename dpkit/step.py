@@ -6,6 +6,7 @@ they meet. σ and C have their one home here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from .fingerprint import Fingerprint
 from .forms import joined
 from .loader import Draw
 from .noise import Source
-from .optimizers import Evaluated, settings
+from .optimizers import Evaluated, called_by_step, settings
 from .optional import register_optional
 from .paced import Paced
 from .proof import prove, refuse_coupled_losses
@@ -92,6 +93,7 @@ class PrivateStep:
         self._fingerprint, self._compared = Fingerprint(), -1
         self._admitted: tuple[Any, bool] | None = None
         self.strictly_examined = False
+        self._process = os.getpid()
         self.repeatable = not noise.secure  # whether the streams of noise are those of the checkpoint that was loaded
         self.shards = shards_of(model, ranks)
         if self.shards is not None:
@@ -123,6 +125,12 @@ class PrivateStep:
         """A new pass over the data: what an abandoned one left unfinished is dropped; it was never released."""
         self.drop()
         self._charged = None
+        if self._process != os.getpid():  # a copy of the process that made this: its noise may not be the other's
+            self._process = os.getpid()
+            if not self.noise.seeded:
+                self.noise.reseed()
+                if self._paced is not None:
+                    self._paced.restart()
         self.ranks.refuse_change()
         self.ranks.agree("a pass over the data", releases=self.spending.released)
         self.ranks.done()
@@ -284,7 +292,7 @@ class PrivateStep:
                 p.grad = grad
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if self.tape.paused:
+        if self.tape.paused or (self._draw is None and called_by_step(optimizer)):
             return None
         given = [a for a in (*args[1:], *kwargs.values()) if a is not None]
         if not given:
@@ -361,6 +369,13 @@ class PrivateStep:
                 "a batch before this one was drawn and not released (its step failed), under correlated noise",
                 why="how far apart two participations of a record are is counted in releases: it would come too soon.",
                 cure="leave the pass (break) and begin another.",
+            )
+        if self._process != os.getpid():
+            raise UnfinishedStepError(
+                "this process was forked from the one that began the pass over the data",
+                why="both would draw the same records and add the same noise, and the difference of what they release "
+                "has none.",
+                cure="begin a pass of its own in each process: for batch in loader.",
             )
         clipped, self._sum = self._sum, None
         assert clipped is not None

@@ -31,7 +31,7 @@ from .rules import Rule, rule_for, trains
 from .sharded import Shards, holds_rows
 from .standin import StandIn
 from .taps import Batch, Pairs, Refusal, Tap
-from .trees import leaves, signature, tree_map
+from .trees import holders, leaves, signature, tree_map
 
 
 class _Hook:
@@ -101,6 +101,9 @@ class Tape:
         self.apiece: set[nn.Module] = set()  # modules that run on one record at a time
         self.owners: list[tuple[nn.Module, str]] = []
         self._plans: dict[Any, probe.Plan] = {}
+        self._modules: list[nn.Module] = []
+        self._training: list[bool] = []  # which parameters did in the forward before
+        self._attributed: set[nn.Parameter] = set()  # those that did when each of the plans was made
         self.latest: probe.Plan | None = None
         self.router: Live | probe.Recorder | None = None
         self._watching: Taint | None = None
@@ -113,6 +116,7 @@ class Tape:
 
     def _attach(self) -> None:
         self._watched = checks.with_problems_in_training(self.model)
+        self._modules = list(self.model.modules())
         for path, module in self.model.named_modules():
             self._paths[module] = path or type(module).__name__
             own = [(name, p) for name, p in module._parameters.items() if p is not None]
@@ -449,7 +453,7 @@ class Tape:
             return
         checks.refuse_problems(self._watched)
         checks.refuse_inside_wrapper(self.path(module))
-        key = (module, signature((args, kwargs)))
+        key = (module, self._modes(), signature((args, kwargs)))
         plan = self._plans.get(key)
         tensors = [v for v in leaves((args, kwargs)) if isinstance(v, Tensor)]
         with self._whole(plan is None):
@@ -463,8 +467,9 @@ class Tape:
                     )
                     return
                 plan = examine_any(self, module, args, kwargs, dims, batch.n)
-                if batch.n > 1:
+                if batch.n > 2 or plan.gives_records:  # one record, which others are left with, says little
                     self._plans[key] = plan
+                    self._attributed &= {p for p in self.names if p.requires_grad}
         rows = {t.shape[d] for t, d in zip(tensors, plan.inputs, strict=True) if d is not None}
         if len(rows) != 1:
             batch.passive = (
@@ -476,6 +481,17 @@ class Tape:
         self._watching = self.router.watch((args, kwargs))
         if self._watching is not None:
             self._watching.__enter__()
+
+    def _modes(self) -> tuple[bool, ...]:
+        """The modules' train flags: with others the model is another function, and is examined anew. So it is where a
+        parameter trains now of which no record's share has been shown."""
+        training = [p.requires_grad for p in self.names]
+        if training != self._training:
+            self._training, now = training, {p for p in self.names if p.requires_grad}
+            if not now <= self._attributed:
+                self._attributed = now
+                self._plans.clear()
+        return tuple([m.training for m in self._modules])
 
     @contextlib.contextmanager
     def _whole(self, needed: bool) -> Iterator[None]:
@@ -520,30 +536,47 @@ class Tape:
             module._parameters[name] = made[p]  # type: ignore[assignment]
 
     def finished(self, router: Live, output: Any) -> Any:
-        counter = iter(range(1 << 30))
+        """What the outermost call returns to the user, with refusals where a loss may not go."""
+        counter, plan = iter(range(1 << 30)), router.plan
 
         def finish(v: Any) -> Any:
             k = next(counter)
             if isinstance(v, StandIn) and v.records is not None and v.copies is not None:
                 return v.records.join(v.copies)
-            if k in router.plan.losses and isinstance(v, Tensor) and v.requires_grad:
+            if k in plan.losses and isinstance(v, Tensor) and v.requires_grad:
                 return Refusal.apply(
                     v,
                     CoupledRecordsError(
-                        f"the loss that {self.path(self.model)} computes itself was back-propagated: "
-                        f"{router.plan.losses[k]}",
+                        f"the loss that {self.path(self.model)} computes itself was back-propagated: {plan.losses[k]}",
                         why="one record then rescales the gradients of all others, which clipping does not bound.",
                         cure="compute one loss a record from the logits and call engine.backward(losses).",
                     ),
                 )
-            if k in router.plan.crossed and isinstance(v, Tensor) and v.requires_grad:
-                return Pairs.apply(v, router.plan.crossed[k], self.path(self.model))
+            if k in plan.reduced and isinstance(v, Tensor) and v.requires_grad:
+                return Refusal.apply(
+                    v,
+                    CoupledRecordsError(
+                        f"output {k} of {self.path(self.model)} {list(v.shape)} has no row for each record, and a loss "
+                        "on it was back-propagated",
+                        why="it was reduced over the records, so that one acts through the others' gradients too.",
+                        cure="return the rows, and reduce over the records only in the loss, by mean or sum.",
+                    ),
+                )
+            if k in plan.crossed and isinstance(v, Tensor) and v.requires_grad:
+                return Pairs.apply(v, plan.crossed[k], self.path(self.model))
             return v
 
-        if (
-            not router.plan.losses
-            and not router.plan.crossed
-            and not any(isinstance(v, StandIn) for v in leaves(output))
+        if not (plan.losses or plan.crossed or plan.reduced or plan.holds) and not any(
+            isinstance(v, StandIn) for v in leaves(output)
         ):
             return output
-        return tree_map(finish, output)
+
+        def finish_all(tree: Any) -> Any:
+            new = tree_map(finish, tree)
+            return new if any(a is not b for a, b in zip(leaves(new), leaves(tree), strict=True)) else tree
+
+        held = holders(output) if plan.holds else []
+        output = finish_all(output)
+        for attributes in held:
+            attributes.update({name: finish_all(v) for name, v in attributes.items()})
+        return output

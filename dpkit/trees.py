@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -57,6 +58,28 @@ def _collect(values: Iterable[Any], found: list[Any]) -> None:
             _collect((getattr(v, f.name) for f in dataclasses.fields(v) if f.init), found)
         else:
             found.append(v)
+
+
+def holders(tree: Any) -> list[dict[str, Any]]:
+    """The attributes of every object of an unknown kind in ``tree`` (a distribution, say), and of those that they hold
+    in turn."""
+    waiting, known = leaves(tree), set()
+    found: list[dict[str, Any]] = []
+    for v in waiting:
+        if not isinstance(v, _NO_HOLDER) and hasattr(v, "__dict__") and id(v) not in known and len(found) < _MOST:
+            known.add(id(v))
+            found.append(vars(v))
+            waiting += leaves(list(vars(v).values()))
+    return found
+
+
+_NO_HOLDER = (*_PLAIN, torch.nn.Module, type, FunctionType, MethodType, ModuleType)
+_MOST = 256
+
+
+def within(tree: Any) -> list[Any]:
+    """All leaves of ``tree``, and then those that its `holders` hold."""
+    return leaves([tree, *(list(attributes.values()) for attributes in holders(tree))])
 
 
 def signature(tree: Any) -> tuple[Any, ...]:

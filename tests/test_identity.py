@@ -274,6 +274,46 @@ def test_step_hooks() -> None:
     assert calls == ["first", "second", "after"] * 2
 
 
+class Halved(torch.optim.SGD):
+    """An optimizer of one's own, made of another one: both classes' ``step`` run the hooks."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.grad.mul_(0.5)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("by_closure", [False, True])
+def test_optimizers_derived_from_others(by_closure: bool) -> None:
+    """One step is taken and counted, on the gradient that the derived class has made of the released one."""
+    moved = []
+    for kind, lr in ((torch.optim.SGD, 0.5), (Halved, 1.0)):
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)  # torch patches a class when one of it is made
+        model = mlp()
+        run = attach(model, optimizer=kind(model.parameters(), lr=lr))
+        before = weights(model)
+        for _ in range(2):
+            for batch in run.loader:
+                run.optimizer.zero_grad()
+
+                def closure(batch: Any = batch, run: Any = run) -> Tensor:
+                    loss = squared_loss(run.model, batch)
+                    loss.backward()
+                    return loss
+
+                if by_closure:
+                    run.optimizer.step(closure)
+                else:
+                    closure()
+                    run.optimizer.step()
+                with pytest.raises(dpkit.DoubleUseError):
+                    run.optimizer.step()
+        assert run.engine.releases == 2
+        moved.append(weights(model) - before)
+    assert moved[0].any()
+    torch.testing.assert_close(moved[1], moved[0])
+
+
 def test_two_groups() -> None:
     """Parameter groups keep their own learning rates; the norm is over all of them."""
     model, twin = mlp().double(), mlp().double()

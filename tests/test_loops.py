@@ -465,3 +465,39 @@ def test_gradient_that_is_rounding_alone(seed: int) -> None:
         (scores * inputs[..., 0]).sum(1).mean().backward()
         run.optimizer.step()
     torch.testing.assert_close(key.bias.detach(), before, rtol=0, atol=1e-6)
+
+
+# --- policies ---
+
+
+class Policy(nn.Module):
+    """Actions are normal, with one width for all states: in a distribution, or in its two parts."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.mean, self.log_width, self.apart = nn.Linear(6, 2), nn.Parameter(torch.zeros(2)), apart
+
+    def forward(self, x: Tensor) -> Any:
+        parts = self.mean(x), self.log_width.exp()
+        return parts if self.apart else torch.distributions.Normal(*parts)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_policies(apart: bool) -> None:
+    """REINFORCE: the width meets the records in the user's loss, in an operation with two results."""
+    batch = records()[0], torch.randn(N, 2), torch.randn(N)
+
+    def values(model: nn.Module, batch: PyTree) -> Tensor:
+        states, actions, advantages = batch
+        chances = torch.distributions.Normal(*model(states)) if apart else model(states)
+        return -advantages * chances.log_prob(actions).sum(1) - 0.01 * chances.entropy().sum(1)
+
+    model = Policy(apart)
+    expected = clipped_sum(copy.deepcopy(model), values, batch, N, C)
+
+    def loop(engine: Any, optimizer: Any, loader: Any) -> None:
+        for part in loader:
+            values(model, part).mean().backward()
+            optimizer.step()
+
+    assert error(moved(model, loop, batch), expected) < 1e-5

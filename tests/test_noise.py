@@ -5,6 +5,8 @@ Every statistical test has a false-alarm rate of 1e-6 where the noise is right.
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections.abc import Sequence
 from unittest import mock
 
@@ -16,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 import dpkit
 from dpkit.noise import NoiseSource
-from tests.training import attach, data, drawing, mlp, squared_loss, train
+from tests.training import attach, data, drawing, mlp, squared_loss, train, weights, work
 
 ALARM = 1e-6
 SIGMA, C = 0.7, 3.0
@@ -181,3 +183,38 @@ def test_no_noise_where_none_was_asked_for() -> None:
         assert list(run.loader) == []
     assert all(p.grad is not None and not p.grad.any() for p in run.model.parameters())
     assert run.engine.get_epsilon(1e-5) == float("inf")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("inside", [False, True])
+def test_forked_processes_have_noise_and_draws_of_their_own(inside: bool) -> None:
+    """The difference of what two of them release has noise, too; a pass that both would go on with is refused."""
+    run = attach(nn.Linear(4, 1), data(64), 8, noise_multiplier=1.0)
+    if inside:
+        batches = iter(run.loader)
+        work(run, next(batches))
+    else:
+        train(run)
+        batches = None
+    before = weights(run.model)
+    reader, writer = os.pipe()
+    child = os.fork()
+    sizes, refused = [], False
+    try:
+        for batch in batches or run.loader:
+            sizes.append(len(batch[0]))
+            work(run, batch)
+    except dpkit.UnfinishedStepError:
+        refused = True
+    moved = weights(run.model) - before
+    if child == 0:
+        os.write(writer, pickle.dumps((moved, sizes, refused)))
+        os._exit(0)
+    os.waitpid(child, 0)
+    others, other_sizes, other_refused = pickle.loads(os.read(reader, 1 << 20))
+    os.close(reader)
+    os.close(writer)
+    assert not refused
+    assert other_refused == inside
+    assert not (moved == others).any()
+    assert sizes != other_sizes

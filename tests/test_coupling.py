@@ -1,0 +1,317 @@
+"""Records that meet where one look does not show it: by chance, in train mode alone, in outputs of other kinds, in what
+a module remembers; and everyday models that only look as if they did.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dpkit
+from tests.oracle import clipped_sum
+from tests.test_loops import C, N, error, moved
+from tests.training import attach, drawing, train
+
+
+class Mixes(nn.Module):
+    """A network whose hidden layer goes through ``mix(y, training)``."""
+
+    def __init__(self, mix: Any) -> None:
+        super().__init__()
+        self.first, self.head, self.mix = nn.Linear(4, 5), nn.Linear(5, 1), mix
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.mix(torch.tanh(self.first(x)), self.training))
+
+
+# --- chance ---
+
+
+def mixup(y: Tensor, training: bool) -> Tensor:
+    return 0.7 * y + 0.3 * y[torch.randperm(len(y))] if training else y
+
+
+def mixup_at_times(y: Tensor, training: bool) -> Tensor:
+    return mixup(y, training and bool(torch.rand(()) < 0.7))
+
+
+def standardised_and_dropped(y: Tensor, training: bool) -> Tensor:
+    """A batch normalisation of one's own, and dropout that is no module."""
+    if training:
+        y = (y - y.mean(0).detach()) / (y.std(0).detach() + 0.1)
+    return F.dropout(y, 0.3, training)
+
+
+@pytest.mark.parametrize("mix", [mixup, mixup_at_times, standardised_and_dropped])
+@pytest.mark.parametrize("seed", range(3))
+def test_coupling_by_chance(mix: Any, seed: int) -> None:
+    """Without chance, in eval mode, nothing mixes: chance is no reason to look there alone."""
+    torch.manual_seed(seed)
+    with pytest.raises(dpkit.CoupledRecordsError, match="replaced"):
+        train(attach(Mixes(mix)))
+
+
+def noise_for_each(y: Tensor, training: bool) -> Tensor:
+    return y + 0.1 * torch.randn_like(y)
+
+
+def noise_for_all(y: Tensor, training: bool) -> Tensor:
+    return y * torch.rand(y.shape[1])
+
+
+def layer_at_times(y: Tensor, training: bool) -> Tensor:
+    return y if training and bool(torch.rand(()) < 0.5) else torch.tanh(y)
+
+
+def as_much_as_the_data_say(y: Tensor, training: bool) -> Tensor:
+    """Rejection sampling: how many numbers are drawn for a record moves those of the next."""
+    return y * torch.distributions.Gamma(y.detach().abs() + 0.1, 1.0).sample()
+
+
+@pytest.mark.parametrize("mix", [noise_for_each, noise_for_all, layer_at_times])
+@pytest.mark.parametrize("seed", range(3))
+def test_chance_is_no_coupling(mix: Any, seed: int) -> None:
+    """Noise that is drawn in eval mode, too (a variational autoencoder, diffusion)."""
+    torch.manual_seed(seed)
+    train(attach(Mixes(mix)), 2)
+
+
+def test_chance_of_which_nothing_can_be_told() -> None:
+    with pytest.raises(dpkit.CoupledRecordsError, match="how many is for the records to say"):
+        train(attach(Mixes(as_much_as_the_data_say)))
+
+
+class Denoises(nn.Module):
+    """Diffusion as many write it: noise and times are drawn in the forward, which returns the loss alone."""
+
+    def __init__(self, coupled: bool) -> None:
+        super().__init__()
+        self.net, self.coupled = nn.Linear(5, 4), coupled
+
+    def forward(self, x: Tensor) -> Tensor:
+        time, noise = torch.rand(len(x), 1), torch.randn_like(x)
+        guess = self.net(torch.cat([(1 - time) * x + time * noise, time], 1))
+        losses = (guess - noise).square().mean(1)
+        weights = x[:, 0].abs()
+        return (losses * weights).sum() / weights.sum() if self.coupled else losses.mean()
+
+
+def test_a_loss_with_noise_in_it() -> None:
+    run = attach(Denoises(False))
+    for x, _ in run.loader:
+        run.model(x).backward()
+        run.optimizer.step()
+    run = attach(Denoises(True))
+    for x, _ in run.loader:
+        with pytest.raises(dpkit.CoupledRecordsError, match="neither the mean nor the sum"):
+            run.model(x).backward()
+
+
+# --- modes ---
+
+
+def standardised(y: Tensor, training: bool) -> Tensor:
+    return y - y.mean(0) if training else y
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_coupling_in_train_mode_alone(part: bool) -> None:
+    """A model that was examined in eval mode is another one in train mode, of a part of it, too."""
+    model = Mixes(lambda y, training: y)
+    model.first.register_forward_hook(lambda module, args, y: standardised(y, module.training))
+    run = attach(model.eval())
+    train(run, 2)
+    (model.first if part else model).train()
+    with pytest.raises(dpkit.CoupledRecordsError, match="left out"):
+        train(run)
+
+
+class Reversed(nn.Module):
+    """Runs its middle on the records in reverse order: their gradients are the others'."""
+
+    def __init__(self, flat: bool = False) -> None:
+        super().__init__()
+        self.first, self.middle, self.head = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+        self.flat = flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x))
+        y = self.head(torch.tanh(self.middle(y.flip(0))).flip(0))
+        return y.flatten() if self.flat else y
+
+
+def test_what_is_unfrozen_later_is_attributed_then() -> None:
+    """No record's share of a frozen layer is looked at; when it trains, it is."""
+
+    def values(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch[0]).square().sum(1)
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return Reversed()
+
+    x = torch.randn(N, 6) * torch.logspace(-1, 1, N)[:, None]
+    model, twin, start = build(), build(), build().state_dict()
+
+    def loop(engine: Any, optimizer: Any, loader: Any) -> None:
+        model.middle.requires_grad_(False)
+        for trains in (False, True):
+            model.middle.requires_grad_(trains)
+            model.load_state_dict(start)
+            for batch in loader:
+                values(model, batch).mean().backward()
+                optimizer.step()
+
+    assert error(moved(model, loop, (x,)), clipped_sum(twin, values, (x,), N, C)) < 1e-5
+
+
+def test_what_is_returned_flat_is_attributed() -> None:
+    """Rows of outputs [n·k] are a record's, too, and their gradients are compared."""
+
+    def values(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch[0]).view(-1, 2).square().sum(1)
+
+    model = Reversed(flat=True)
+    x = torch.randn(N, 6) * torch.logspace(-1, 1, N)[:, None]
+    expected = clipped_sum(copy.deepcopy(model), values, (x,), N, C)
+
+    def loop(engine: Any, optimizer: Any, loader: Any) -> None:
+        for batch in loader:
+            values(model, batch).mean().backward()
+            optimizer.step()
+
+    assert error(moved(model, loop, (x,)), expected) < 1e-5
+
+
+def test_two_records_of_which_one_is_squeezed() -> None:
+    """``squeeze()`` leaves no dimension of records where there is one: the next batch is examined, too."""
+
+    def fit(mix: Any) -> None:
+        run = attach(Wraps(mix, Tensor.squeeze))
+        with drawing([0, 1], [0, 1, 2]):
+            for x, y in run.loader:
+                (run.model(x) - y.squeeze()).square().mean().backward()
+                run.optimizer.step()
+
+    fit(lambda y, training: y)
+    with pytest.raises(dpkit.CoupledRecordsError, match="left out"):
+        fit(standardised)
+
+
+# --- outputs ---
+
+
+class Box:
+    """An object of a kind that nobody knows."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class Slots:
+    __slots__ = ("logits",)
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+def in_a_distribution(y: Tensor) -> Any:
+    return torch.distributions.Independent(torch.distributions.Normal(y, 1.0), 1)
+
+
+class Wraps(Mixes):
+    def __init__(self, mix: Any, kind: Any) -> None:
+        super().__init__(mix)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Any:
+        return self.kind(super().forward(x))
+
+
+def value(out: Any) -> Tensor:
+    return out.mean if isinstance(out, torch.distributions.Distribution) else out.logits
+
+
+@pytest.mark.parametrize("kind", [Box, in_a_distribution])
+def test_records_that_meet_in_objects(kind: Any) -> None:
+    """A policy returns a distribution; what is in it is looked at as anything else."""
+
+    def fit(mix: Any) -> None:
+        run = attach(Wraps(mix, kind))
+        for x, y in run.loader:
+            (value(run.model(x)) - y).square().mean().backward()
+            run.optimizer.step()
+
+    fit(lambda y, training: y)
+    with pytest.raises(dpkit.CoupledRecordsError, match="left out"):
+        fit(standardised)
+
+
+def test_outputs_that_nobody_can_look_into() -> None:
+    run = attach(Wraps(lambda y, training: y, Slots))
+    x, _ = next(iter(run.loader))
+    with pytest.raises(dpkit.UncoveredParameterError, match="returns a Slots"):
+        run.model(x)
+
+
+class Reduces(nn.Module):
+    """Returns beside its prediction what it has reduced over the records."""
+
+    def __init__(self, reduce: Any) -> None:
+        super().__init__()
+        self.first, self.head, self.reduce = nn.Linear(4, 5), nn.Linear(5, 1), reduce
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.tanh(self.first(x))
+        return self.head(y), self.reduce(y)
+
+
+@pytest.mark.parametrize("reduce", [lambda y: y.mean(0), lambda y: y.T @ y, lambda y: (y.sum() / y.abs().sum())[None]])
+def test_losses_on_what_was_reduced_over_the_records(reduce: Any) -> None:
+    """A centre, a correlation matrix: to return them is harmless, a loss on them is not."""
+    run = attach(Reduces(reduce))
+    for x, y in run.loader:
+        out, _ = run.model(x)
+        (out - y).square().mean().backward()
+        run.optimizer.step()
+    for x, y in run.loader:
+        out, centre = run.model(x)
+        with pytest.raises(dpkit.CoupledRecordsError, match=r"no row for each record|neither the mean nor the sum"):
+            ((out - y).square().mean() + centre.square().sum()).backward()
+
+
+def test_a_mean_loss_in_a_row_of_one() -> None:
+    """As models give it that were written for DataParallel."""
+    run = attach(Wraps(lambda y, training: y, lambda y: y.square().mean()[None]))
+    for x, _ in run.loader:
+        run.model(x).sum().backward()
+        run.optimizer.step()
+
+
+# --- memory ---
+
+
+class Remembers(nn.Module):
+    """Shifts by a mean of earlier batches, which is not saved; or only keeps it."""
+
+    def __init__(self, use: bool) -> None:
+        super().__init__()
+        self.layer, self.use = nn.Linear(4, 1), use
+        self.register_buffer("mean", torch.zeros(4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x - self.mean if self.use else x)
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return y
+
+
+def test_what_is_remembered_from_batch_to_batch() -> None:
+    """A record acts in later steps then, by whatever the buffer does; that it is not saved changes nothing."""
+    train(attach(Remembers(False)), 2)
+    with pytest.raises(dpkit.UnsupportedModuleError, match="buffer mean, and uses it"):
+        train(attach(Remembers(True)))
