@@ -1,12 +1,16 @@
-"""What the running backward pass is for: asked of torch's autograd engine."""
+"""What the running backward pass is for, and whom it reaches: asked of torch's autograd engine."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .errors import UncoveredParameterError
 
@@ -33,6 +37,58 @@ def accumulates(anchors: Iterable[Anchor]) -> bool:
             return True
         asked = True
     return not asked
+
+
+class Strangers:
+    """Parameters outside a model that other optimizers train: those of every optimizer of which a step was seen.
+
+    Args:
+        known: the model's own.
+    """
+
+    def __init__(self, known: Container[nn.Parameter]) -> None:
+        self._known, self._nodes = known, dict[nn.Parameter, Any]()
+        self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        _watching.add(self)
+        _watch_all_optimizers()
+
+    def forget(self) -> None:
+        """Look at no more steps."""
+        _watching.discard(self)
+
+    def meet(self, optimizer: Optimizer) -> None:
+        """A step of an optimizer, whosever it is."""
+        if optimizer in self._met:
+            return
+        self._met.add(optimizer)
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if p not in self._known and p.is_leaf and p.requires_grad:
+                self._nodes[p] = torch.autograd.graph.get_gradient_edge(p).node
+
+    def refuse_reached(self) -> None:
+        """Raise if the running backward pass gives one of them a gradient."""
+        for p, node in self._nodes.items():
+            if p not in self._known and torch._C._will_engine_execute_node(node):
+                raise UncoveredParameterError(
+                    f"a parameter {list(p.shape)} outside the model, which another optimizer trains, gets a gradient "
+                    "from private records",
+                    why="it learns from them without clipping, noise and account, and the model learns through it; so "
+                    "it did in the steps before this one.",
+                    cure="make one module of both (nn.ModuleList), with one optimizer, and start anew. Where the "
+                    "gradient is not wanted, detach: discriminator(fake.detach()).",
+                )
+
+
+_watching: weakref.WeakSet[Strangers] = weakref.WeakSet()
+
+
+@functools.cache
+def _watch_all_optimizers() -> None:
+    def tell(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for strangers in tuple(_watching):
+            strangers.meet(optimizer)
+
+    register_optimizer_step_pre_hook(tell)  # once, and for good: torch fails where one is removed during a step
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

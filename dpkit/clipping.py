@@ -254,6 +254,24 @@ def noises_of(clipping: Clipping, noise_multiplier: float, expected_batch_size: 
     return noise_multiplier, 0.0
 
 
+def refuse_excess(weights: Tensor, norms: Tensor, sensitivity: float) -> None:
+    """Raise if a clipping of the user's lets a record contribute more than it says."""
+    if weights.shape not in (norms.shape, norms.shape[:1]):
+        raise ConfigurationError(
+            f"clipping.weights gives {list(weights.shape)} for norms {list(norms.shape)}",
+            why="it is not known which record has which weight.",
+            cure="return one weight for each record [n], or for each record and parameter [n, k].",
+        )
+    lengths = _total(norms * (weights if weights.ndim == 2 else weights[:, None]))
+    if not bool((lengths <= (1.0 + 1e-4) * sensitivity).all()):
+        raise ConfigurationError(
+            f"clipping.weights lets a record contribute {float(lengths.max()):.4g}, while sensitivity is "
+            f"{sensitivity:.4g}",
+            why="the noise is made for the sensitivity: a record could be told by what exceeds it.",
+            cure="return weights at most sensitivity / norm, over all parameters together.",
+        )
+
+
 def _total(norms: Tensor) -> Tensor:
     total: Tensor = torch.linalg.vector_norm(norms, dim=1)
     return total

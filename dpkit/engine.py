@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -41,6 +43,9 @@ from .targets import budget_for, noise_multiplier_for
 from .together import begin_together, refuse_own_sizes
 from .units import PrivacyUnit, refuse_reordering, units_of
 
+log = logging.getLogger("dpkit")
+_trained: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+"""The run that has trained a model in this process, and was detached."""
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
 
@@ -260,6 +265,11 @@ class PrivacyEngine:
         self._target_delta, self._spending.budget = target_delta, budget
         if target_epsilon is not None and target_delta is not None:
             self._spending.target = float(target_epsilon), float(target_delta)
+        if _trained.get(module, self._spending.run) != self._spending.run:
+            log.warning(
+                "the model was trained by another engine before: what that has spent is not in this one's epsilon. "
+                "make_private of the same engine, after detach(), adds up."
+            )
         self._lives.begin(self._step, self._loader)
         self._spending.about = {"sampling": sampling.name, "target_delta": target_delta}
         try:
@@ -280,6 +290,8 @@ class PrivacyEngine:
         if self._step is None:
             return
         self._before += self._step.nonfinite_records
+        if self._spending.released:
+            _trained[self._step.model] = self._spending.run
         self._lives.end()
         self._step.detach()
         self._loader.close()

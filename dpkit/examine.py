@@ -120,7 +120,7 @@ class _Run:
         tensors = [v for v in leaves(what) if isinstance(v, Tensor)]
         recorder.taint.mark([v for v, d in zip(tensors, self.dims, strict=True) if d is not None])
         out = self.routed(recorder, what)
-        self.keys = [str(key) for key, v in out.items() for _ in leaves(v)] if isinstance(out, Mapping) else []
+        self.keys = _keys(out)
         self.holds = bool(holders(out))
         return within(out), recorder
 
@@ -196,8 +196,12 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
                 any(_differ(full, other) for other in again) or any(not probe.same(full, p, n, m) for p in parts)
             ):
                 probe.refuse_coupling(tape.path(module), difference)
-        chance_stays = False
+        chance_stays, added, in_train_mode = False, None, probe.Plan(inputs=dims)
         if by_chance:
+            if seen_full.same_way(seen_part):
+                probe.merge(seen_full, seen_part, in_train_mode)
+            if n > 1 and any(isinstance(v, Tensor) and v.numel() == 1 for v in full):
+                added = _added_up(run, probe.cut(arguments, dims, n, n), n)
             apart = n == 1 or _apart_by_chance(tape, run, probe.cut(arguments, dims, n, n), full, part, n)
             tape.model.eval()  # random by design: judge it without chance
             chance = randomness.capture()
@@ -216,9 +220,10 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
             if difference is not None:
                 probe.refuse_coupling(tape.path(module), difference)
             if alone is not None:
-                added = _added_up(run, probe.cut(arguments, dims, n, n), n) if chance_stays else None
-                plan.losses = probe.mixed_losses(full, part, alone, n, run.keys, kwargs.get("labels"), added)
-            plan.reduced = probe.reduced(full, part, n, seen_full.taint.has)
+                labels = kwargs.get("labels")
+                plan.losses = probe.mixed_losses(full, part, alone, n, run.keys, labels, added, chance_stays)
+                plan.scalars = any(isinstance(v, Tensor) and v.numel() == 1 and v.is_floating_point() for v in full)
+            plan.by_chance, plan.reduced = by_chance, probe.reduced(full, part, n, seen_full.taint.has)
         plan.crossed, plan.holds = probe.crossed(full, part), run.holds
         probe.merge(seen_full, seen_part, plan)
         if plan.lost is not None:
@@ -226,6 +231,9 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
                 probe.refuse_scattered(tape.path(plan.lost))
             except PrivacyError as refusal:
                 raise _Lost(refusal, plan.lost) from refusal
+        plan.calls = in_train_mode.calls | plan.calls  # of what is in train mode alone, what was seen there
+        plan.ops = in_train_mode.ops | plan.ops
+        plan.bare |= in_train_mode.bare
         where = [_where(a, b, n, m) for a, b in zip(full, part, strict=False)]
         plan.gives_records = n > 1 and any(r is not None for r in where)
         with torch.enable_grad():
@@ -252,18 +260,34 @@ def _apart_by_chance(tape: Tape, run: _Run, arguments: Any, full: Any, part: Any
 
 
 def _added_up(run: _Run, arguments: Any, n: int) -> list[bool] | None:
-    """Whether each output is a sum over the records: one that is replaced changes it by as much, whatever the others
-    are."""
-    one, other = {0: 1}, {n - 1: 0}
-    runs = _with_the_same_draws(run, arguments, {}, one, other, {**one, **other})
-    return (
-        None
-        if runs is None
-        else [
+    """Whether each output is a sum over the records: those at even places, replaced, change it by as much, whatever
+    stands at the odd ones. None where that cannot be told."""
+    even, odd = {k: (k + 1) % n for k in range(0, n, 2)}, {k: k - 1 for k in range(1, n, 2)}
+    added: list[bool] = []
+    for _ in range(_DRAWS):
+        runs = _with_the_same_draws(run, arguments, {}, even, odd, {**even, **odd})
+        if runs is None:
+            return None
+        found = [
             isinstance(a, Tensor) and a.shape == d.shape and not probe.gap((a + d).flatten(), (b + c).flatten())
             for a, b, c, d in zip(*runs, strict=False)
         ]
-    )
+        added = [one and other for one, other in zip(added or found, found, strict=False)]
+    return added
+
+
+def look_again(tape: Tape, module: nn.Module, args: Any, kwargs: Any, plan: probe.Plan, n: int) -> None:
+    """Whether losses that the model computes are means or sums over the records of this batch, too: what they are
+    divided by (class weights) may be the same for all records of one batch, and not of another."""
+    with probe.undisturbed(tape.model) as buffers:
+        run, arguments, dims = _Run(tape, module, plan.inputs, buffers), (args, kwargs), plan.inputs
+        probe.without_dropout(tape.model)
+        whole = probe.cut(arguments, dims, n, n)
+        added = _added_up(run, whole, n) if plan.by_chance else None
+        out = run.plain(whole)
+        part, alone = run.plain(probe.cut(arguments, dims, n, n - 1)), run.plain(probe.last(arguments, dims, n))
+        full = within(out), within(part), within(alone)
+        plan.losses |= probe.mixed_losses(*full, n, _keys(out), kwargs.get("labels"), added, plan.by_chance)
 
 
 def _with_the_same_draws(run: _Run, arguments: Any, *others: Mapping[int, int]) -> list[list[Any]] | None:
@@ -392,6 +416,7 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
                         cure="freeze it, or register a rule for the module that uses it (dpkit.register_rule).",
                     )
             except PrivacyError as refusal:
+                probe.refuse_hooked(tape.name(p), p)
                 if any(not rule.built_in for rule in tape.rules_of(p)):  # a wrong rule is not to be hidden
                     raise
                 raise _Lost(refusal, p) from refusal
@@ -414,6 +439,11 @@ def _where(a: Any, b: Any, n: int, m: int) -> Records | None:
         return None
     where = place(tuple(a.shape), tuple(b.shape), n, m, (a, b))
     return where if isinstance(where, Records) else None
+
+
+def _keys(out: Any) -> list[str]:
+    """The outputs' names, where they have some."""
+    return [str(key) for key, v in out.items() for _ in leaves(v)] if isinstance(out, Mapping) else []
 
 
 def _differ(one: Any, other: Any) -> bool:

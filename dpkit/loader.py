@@ -15,9 +15,10 @@ from itertools import chain, islice
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from . import randomness
+from .collating import Collates
 from .errors import SamplingError, UnfinishedStepError
 from .ranks import Ranks
 from .sampling import Sampling
@@ -160,8 +161,10 @@ class PrivateDataLoader(DataLoader[Any]):
         self._then: dict[str, Any] | None = None  # and after the batch that had been fetched by then is fetched again
         workers: dict[str, Any] = {}
         self._workers: randomness.BatchChance | None = None
+        alone = units.records and units.copies == 1 and loader.collate_fn is not default_collate
+        collate = Collates(loader.collate_fn) if alone else loader.collate_fn
         if loader.num_workers > 0:
-            self._workers = randomness.BatchChance(loader.collate_fn, loader.worker_init_fn)
+            self._workers = randomness.BatchChance(collate, loader.worker_init_fn)
             workers = {
                 "prefetch_factor": loader.prefetch_factor,
                 "persistent_workers": loader.persistent_workers,
@@ -171,7 +174,7 @@ class PrivateDataLoader(DataLoader[Any]):
             loader.dataset,
             batch_sampler=_PhysicalBatches(sampling, units, generator, limit, ranks),
             num_workers=loader.num_workers,
-            collate_fn=self._workers or loader.collate_fn,
+            collate_fn=self._workers or collate,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
             worker_init_fn=self._workers.begin if self._workers is not None else None,
@@ -415,5 +418,6 @@ def refuse_private(loader: object) -> None:
         raise SamplingError(
             "the data loader is private already",
             why="its draws are counted by another engine.",
-            cure="pass the original one.",
+            cure="pass the original one; several networks that learn from the same batch are one module "
+            "(nn.ModuleList) with one optimizer.",
         )

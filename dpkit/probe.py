@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import randomness
 from .buffers import Buffers
-from .errors import CoupledRecordsError, FoldedBatchError, GradientMismatchError
+from .errors import CoupledRecordsError, FoldedBatchError, GradientMismatchError, UncoveredParameterError
 from .forms import Form
 from .moves import Move, Places, Taint
 from .records import Folded, Place, Records, Shape, place
@@ -138,6 +138,9 @@ class Plan:
     moves: list[Places] = field(default_factory=list)  # rows that are moved as the data say, in order
     lost: nn.Module | None = None  # where they are moved so that the records can no longer be followed
     gives_records: bool = False  # whether a floating output carries records
+    scalars: bool = False  # whether there are floating outputs of one value
+    by_chance: bool = False  # whether random numbers are drawn in the forward
+    used: int = 0  # how often, where there are such outputs
     holds: bool = False  # whether outputs are in objects of other kinds than containers
 
 
@@ -178,6 +181,10 @@ class Recorder:
         """Packed data are used whose order is not known: were they packed in another one than the records'?"""
         if self.taint.reordered and not self.quiet:
             self.lost = self.lost or self.inside()
+
+    def same_way(self, other: Recorder) -> bool:
+        """Whether both runs took the same way through the model, where chance may choose one."""
+        return self.calls.keys() == other.calls.keys() and self.ops.keys() == other.ops.keys()
 
     def call(self, layer: nn.Module, args: Any, kwargs: Any) -> bool:
         """Note a call of a layer with a rule. Returns whether it may use the rule: its input comes from the batch."""
@@ -492,7 +499,14 @@ def paired(v: Tensor, dims: list[int] | None, n: int) -> bool:
 
 
 def mixed_losses(
-    full: list[Any], part: list[Any], alone: list[Any], n: int, keys: list[str], labels: Any, added: list[bool] | None
+    full: list[Any],
+    part: list[Any],
+    alone: list[Any],
+    n: int,
+    keys: list[str],
+    labels: Any,
+    added: list[bool] | None,
+    by_chance: bool,
 ) -> dict[int, str]:
     """Outputs that hold nothing for each record, and are neither the mean nor the sum of one value a record: leaf
     number -> reason.
@@ -500,7 +514,8 @@ def mixed_losses(
     Args:
         keys: the outputs' names, where they have some.
         labels: an argument of that name.
-        added: where chance changes them from run to run, whether each output is a sum over the records.
+        added: whether each output is a sum over the records, where chance has a hand in the model.
+        by_chance: whether it has in the outputs at hand, so that they cannot be compared.
     """
     found: dict[int, str] = {}
     for k, (a, b, c) in enumerate(zip(full, part, alone, strict=False)):
@@ -512,7 +527,9 @@ def mixed_losses(
             found[k] = f"{keys[k]} balances the experts over the tokens of the whole batch"
         elif isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
             found[k] = "it averages over the labelled tokens of the whole batch"
-        elif not (added[k] if added else abs(n * x - ((n - 1) * y + z)) <= scale or abs(x - (y + z)) <= scale):
+        elif (added is not None and not all(added[k : k + 1])) or not (
+            by_chance or abs(n * x - ((n - 1) * y + z)) <= scale or abs(x - (y + z)) <= scale
+        ):
             found[k] = "it is neither the mean nor the sum of one loss a record"
     return found
 
@@ -535,6 +552,18 @@ def refuse_coupling(path: str, what: str, when: str = "other records were left o
         why="a record then acts through the other records' gradients too, which clipping its own does not bound.",
         cure="remove what mixes records: BatchNorm (use GroupNorm), statistics of the batch, mixup, balancing losses.",
     )
+
+
+def refuse_hooked(name: str, p: Tensor) -> None:
+    """Raise if a hook of the user's may be why a parameter's gradient is not what its records' add up to."""
+    if p._backward_hooks:
+        raise UncoveredParameterError(
+            f"{name} has a hook (register_hook) that changes its gradient",
+            why="records' gradients are computed and clipped as if there were none.",
+            cure="remove it. To keep a part of a parameter as it is, multiply it by a mask in the forward, or make the "
+            "part a buffer; to change what the optimizer sees, register optimizer.register_step_pre_hook after "
+            "make_private: it finds the noisy gradient.",
+        )
 
 
 def refuse_draws(path: str, what: str) -> None:

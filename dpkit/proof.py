@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from .errors import GradientMismatchError, NonPrivateGradientError
 from .forms import joined
+from .probe import refuse_hooked
 from .tape import Tape
 from .taps import Batch
+
+_PENALTY = "A penalty on weights uses no record: leave it out of the loss, and give the optimizer weight_decay."
 
 
 def prove(tape: Tape, batch: Batch, max_grad_norm: float) -> None:
@@ -42,12 +45,13 @@ def prove(tape: Tape, batch: Batch, max_grad_norm: float) -> None:
             continue
         # a gradient that is zero but for rounding (an attention key's bias) is judged against the largest one
         if gap > batch.tolerance * max(scale, size) and gap > batch.tolerance * 1e-3 * _most(batch):
+            refuse_hooked(tape.name(p), p)
             raise GradientMismatchError(
                 f"{tape.name(p)} {list(p.shape)}: the per-record gradients add up to something else than "
                 f"autograd's gradient (they differ by {gap:.3g}, norm {size:.3g})",
                 why="either its layer's rule is wrong, or the parameter is also used where no rule sees it; what "
                 "is not clipped per record is not covered by the guarantee.",
-                cure="correct the rule (dpkit.register_rule), or freeze the parameter.",
+                cure=f"correct the rule (dpkit.register_rule), or freeze the parameter. {_PENALTY}",
             )
         tape.proven.add(p)
 
@@ -64,13 +68,13 @@ def _refuse_uncovered(tape: Tape, batch: Batch, p: nn.Parameter) -> None:
             f"{tape.name(p)} received an ordinary gradient: {batch.passive}, while {batch.n} records were drawn",
             why="the gradient is not clipped per record.",
             cure="feed the model the batches of the private loader, one row for each record, in the dimension that "
-            "batch_first says.",
+            "batch_first says; several views of a record one after another, model(a) and model(b), not in more rows.",
         )
     raise NonPrivateGradientError(
         f"{tape.name(p)} {list(p.shape)} received a gradient that the engine did not see",
         why="what is not clipped per record is not covered by the guarantee.",
         cure="freeze it, register a rule for its module (dpkit.register_rule), or use the parameter through its "
-        "module inside the model's forward.",
+        f"module inside the model's forward. {_PENALTY}",
     )
 
 

@@ -14,7 +14,15 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 from dpkit.accountants import Event, PoissonSampled
@@ -123,6 +131,13 @@ def checked(loader: DataLoader[Any], ranks: Ranks | None = None) -> DataLoader[A
             "who takes part in a step has to be drawn, and counted, by the engine.",
             "pass a torch.utils.data.DataLoader over a map-style dataset.",
         )
+    own = type(loader).__iter__ is not DataLoader.__iter__
+    if own and not type(loader).__module__.startswith("accelerate."):  # what those do, move batches, is done
+        _refuse(
+            f"the loader is a {type(loader).__name__}, whose __iter__ is its own",
+            "the engine draws batches from the data set itself, and what is done to them there would be left out.",
+            "do it in collate_fn, in the data set or in the loop, and pass a plain DataLoader.",
+        )
     if isinstance(loader.dataset, IterableDataset):
         _refuse(
             f"the data set is an IterableDataset ({type(loader.dataset).__name__})",
@@ -175,7 +190,7 @@ def sampling_of(loader: DataLoader[Any], units: UnitIndex, ranks: Ranks | None =
             )
     if units.records and _repeats(loader.dataset):
         _refuse(
-            "the data set is a Subset that holds a record several times",
+            "the data set is a Subset or ConcatDataset that holds a record several times",
             "the record would take part in a step with more than the sampling rate, and be clipped once for each copy.",
             "use each index once, or say with privacy_unit whose rows they are.",
         )
@@ -197,11 +212,24 @@ def sampling_of(loader: DataLoader[Any], units: UnitIndex, ranks: Ranks | None =
 
 
 def _repeats(dataset: Any) -> bool:
-    while isinstance(dataset, Subset):
-        if len(set(dataset.indices)) < len(dataset.indices):
-            return True
-        dataset = dataset.dataset
-    return False
+    """Whether a row of a data set that Subset and ConcatDataset are made of is in it several times."""
+    found: dict[int, list[Tensor]] = {}
+
+    def collect(part: Any, rows: Tensor) -> None:
+        rows = rows % len(part)  # -1 is the last one
+        if isinstance(part, Subset):
+            collect(part.dataset, torch.as_tensor(list(part.indices))[rows])
+        elif isinstance(part, ConcatDataset):
+            ends = torch.tensor(part.cumulative_sizes)
+            which = torch.bucketize(rows, ends, right=True)
+            for k, inner in enumerate(part.datasets):
+                collect(inner, rows[which == k] - (int(ends[k - 1]) if k else 0))
+        else:
+            found.setdefault(id(part), []).append(rows)
+
+    if isinstance(dataset, Subset | ConcatDataset):
+        collect(dataset, torch.arange(len(dataset)))
+    return any(len(torch.cat(rows).unique()) < sum(map(len, rows)) for rows in found.values())
 
 
 def _refuse(seen: str, why: str, cure: str) -> NoReturn:

@@ -321,8 +321,9 @@ class PrivateStep:
                 raise DoubleUseError(
                     "optimizer.step() without a batch: the last one's step was taken, or none was drawn",
                     why="the gradients at hand are not those of a drawn, clipped and accounted batch.",
-                    cure="call optimizer.step() once for each batch of the private loader; for public data use "
-                    "engine.paused().",
+                    cure="loop over the loader that make_private returned, and call optimizer.step() once for each of "
+                    "its batches; for public data use engine.paused(). Several networks that learn from the same batch "
+                    "are one module (nn.ModuleList) with one optimizer.",
                 )
             return
         try:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .clipping import Clipping, Learning, learns, noises_of
+from .clipping import Clipping, Learning, learns, noises_of, refuse_excess
 from .forms import Form
 from .sharded import Shards
 from .units import Units
@@ -76,7 +76,10 @@ class ClippedSum:
             forms, norms = {p: f.take(rows) for p, f in forms.items()}, norms[keep]
         if self._learning is not None:
             self._observe(self._learning, norms)
-        weights = self.clipping.weights(norms, self.max_grad_norm) * scale
+        weights = self.clipping.weights(norms, self.max_grad_norm)
+        if not type(self.clipping).__module__.startswith("dpkit."):
+            refuse_excess(weights, norms, self.sensitivity)
+        weights = weights * scale
         shared = units.spread(weights) if weights.ndim == 1 else None
         for p in list(forms) if self._shards is None else columns:
             total = None

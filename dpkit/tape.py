@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from . import checks, probe
 from .apart import brings_back, packed_in
 from .apiece import Apiece
-from .autograd import Anchor
+from .autograd import Anchor, Strangers
 from .errors import ConfigurationError, CoupledRecordsError, UncoveredParameterError
-from .examine import examine, examine_any
+from .examine import examine, examine_any, look_again
 from .live import Live
 from .methods import Methods
 from .moves import Taint
@@ -108,6 +108,7 @@ class Tape:
         self.router: Live | probe.Recorder | None = None
         self._watching: Taint | None = None
         self._anchors: dict[torch.device, Anchor] = {}
+        self.strangers = Strangers(self.names)
         self._handles: list[Any] = []
         self._watches: list[Any] = []
         self._watched: list[tuple[str, nn.Module]] = []
@@ -191,8 +192,16 @@ class Tape:
         unproven = frozenset(p for p in self.names if p.requires_grad and p not in self.proven)
         if self.shards is not None:  # torch would add up the ranks' ordinary gradients; the examination has compared
             unproven = frozenset()
+        for p in self.names if unproven else ():
+            if p in unproven and p._post_accumulate_grad_hooks:
+                raise ConfigurationError(
+                    f"{self.name(p)} has a hook on its accumulated gradient (an optimizer that steps in the backward?)",
+                    why="in the first batch it would be given the ordinary gradient, before anything is clipped.",
+                    cure="remove the hook; step with the optimizer that was given to make_private.",
+                )
         self.methods.begin()
         self.batch = Batch(n, self.methods, unproven=unproven, anchors=self._anchors, marked=marked, shards=self.shards)
+        self.batch.strangers = self.strangers
         self._watches = [p.register_post_accumulate_grad_hook(_Hook(self._keep)) for p in unproven]
 
     def _keep(self, parameter: Tensor) -> None:
@@ -216,6 +225,7 @@ class Tape:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.strangers.forget()
         _tapes.pop(self.model, None)
 
     def restore(self) -> None:
@@ -464,6 +474,9 @@ class Tape:
                     sizes = sorted({tuple(t.shape)[:1] for t in tensors})
                     batch.passive = (
                         f"{self.path(module)} was called on tensors of leading sizes {[s[0] for s in sizes if s]}"
+                        if tensors
+                        else f"{self.path(module)} was called on no tensor that is an argument, or in a tuple, list, "
+                        "dict or dataclass that is one"
                     )
                     return
                 plan = examine_any(self, module, args, kwargs, dims, batch.n)
@@ -476,6 +489,10 @@ class Tape:
                 f"{self.path(module)} was called on tensors with different numbers of records {sorted(rows)}"
             )
             return
+        if plan.scalars and batch.n > 1 and self.shards is None:
+            plan.used += 1
+            if plan.used & (plan.used - 1) == 0 and plan.used > 1:
+                look_again(self, module, args, kwargs, plan, batch.n)
         self.latest = plan
         self.router = Live(self, plan, batch, rows.pop())
         self._watching = self.router.watch((args, kwargs))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .autograd import Anchor, accumulates, once_differentiable
+from .autograd import Anchor, Strangers, accumulates, once_differentiable
 from .errors import CoupledRecordsError, DoubleUseError
 from .forms import Dense, Form
 from .methods import Methods
@@ -156,6 +156,7 @@ class Batch:
         passive: why forwards in this batch were left alone, if any was.
         anchors: the leaves that tell whether a backward pass accumulates gradients, or only asks for an input's.
         shards: whose rows are on which rank, where parameters are sharded; forms are those of the sharded ones.
+        strangers: parameters of others, which may not be reached.
         marked: parameters that get zeros as their ``grad`` after a backward pass, for a GradScaler to inspect.
     """
 
@@ -169,6 +170,7 @@ class Batch:
     anchors: Mapping[torch.device, Anchor] = field(default_factory=dict)
     marked: Sequence[nn.Parameter] = ()
     shards: Shards | None = None
+    strangers: Strangers | None = None
     closed: bool = False
     examined: int | None = None  # strict door: the only record that the running backward may touch
     _task: tuple[int, bool] = (-1, True)
@@ -191,8 +193,9 @@ class Batch:
             raise DoubleUseError(
                 f"{form.n} records were back-propagated in a step that drew {self.n}",
                 why="the step is accounted for the records that were drawn, each of them once.",
-                cure="feed the batches of the private loader as they come; evaluate under torch.no_grad() or "
-                "engine.paused(). Several views of one record belong in one more dimension, not in more rows.",
+                cure="feed the batches of the private loader as they come (their sizes vary, and what goes with them, "
+                "noise say, has as many rows); evaluate under torch.no_grad() or engine.paused(). Several views of a "
+                "record go through the model one after another, or in one more dimension, not in more rows.",
             )
         form = self.methods.settle(form, parameter)
         self.forms[parameter].append(form)
@@ -205,6 +208,8 @@ class Batch:
         task = torch._C._current_graph_task_id()
         if task == -1 or task != self._task[0]:
             self._task = (task, accumulates(self.anchors.values()))
+            if self._task[1] and task != -1 and self.strangers is not None:
+                self.strangers.refuse_reached()
         return self._task[1]
 
     def _mark(self) -> None:

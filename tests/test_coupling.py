@@ -4,6 +4,7 @@ a module remembers; and everyday models that only look as if they did.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import dpkit
 from tests.oracle import clipped_sum
@@ -69,8 +71,8 @@ def layer_at_times(y: Tensor, training: bool) -> Tensor:
 
 
 def as_much_as_the_data_say(y: Tensor, training: bool) -> Tensor:
-    """Rejection sampling: how many numbers are drawn for a record moves those of the next."""
-    return y * torch.distributions.Gamma(y.detach().abs() + 0.1, 1.0).sample()
+    """As rejection sampling does: another record, and the next ones' numbers are others."""
+    return y * torch.rand(1 + int(1e4 * y.detach().abs().sum()))[-1]
 
 
 @pytest.mark.parametrize("mix", [noise_for_each, noise_for_all, layer_at_times])
@@ -110,6 +112,92 @@ def test_a_loss_with_noise_in_it() -> None:
     for x, _ in run.loader:
         with pytest.raises(dpkit.CoupledRecordsError, match="neither the mean nor the sum"):
             run.model(x).backward()
+
+
+class LossAlone(Mixes):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x).square().mean()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_coupling_by_chance_of_which_the_loss_alone_tells(seed: int) -> None:
+    torch.manual_seed(seed)
+    for mix, mixes in ((noise_for_each, False), (layer_at_times, False), (mixup, True)):
+        run = attach(LossAlone(mix))
+        for x, _ in run.loader:
+            with pytest.raises(dpkit.CoupledRecordsError) if mixes else contextlib.nullcontext():
+                run.model(x).backward()
+            run.optimizer.step() if not mixes else None
+
+
+class Weighted(nn.Module):
+    """Its loss is divided by the batch's class weights: a mean, where all records are of one class."""
+
+    def __init__(self, drops: bool) -> None:
+        super().__init__()
+        self.net, self.drops = nn.Linear(4, 2), drops
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        scores = F.dropout(self.net(x), 0.2, self.training and self.drops)
+        return F.cross_entropy(scores, y, weight=torch.tensor([1.0, 10.0]))
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_loss_that_is_no_mean_on_a_later_batch(drops: bool) -> None:
+    x, y = torch.randn(12, 4), torch.tensor([0] * 8 + [1] * 4)
+    run = attach(Weighted(drops), TensorDataset(x, y))
+    steps = 0
+
+    def fit() -> None:
+        nonlocal steps
+        for part in run.loader:
+            run.model(*part).backward()
+            run.optimizer.step()
+            steps += 1
+
+    alike, mixed = list(range(8)), [0, 1, 2, 9, 10]
+    with drawing(alike, alike, alike, mixed), pytest.raises(dpkit.CoupledRecordsError, match="neither the mean"):
+        fit()
+    assert steps == 3
+
+
+class NoisyNet(nn.Module):
+    """Its weights are noisy in train mode, for all records alike: another operation than in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.width = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.full((1, 4), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + self.width * torch.randn(1, 4) if self.training else self.weight)
+
+
+def test_operations_of_train_mode_alone() -> None:
+    train(attach(NoisyNet()), 2)
+
+
+class LayerDrop(nn.Module):
+    """Drops activations and layers in train mode, so that two runs are hard to compare: in eval mode they are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.scale = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), nn.Parameter(torch.ones(4))
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x[:, None] * torch.tensor([0.5, 1.0, 2.0])[:, None]
+        for layer in self.layers:
+            if not self.training or torch.rand(()) < 0.5:
+                rows = F.dropout(y, 0.5, self.training).reshape(-1, 4)
+                y = y + self.scale * torch.tanh(layer(rows)).view(y.shape)
+        return self.head(y.mean(1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_layers_that_are_left_out_by_chance(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(seed)
+    train(attach(LayerDrop()), 3)
+    assert not caplog.text
 
 
 # --- modes ---

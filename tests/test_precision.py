@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 import dpkit
 from tests.oracle import clipped_sum, norm
@@ -106,8 +106,19 @@ def test_one_stream_for_draw_and_noise_is_refused() -> None:
 
 
 def test_a_subset_that_repeats_a_record_is_refused() -> None:
-    with pytest.raises(dpkit.SamplingError, match="several times"):
-        private(dataset=Subset(TensorDataset(*records()), [0, 1, 1, 2, 3, 4, 5, 6, 7]))
+    whole = TensorDataset(*records())
+    n = len(whole)
+    first, rest = Subset(whole, range(3)), Subset(whole, range(3, n))
+    for repeated in (
+        Subset(whole, [0, 1, 1, 2, 3, 4, 5, 6, 7]),
+        Subset(whole, [0, -n, 1, 2, 3, 4, 5, 6, 7]),
+        ConcatDataset([whole, whole]),
+        ConcatDataset([whole, first]),
+        Subset(ConcatDataset([first, whole]), range(n)),
+    ):
+        with pytest.raises(dpkit.SamplingError, match="several times"):
+            private(dataset=repeated)
+    private(dataset=ConcatDataset([rest, ConcatDataset([first])]))
 
 
 def test_the_draw_is_not_told_by_the_global_seed() -> None:

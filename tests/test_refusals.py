@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +24,7 @@ from torch.utils.data import (
 )
 
 import dpkit
+from dpkit.autograd import _watching
 from tests.training import Run, attach, data, drawing, mlp, squared_loss, train, weights, work
 
 Refused = pytest.ExceptionInfo[dpkit.PrivacyError]
@@ -431,6 +433,13 @@ class OddBatches(BatchSampler):
     """A user's own rule."""
 
 
+class Moves(DataLoader[Any]):
+    """Does something to its batches on their way."""
+
+    def __iter__(self) -> Any:
+        return ([v.double() for v in batch] for batch in super().__iter__())
+
+
 SEQUENCE = SequentialSampler(data())
 LOADERS: dict[str, tuple[Callable[[], Any], str]] = {
     "weighted": (lambda: DataLoader(data(), 4, sampler=WeightedRandomSampler([1.0] * 8, 8)), "WeightedRandomSampler"),
@@ -443,6 +452,7 @@ LOADERS: dict[str, tuple[Callable[[], Any], str]] = {
     "no batches": (lambda: DataLoader(data(), batch_size=None), "NoneType"),
     "empty": (lambda: DataLoader([], 4), "empty"),
     "too large": (lambda: DataLoader(data(), 9), "9"),
+    "own iteration": (lambda: Moves(data(), 4), "__iter__"),
     "no loader": (lambda: [data().tensors], "list"),
 }
 
@@ -508,6 +518,66 @@ def test_in_the_optimizer_and_not_in_the_model() -> None:
     run.optimizer.add_param_group({"params": [stranger]})
     with refused(dpkit.UncoveredParameterError, "[7, 2]", "not in the model"):
         train(run)
+
+
+def test_a_head_that_another_optimizer_trains() -> None:
+    """It would learn from the records without privacy, and the model through it."""
+    body, head = mlp(), nn.Linear(1, 1)
+    run, other = attach(body), torch.optim.SGD(head.parameters(), lr=0.1)
+
+    def fit() -> None:
+        for x, y in run.loader:
+            (head(run.model(x)) - y).square().mean().backward()
+            run.optimizer.step()
+            other.step()
+
+    fit()
+    before = weights(body)
+    with refused(dpkit.UncoveredParameterError, "[1, 1]", "another optimizer", "ModuleList"):
+        fit()
+    assert torch.equal(weights(body), before)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_hooks_that_change_a_parameters_gradient(warm: bool) -> None:
+    """Half of a table is kept as it is by a hook: a private step would not know of it. One that only looks may stay."""
+    model, seen = mlp(), []
+    model[0].weight.register_hook(lambda g: seen.append(float(g.norm())))
+    run = attach(model)
+    train(run)
+    assert seen
+    if not warm:
+        model = mlp()
+        run = attach(model)
+    model[2].weight.register_hook(lambda g: g * torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]))
+    if warm:  # nothing would call it any more: no ordinary gradient is computed
+        run.engine.detach()
+        run = attach(model)
+    with refused(dpkit.UncoveredParameterError, "2.weight", "register_hook", "mask"):
+        train(run)
+
+
+def test_optimizers_that_step_in_the_backward() -> None:
+    """They would be given the ordinary gradient of the first batch."""
+    model = mlp()
+    before = weights(model)
+    each = {p: torch.optim.SGD([p], lr=1.0) for p in model.parameters()}
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: each[p].step())
+    run = attach(model)
+    with refused(dpkit.ConfigurationError, "0.weight", "accumulated"):
+        train(run)
+    assert torch.equal(weights(model), before)
+
+
+def test_engines_that_are_forgotten_look_at_no_optimizer() -> None:
+    gc.collect()
+    before = len(_watching)
+    train(attach(mlp()))
+    gc.collect()
+    assert len(_watching) == before
+    attach(mlp()).engine.detach()
+    assert len(_watching) == before
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-4])
@@ -919,6 +989,30 @@ def test_wrong_objects() -> None:
                 noise_multiplier=1.0,
                 max_grad_norm=1.0,
             )
+
+
+class OwnClipping:
+    """Clips each parameter by itself, to C or, rightly, to C / √k."""
+
+    def __init__(self, right: bool, wide: bool = True) -> None:
+        self.right, self.wide = right, wide
+
+    def weights(self, norms: torch.Tensor, max_grad_norm: float) -> torch.Tensor:
+        bound = max_grad_norm / norms.shape[1] ** 0.5 if self.right else max_grad_norm
+        weights = (bound / norms).clamp(max=1.0)
+        return weights if self.wide else weights.T
+
+    def sensitivity(self, max_grad_norm: float) -> float:
+        return max_grad_norm
+
+
+def test_a_clipping_that_exceeds_what_it_says() -> None:
+    attach_and_train = lambda clipping: train(attach(mlp(), clipping=clipping, max_grad_norm=0.01))  # noqa: E731
+    attach_and_train(OwnClipping(True))
+    with refused(dpkit.ConfigurationError, "lets a record contribute 0.02", "while sensitivity is 0.01"):
+        attach_and_train(OwnClipping(False))
+    with refused(dpkit.ConfigurationError, "clipping.weights gives [4, 8]"):
+        attach_and_train(OwnClipping(True, wide=False))
 
 
 @pytest.mark.parametrize("name", ["noise_multiplier", "max_grad_norm"])

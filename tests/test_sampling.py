@@ -223,7 +223,7 @@ def test_loader_options_are_kept() -> None:
     for name in ("dataset", "num_workers", "timeout", "prefetch_factor"):
         assert getattr(loader, name) is getattr(given, name), name
     assert isinstance(loader.collate_fn, BatchChance)  # the workers' chance is the batch's own; what they do is kept
-    assert (loader.collate_fn.collate, loader.collate_fn.init) == (as_dict, print)
+    assert (loader.collate_fn.collate.collate, loader.collate_fn.init) == (as_dict, print)
     assert loader.batch_sampler.generator is generator  # type: ignore[union-attr]
 
 
@@ -494,6 +494,18 @@ def test_runs_add_up_on_one_engine() -> None:
     with drawing([]):
         list(run.engine._loader)
     assert events(run) == [(Gaussian(3.0), 1), (Gaussian(2.0), 1)]
+
+
+def test_another_engine_on_the_same_model_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Its epsilon does not hold what the first one has spent."""
+    run = attach(mlp(), noise_multiplier=3.0)
+    run.engine.detach()
+    again = attach(run.model, noise_multiplier=3.0)  # nothing was released yet
+    train(again)
+    again.engine.detach()
+    assert not caplog.text
+    attach(again.model, noise_multiplier=2.0)
+    assert "another engine" in caplog.text
 
 
 @pytest.mark.parametrize("poisson", [True, False])
