@@ -28,10 +28,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -221,6 +220,8 @@ class Outer(Form):
 
     def dense(self) -> Tensor:
         g, a = self.summed()._wide()
+        if g.shape[-1] > a.shape[-1]:  # with the wider factor on the right, up to a quarter faster on a CPU
+            return (a.transpose(-1, -2) @ g).transpose(-1, -2)
         return g.transpose(-1, -2) @ a
 
     @property
@@ -345,30 +346,35 @@ class Rows(Form):
     def _repeats(self) -> tuple[Tensor, Tensor, Tensor]:
         """Where a record touches a row again: (positions in [n · t] that do [k], the number of the row among those that
         are touched again [k], the position that touches each of these rows first)."""
-        (n, t), device = self.index.shape, self.index.device
+        t, device = self.index.shape[1], self.index.device
         bits = t.bit_length()
-        keys = self.index + torch.arange(0, n * self.v, self.v, device=device).unsqueeze(1)
-        keys = (keys << bits).bitwise_or_(torch.arange(t, device=device))  # row, then position
-        keys = (torch.from_numpy(np.sort(keys.numpy(), 1)) if device.type == "cpu" else keys.sort(1).values).flatten()
-        rows = keys >> bits
-        before = (rows[1:] == rows[:-1]).nonzero().flatten()  # in the sorted order, one place before each that repeats
-        opens = F.pad(before[1:] != before[:-1] + 1, (1, 0), value=True)[: len(before)]
+        kind = torch.int32 if self.v << bits <= 1 << 31 else torch.int64
+        keys: Any = torch.arange(t, dtype=kind, device=device).add(self.index.to(kind), alpha=1 << bits)
+        if device.type == "cpu":  # numpy sorts several times faster, and takes less for a call
+            keys = keys.numpy()
+            keys.sort(1)
+        else:
+            keys = keys.sort(1).values
+        rows = keys >> bits  # a key is a row, then a position
+        same = (rows[:, 1:] == rows[:, :-1]).ravel()  # [n · (t - 1)]
+        pairs = same.nonzero()[0] if device.type == "cpu" else same.nonzero(as_tuple=True)[0]
+        opens = (pairs % (t - 1) == 0) | ~same[pairs - 1] if len(pairs) else pairs > 0
+        before = pairs + pairs // max(t - 1, 1)  # in the sorted order, one place before each that repeats
+        keys = keys.ravel() & (1 << bits) - 1
 
-        def position(place: Tensor) -> Tensor:
-            record = torch.div(place, max(t, 1), rounding_mode="floor")
-            return record * t + (keys[place] & (1 << bits) - 1)
+        def position(place: Any) -> Tensor:
+            return torch.as_tensor(place // t * t + keys[place])
 
-        return position(before + 1), opens.cumsum(0) - 1, position(before[opens])
+        return position(before + 1), torch.as_tensor(opens.cumsum(0) - 1), position(before[opens])
 
     def sq_norm(self) -> Tensor:
         g = wide(self.g).flatten(0, 1)
-        squares = torch.linalg.vector_norm(g, dim=1).square()
+        squares: Tensor = torch.linalg.vector_norm(g, dim=1).square_()
         again, row, first = self._repeats()
         if len(again):
             sums = g[first].index_add_(0, row, g[again])
-            squares[first], squares[again] = torch.linalg.vector_norm(sums, dim=1).square(), 0.0
-        total: Tensor = squares.view(self.index.shape).sum(1)
-        return total
+            squares[first], squares[again] = torch.linalg.vector_norm(sums, dim=1).square_(), 0.0
+        return squares.view(self.index.shape).sum(1)
 
     def lengths(self) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(wide(self.g), dim=-1)

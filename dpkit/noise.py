@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -216,8 +217,8 @@ class Ahead:
         together = sum(size for size in sizes if size < _FEW)
         self._drawn = [torch.empty(size) for size in (together, *(size for size in sizes if size >= _FEW))]
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._draw, name="dpkit noise", daemon=True)
-        self._thread.start()
+        self._done = threading.Event()
+        _thread.start_new_thread(self._draw, ())  # threading.Thread waits until it runs: a tenth of a millisecond
 
     def _draw(self) -> None:
         try:
@@ -225,10 +226,12 @@ class Ahead:
                 self.stream.fill(flat)
         except BaseException as error:  # it is raised where the noise is asked for
             self._error = error
+        finally:
+            self._done.set()
 
     def take(self) -> list[Tensor]:
         """The numbers, first those of all small tensors together; they are the caller's."""
-        self._thread.join()
+        self._done.wait()
         if self._error is not None:
             raise self._error
         return self._drawn

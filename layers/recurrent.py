@@ -59,10 +59,12 @@ class _LSTMStates(torch.autograd.Function):
         flat = grads.flatten(2)
         grad_projected = None if w_hr is None else acts.new_empty(steps, n, w_hr.shape[0])
         dh_next, dc_next = None, None
+        # Gates i, f and g: on a CPU, a dimension to broadcast over takes twice as long as one by one.
+        together = [slice(k, k + 1) for k in range(3)] if acts.device.type == "cpu" else [slice(3)]
         for start in range((steps - 1) // _BLOCK * _BLOCK, -1, -_BLOCK):
             block = slice(start, start + _BLOCK)
             i, f, g, o = acts[block].unbind(2)  # [t, n, h]
-            tanh_c = c[block].tanh()
+            tanh_c = _tanh(c[block])
             c_prev = torch.cat([c0[None], c[: _BLOCK - 1]]) if not start else c[start - 1 : start + _BLOCK - 1]
             c_prev = c_prev[: len(tanh_c)]
             by_c = acts.new_empty(*tanh_c.shape[:2], 3, tanh_c.shape[2])  # [t, n, 3, h]
@@ -84,7 +86,8 @@ class _LSTMStates(torch.autograd.Function):
                     dc += dc_next
                 if grad_c is not None:
                     dc += grad_c[start + t]
-                torch.mul(dc[:, None], by_c[t], out=grads[start + t, :, :3])
+                for some in together:
+                    torch.mul(dc[:, None], by_c[t, :, some], out=grads[start + t, :, some])
                 torch.mul(dh, by_h[t], out=grads[start + t, :, 3])
                 dc_next, dh_next = dc.mul_(f[t]), flat[start + t]
         return flat, flat, grad_projected, torch.mm(flat[0], w_hh), dc_next, None, None, None, None, None
@@ -93,6 +96,16 @@ class _LSTMStates(torch.autograd.Function):
 def _slope(gate: Tensor) -> Tensor:
     """The slope of the sigmoid where it has this value: s (1 − s)."""
     return torch.addcmul(gate, gate, gate, value=-1)
+
+
+def _tanh(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """tanh z = 2 sigmoid(2 z) − 1: on a CPU in a quarter of the time of torch's tanh."""
+    return _centred(torch.mul(x, 2, out=out).sigmoid_())
+
+
+def _centred(s: Tensor) -> Tensor:
+    """2 s − 1, in place, in one pass."""
+    return torch.add(s.new_full((), -1.0), s, alpha=2, out=s)
 
 
 class _GRUStates(torch.autograd.Function):
@@ -254,7 +267,7 @@ def _looped(
     """An LSTM on a CPU, a position at a time: every h before and after [t, n, p], c [t, n, h] and the gates' values
     [t, n, 4, h]. The fused kernel keeps the gates for itself, and to compute them again costs more than this loop.
 
-    tanh z is 2 sigmoid(2 z) − 1, in a quarter of tanh's time, and z is doubled (exactly) in the weights.
+    For `_tanh`, the gate's z is doubled (exactly) in the weights.
     """
     w_ih, w_hh = weights[:2]
     (steps, n, _), width, size = x.shape, c0.shape[-1], h0.shape[-1]
@@ -269,9 +282,9 @@ def _looped(
     every = zip(flat.unbind(), *(gate.unbind() for gate in acts.unbind(2)), h[1:].unbind(), c.unbind(), strict=True)
     for z, i, f, g, o, h_t, c_t in every:
         z.addmm_(last_h, chain).sigmoid_()
-        g.mul_(2).sub_(1)
+        _centred(g)
         last_c = torch.mul(f, last_c, out=c_t).addcmul_(i, g)
-        torch.mul(last_c, 2, out=tanh_c).sigmoid_().mul_(2).sub_(1)
+        _tanh(last_c, out=tanh_c)
         if to_h is None:
             last_h = torch.mul(o, tanh_c, out=h_t)
         else:

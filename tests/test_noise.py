@@ -186,6 +186,7 @@ def test_no_noise_where_none_was_asked_for() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("inside", [False, True])
 def test_forked_processes_have_noise_and_draws_of_their_own(inside: bool) -> None:
     """The difference of what two of them release has noise, too; a pass that both would go on with is refused."""

@@ -94,7 +94,7 @@ def test_the_state_is_that_before() -> None:
     before = source.state_dict()
     source.prepare(parameters())
     assert source._ahead is not None
-    source._ahead._thread.join()
+    source._ahead.take()
     state = source.state_dict()
     assert str(state["own"]["cpu"]) == str(before["own"]["cpu"])
     expected, found = parameters(), parameters()
