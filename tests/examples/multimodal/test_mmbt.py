@@ -86,6 +86,8 @@ def test_a_product_is_of_one_modality_by_the_other() -> None:
     head.requires_grad_(False).image.weight.zero_()
     torch.nn.init.normal_(head.add.weight)
     one, other = said(image, 0 * text, shown, 0 * below), said(0 * image, text, 0 * shown, below)
+    assert one.any()
+    assert other.any()
     torch.testing.assert_close(said(*features), one + other)  # what adds does not multiply
 
 
