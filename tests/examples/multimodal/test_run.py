@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 
 from dpkit.accountants import Gaussian  # noqa: E402
 from examples.multimodal import encoders, page  # noqa: E402
+from examples.multimodal.__main__ import main  # noqa: E402
 from examples.multimodal.frozen import Supernet, at_each_layer  # noqa: E402
 from examples.multimodal.missing import curve, presence  # noqa: E402
 from examples.multimodal.mmbt import MMBT  # noqa: E402
@@ -184,6 +185,12 @@ def test_files_hold_the_results_and_the_page_needs_nothing_else(records: dict[st
     assert 'src="http' not in html
     assert "href=" not in html
     assert run.statement.splitlines()[0] in html
+
+
+def test_no_part_that_is_not_there_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--only", "confounders", "hate"])
+    assert "--only hate: of confounders, hatemoji" in capsys.readouterr().err
 
 
 def test_an_experiment_that_is_run_again_takes_the_place_of_what_it_found() -> None:
