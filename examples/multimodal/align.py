@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .encoders import ImageEncoder, encode_pictures, encode_texts, kept
-from .mmbt import IMAGE, MMBT, TEXT
+from .mmbt import BELOW, IMAGE, MMBT, TEXT
 from .pictures import STYLES, Picture, catalogue
 
 
@@ -52,9 +52,8 @@ def align(
     weight, bias, explained = ridge_regression(features, meant, ridge)
     model.image_embeddings.project.weight.copy_(weight)
     model.image_embeddings.project.bias.copy_(bias)
-    public = catalogue_features(images, size)
-    model.map_mean.copy_(public.mean(0))
-    model.map_scale.copy_(public.std(0).clamp(min=0.05))
+    model.map_mean.copy_(features.mean(0))
+    model.map_scale.copy_(features.std(0).clamp(min=0.05))
     if model.readout != "cls":
         model.centre.zero_()
         maps, mask = features[: len(texts.mask), :, None, None], texts.mask[seen[: len(names)]]
@@ -65,6 +64,8 @@ def align(
         width = model.centre.shape[1]
         model.centre[IMAGE] = each[:, :width].mean(0) / width**0.5
         model.centre[TEXT] = alone[:, width : 2 * width].mean(0) / width**0.5
+        if model.skip:
+            model.centre[BELOW] = alone[:, -width:].mean(0) / width**0.5
     return explained
 
 

@@ -33,7 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "image only": {"modalities": ("image",), "head": "mlp"},
     "late fusion": {"fusion": 6, "head": "linear"},
     "concatenation": {"fusion": 6, "head": "mlp"},
-    "MMBT": {"fusion": BELOW, "head": "mlp"},
+    "MMBT": {"fusion": BELOW, "head": "product"},
 }
 """One class, five models: which modalities are looked at, where they meet, and by which head."""
 
@@ -89,13 +89,21 @@ class Setup:
         return run
 
 
-FREE = Recipe(batch_size=64, epochs=6, lr={"heads": 1e-3}, max_rows_per_unit=2)
-"""Without privacy, the head alone. Batches are of rows."""
+FREE = Recipe(batch_size=64, epochs=6, lr={"heads": 1e-3}, weight_decay=10.0, max_rows_per_unit=2)
+"""Without privacy, the head alone. Batches are of rows. Decay is strong: few pictures are to stand for all others."""
 
-UNFROZEN = Recipe(batch_size=64, epochs=2, lr={"heads": 2e-3, "project": 1e-4, "text": 3e-4}, unfreeze={"text": 0.1})
+UNFROZEN = Recipe(
+    batch_size=64,
+    epochs=2,
+    lr={"heads": 2e-3, "project": 1e-4, "text": 3e-4},
+    weight_decay=5.0,
+    unfreeze={"text": 0.1},
+)
 """Without privacy, the fused layer and the image projection as well, after a tenth of the steps."""
 
-PRIVATE = Recipe(batch_size=600, epochs=20, lr={"heads": 1e-2}, max_rows_per_unit=2, clipping="automatic")
+PRIVATE = Recipe(
+    batch_size=600, epochs=20, lr={"heads": 5e-3}, weight_decay=2.0, max_rows_per_unit=2, clipping="automatic"
+)
 """With privacy, the head alone, in few large batches of units (the noise is added once a batch)."""
 
 Judged = dict[str, tuple[Any, Records]]
@@ -109,28 +117,27 @@ def compare(
     epsilons: Sequence[float],
     *,
     without: Sequence[str] = (),
+    free: Recipe = FREE,
     private: Recipe = PRIVATE,
-    head: str = "mlp",
     unfrozen: Recipe | None = UNFROZEN,
     judged: str = "test",
 ) -> Judged:
-    """All of `MODELS`, then the MMBT with privacy and that ``head``, then, without, with its fused layer trained."""
+    """All of `MODELS`, then the MMBT with privacy, then, without, with its fused layer trained."""
     late, early = (setup.model(name, 2, without) for name in ("late fusion", "MMBT"))
     apart = {split: featured(late, records[split]) for split in ("train", *table.splits)}
     fused = {split: featured(early, records[split]) for split in ("train", "val", *table.splits)}
     models: Judged = {}
 
     def add(name: str, of: str, seen: dict[str, Records], recipe: Recipe, epsilon: float | None = None) -> None:
-        chosen = {} if epsilon is None else {"head": head}
-        model = HeadOnly(setup.model(of, 2, prepared=False, **chosen))
+        model = HeadOnly(setup.model(of, 2, prepared=False))
         setup.fit(table, model, seen, recipe, name=name, epsilon=epsilon)
         models[name] = (model, seen[judged])
 
     for name, which in (("text only", TEXT), ("image only", IMAGE)):
-        add(name, name, {split: alone(some, which, late.centre.shape[1]) for split, some in apart.items()}, FREE)
+        add(name, name, {split: alone(some, which, late.centre.shape[1]) for split, some in apart.items()}, free)
     for name in ("late fusion", "concatenation"):
-        add(name, name, apart, FREE)
-    add("MMBT", "MMBT", fused, FREE)
+        add(name, name, apart, free)
+    add("MMBT", "MMBT", fused, free)
     for epsilon in epsilons:
         add(f"MMBT, ε = {epsilon:g}", "MMBT", fused, private, epsilon=epsilon)
     if "val" in fused and f"MMBT, ε = {epsilons[0]:g}" in models:
@@ -152,26 +159,22 @@ def on_confounders(setup: Setup, results: Results, epsilons: Sequence[float]) ->
         "Confounders: does the picture agree with the words?",
         f"20,444 rows: a real sentence (happy or unhappy) and an emoji (happy or unhappy); the label says whether they "
         f"differ, so one modality alone is a coin toss. The unit of privacy is the document it is from: "
-        f"{rows.units:,} of them in the training rows, with up to dozens of rows each. Under privacy the MMBT's head "
-        f"multiplies a few readings of the text by readings of the image, and nothing else; without privacy, it has a "
-        f"hidden layer of 256, and eighteen times the parameters.",
+        f"{rows.units:,} of them in the training rows, with up to dozens of rows each. The MMBT's head multiplies "
+        f"a few readings of the text by readings of the image, and adds; that of the concatenation has a hidden layer.",
         {"test": "test", "test_unseen_image": "unseen emoji"},
     )
     results.tables.append(table)
-    private = PRIVATE.but(lr={"heads": 5e-3})
-    models = compare(setup, table, records, epsilons, without=unseen, private=private, head="product")
+    models = compare(setup, table, records, epsilons, without=unseen)
     results.statement = next((run.statement for run in table.runs if run.statement), "")
     named = {run.name: run.metrics for run in table.runs}
-    public = {name: named[name] for name in ("MMBT", "MMBT, unfrozen") if name in named}
-    best = max(public, key=lambda name: _auroc(public[name]["test"]))
-    free, unseen_free = _auroc(public[best]["test"]), _auroc(public[best]["test_unseen_image"])
+    free, unseen_free = (_auroc(named["MMBT"][split]) for split in ("test", "test_unseen_image"))
     late = _auroc(named["late fusion"]["test"])
     for name in ("text only", "image only"):
         value = _auroc(named[name]["test"])
         table.goals.append((f"{name}: AUROC within 0.03 of 0.50", abs(value - 0.5) <= 0.03, f"{value:.3f}"))
     table.goals += [
-        ("MMBT without privacy: AUROC ≥ 0.94", free >= 0.94, f"{free:.3f} ({best})"),
-        ("MMBT without privacy, unseen emoji ≥ 0.82", unseen_free >= 0.82, f"{unseen_free:.3f} ({best})"),
+        ("MMBT without privacy: AUROC ≥ 0.94", free >= 0.94, f"{free:.3f}"),
+        ("MMBT without privacy, unseen emoji ≥ 0.82", unseen_free >= 0.82, f"{unseen_free:.3f}"),
         ("late fusion clearly below MMBT", late < free - 0.1, f"{late:.3f} against {free:.3f}"),
     ]
     for epsilon, goal in ((8.0, 0.90), (3.0, 0.88)):
@@ -180,7 +183,7 @@ def on_confounders(setup: Setup, results: Results, epsilons: Sequence[float]) ->
             table.goals.append((f"MMBT, ε = {epsilon:g}: AUROC ≥ {goal:.2f}", value >= goal, f"{value:.3f}"))
             if epsilon == 8.0:
                 how = f"{value:.3f} = {value / free:.3f} × {free:.3f}"
-                table.goals.append(("ε = 8 keeps 0.95 of the best without privacy", value >= 0.95 * free, how))
+                table.goals.append(("ε = 8 keeps 0.95 of the MMBT without privacy", value >= 0.95 * free, how))
     results.shown += _examples(rows, models, ("text only", "late fusion", "MMBT", "MMBT, ε = 8", "MMBT, unfrozen"))
     _validate_privately(setup, results, models)
 
@@ -198,10 +201,9 @@ def on_hatemoji(setup: Setup, results: Results, epsilons: Sequence[float]) -> No
         {"test": "test", "check": "HatemojiCheck"},
     )
     results.tables.append(table)
-    private = PRIVATE.but(batch_size=300, epochs=15)
-    models = compare(setup, table, records, epsilons, private=private)
+    models = compare(setup, table, records, epsilons, free=FREE.but(epochs=12), private=PRIVATE.but(epochs=30))
     named = {run.name: _auroc(run.metrics["test"]) for run in table.runs}
-    free = max(named["MMBT"], named.get("MMBT, unfrozen", 0.0))
+    free = named["MMBT"]
     table.goals.append(("MMBT without privacy: AUROC ≥ 0.74", free >= 0.74, f"{free:.3f}"))
     if "MMBT, ε = 8" in named:
         value = named["MMBT, ε = 8"]

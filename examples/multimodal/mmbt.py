@@ -19,8 +19,8 @@ from torch import Tensor, nn
 SHAPES = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2), 5: (5, 1), 6: (3, 2), 7: (7, 1), 8: (4, 2), 9: (3, 3)}
 """N image tokens: to which height and width an image's map is pooled."""
 
-IMAGE, TEXT = 0, 1
-"""Columns of ``present``."""
+IMAGE, TEXT, BELOW = 0, 1, 2
+"""Columns of ``present``; and rows of ``centre``, the text below the layers that are run having one of its own."""
 
 
 class ImageEmbeddings(nn.Module):
@@ -76,7 +76,7 @@ class MMBT(nn.Module):
             published, the first token of the sequence through BERT's pooler.
         stride: with "mean", every how-manieth text token is read. What the last layer would say of tokens that are not
             read is not computed, which saves most of it.
-        skip: the heads also see the image's map itself (its mean), past the transformer.
+        skip: the heads also see what comes in, past the layers that are run: the image's map and the text (means).
         special: the ids of [CLS] and [SEP].
     """
 
@@ -112,12 +112,12 @@ class MMBT(nn.Module):
         self.image_first, self.segments, self.modalities = image_first, segments, modalities
         self.readout, self.stride = readout, stride
         self.skip = skip
-        self.register_buffer("centre", torch.zeros(2, width))  # of what heads see of each modality; from public data
+        self.register_buffer("centre", torch.zeros(3, width))  # of what heads see of each modality; from public data
         self.register_buffer("map_mean", torch.zeros(image_dim))
         self.register_buffer("map_scale", torch.ones(image_dim))
         if head == "product" and readout == "cls":
             raise ValueError('head="product" multiplies image by text, and readout="cls" does not tell them apart')
-        parts = (0 if readout == "cls" else width, width, image_dim if skip else 0)  # as `features` returns them
+        parts = (0 if readout == "cls" else width, width, *((image_dim, width) if skip else (0, 0)))  # of `features`
         names = ("full", "image", "text") if tasks else ("full",)
         self.heads = nn.ModuleDict({name: _head(head, parts, outputs) for name in names})
 
@@ -133,14 +133,17 @@ class MMBT(nn.Module):
         return self.classify(self.features(image, text, mask, present), present)
 
     def features(self, image: Tensor, text: Tensor, mask: Tensor, present: Tensor | None = None) -> Tensor:
-        """What the heads see: [n, 2d], of each modality a vector of length √d, 0 where missing, or [n, d]; and maps."""
+        """What heads see: [n, 2d], of each modality a vector of length √d, 0 where missing, or [n, d]; what skips."""
         there = self._there(present, len(text), text.device)
         if "text" not in self.modalities:
             text, mask = text[:, :1], mask[:, :1]  # not looked at: one token stands for it
         maps = self.image_encoder(image)
-        past = [self._past(maps) * there[:, IMAGE, None]] if self.skip else []
         parts = [self.image_embeddings(maps, self.segments[IMAGE]), self._text(text)]
         masks = [torch.ones(parts[0].shape[:2], device=text.device, dtype=torch.bool), mask.bool()]
+        past = []
+        if self.skip:
+            said = self._mean(parts[TEXT], masks[TEXT] & there[:, TEXT, None], BELOW)
+            past = [self._past(maps) * there[:, IMAGE, None], said]
         order = (IMAGE, TEXT) if self.image_first else (TEXT, IMAGE)
         hidden = torch.cat([parts[which] for which in order], dim=1)
         whose = torch.cat([torch.full((parts[which].shape[1],), which, device=text.device) for which in order])
@@ -234,30 +237,32 @@ def run_layer(layer: nn.Module, queries: Tensor, hidden: Tensor, allowed: Tensor
 
 
 class Product(nn.Module):
-    """A head that can only multiply: a few readings of the text, each times a reading of the image.
+    """A head that multiplies: a few readings of the text, each times a reading of the image; and that adds.
 
-    Logits are Σ_r (A text + a)_r (B image + b)_rc. Whether two things agree is a product, which a hidden layer would
-    have to learn from both; and of 30,000 parameters noise has less to spoil than of half a million. It starts by
-    knowing nothing: B and b are zero.
+    Logits are Σ_r (A text + a)_r (B image + b)_rc + (C both + c)_c. Whether two things agree is a product, which a
+    hidden layer would have to learn from both; and of 40,000 parameters noise has less to spoil than of half a million.
+    It starts by knowing nothing: B, b, C and c are zero.
 
     Args:
-        parts: the widths of what comes: image, text, the image's map.
+        parts: the widths of what comes: image, text, the image's map, the text below.
     """
 
-    def __init__(self, parts: tuple[int, int, int], outputs: int, rank: int = 8) -> None:
+    def __init__(self, parts: tuple[int, ...], outputs: int, rank: int = 8) -> None:
         super().__init__()
         self.parts = parts
-        self.text = nn.Linear(parts[1], rank)
+        self.text = nn.Linear(parts[1] + parts[3], rank)
         self.image = _zero(nn.Linear(parts[0] + parts[2], rank * outputs))
+        self.add = _zero(nn.Linear(sum(parts), outputs))
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [n, sum of parts] to logits [n, outputs]."""
-        image, text, past = features.split(self.parts, dim=1)
-        of_text, of_image = self.text(text), self.image(torch.cat([image, past], dim=1))
-        return (of_text[:, :, None] * of_image.unflatten(1, (of_text.shape[1], -1))).sum(1)
+        image, text, shown, said = features.split(self.parts, dim=1)
+        of_text, of_image = self.text(torch.cat([text, said], dim=1)), self.image(torch.cat([image, shown], dim=1))
+        multiplied = (of_text[:, :, None] * of_image.unflatten(1, (of_text.shape[1], -1))).sum(1)
+        return multiplied + self.add(features)
 
 
-def _head(kind: str, parts: tuple[int, int, int], outputs: int) -> nn.Module:
+def _head(kind: str, parts: tuple[int, ...], outputs: int) -> nn.Module:
     """A head that starts by knowing nothing: its last layer is zero."""
     if kind == "linear":
         return _zero(nn.Linear(sum(parts), outputs))

@@ -12,10 +12,12 @@ from dpkit.accountants import make_accountant
 
 from . import data, mix
 from .data import Rows
-from .experiments import Setup
+from .experiments import PRIVATE, Setup
+from .frozen import Supernet, at_each_layer
 from .missing import curve
+from .mmbt import MMBT
 from .private import class_weights, least_units
-from .records import Records
+from .records import Records, prepare
 from .results import Curve, Results
 from .search import search, with_final_run
 from .small import LAYERS, prepare_small, small_mmbt
@@ -125,42 +127,51 @@ def on_weights(setup: Setup, results: Results) -> None:
     results.pieces.append(("weights", told))
 
 
+SEARCHED = 3
+"""MiniLM's layer from which on the search tries to fuse: at 3, 4, 5, or 6 (late)."""
+
+
 def on_search(setup: Setup, results: Results, epsilon: float = 8.0, final: bool = False) -> None:
-    """The fusion layer, searched privately on confounders and on redundant data.
+    """The fusion layer, searched privately on confounders and on redundant data, with a linear head on a frozen MiniLM.
 
     Args:
         final: train once more with the layer that was chosen; otherwise the supernet at that layer is what is kept.
     """
-    for rows, changes in (
-        (_memes(setup), {"epochs": 25}),
-        (data.groups(setup.limit), {"batch_size": 256, "epochs": 10}),
-    ):
-        records = prepare_small(rows, setup.images, setup.bert(), setup.tokenizer, 16)
-        model = small_mmbt(setup.bert(), len(rows.classes), setup.seed)
-        recipe = setup.shortened(SMALL_PRIVATE.but(**changes))
-        candidates = tuple(range(LAYERS + 1))
-        found = search(
-            model, records["train"], records["val"], candidates, recipe, epsilon=epsilon, seed=setup.seed + 300
-        )
+    for rows in (_memes(setup), data.groups(setup.limit)):
+        records = prepare(rows, setup.images, setup.bert(), setup.tokenizer, below=SEARCHED, max_tokens=16)
+
+        def fresh(rows: Rows = rows, **options: bool) -> MMBT:
+            options = {"skip": False, **options}
+            return setup.model("MMBT", len(rows.classes), below=SEARCHED, fusion=SEARCHED, head="linear", **options)
+
+        frozen = fresh()
+        seen = {split: at_each_layer(frozen, some) for split, some in records.items()}
+        model = Supernet(fresh(prepared=False))
+        candidates = tuple(range(SEARCHED, seen["train"].tables.maps.shape[1] + SEARCHED))
+        recipe = setup.shortened(PRIVATE.but(epochs=40))
+        found = search(model, seen["train"], seen["val"], candidates, recipe, epsilon=epsilon, seed=setup.seed + 300)
         cost = found.cost
-        test = evaluate(model, records["test"]).accuracy
+        test = evaluate(model, seen["test"]).accuracy
         told = ", ".join(f"{layer}: {value:.3f}" for layer, value in found.accuracy.items())
         lines = [
-            f"chosen: layer {found.chosen} of 0 (early) to {LAYERS} (late)",
+            f"chosen: layer {found.chosen} of {candidates[0]} (early) to {candidates[-1]} (late)",
             f"test accuracy of the supernet at that layer: {test:.3f}",
         ]
         if rows.name == "mix":
-            early, late = (max(v for k, v in found.accuracy.items() if (k < LAYERS / 2) == e) for e in (True, False))
-            lead, least = (early - late) * len(set(records["val"].units)), least_units(0.5, len(candidates))
-            ok = found.chosen < LAYERS / 2 and lead >= least
+            late = candidates[-1]
+            lead = (max(found.accuracy.values()) - found.accuracy[late]) * len(set(records["val"].units))
+            least = least_units(0.5, len(candidates))
+            ok = found.chosen < late and lead >= least
             lines.append(
-                f"{'reached' if ok else 'MISSED'}: an early layer is chosen where both modalities are needed, and not "
-                f"by chance: the best early one leads by {lead:.0f} units; the noise asks for {least:.0f}"
+                f"{'reached' if ok else 'MISSED'}: a layer before late fusion is chosen where both modalities are "
+                f"needed, and not by chance: the best one leads late fusion by {lead:.0f} units; the noise asks for "
+                f"{least:.0f}"
             )
         if final:
-            again = small_mmbt(setup.bert(), len(rows.classes), setup.seed, fusion=found.chosen)
-            run = train(again, records["train"], recipe, epsilon=epsilon, seed=setup.seed + 301)
-            lines.append(f"test accuracy of the final run: {evaluate(again, records['test']).accuracy:.3f}")
+            again = Supernet(fresh(prepared=False))
+            again.fusion = found.chosen
+            run = train(again, seen["train"], recipe, epsilon=epsilon, seed=setup.seed + 301)
+            lines.append(f"test accuracy of the final run: {evaluate(again, seen['test']).accuracy:.3f}")
             cost = with_final_run(cost, run)
         lines += [*cost.lines(), f"validation accuracy by layer, which is not released: {told}"]
         results.searches.append({"data": rows.name, "chosen": found.chosen, "lines": lines, "epsilon": cost.epsilon})

@@ -1,4 +1,4 @@
-"""A small bitransformer whose every layer is trained, for what needs many runs: curves, the search.
+"""A small bitransformer whose every layer is trained, for what needs many runs: curves, class weights.
 
 Its word table is MiniLM's, and its picture features are EfficientNet's, both reduced to their principal components over
 public words and public emoji, and frozen. What is learned from private data is the transformer, from scratch.

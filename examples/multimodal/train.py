@@ -36,6 +36,7 @@ class Recipe:
         lr: of the parts of the model, by their names (see `MMBT.trained`).
         unfreeze: after which share of the steps a part starts to train; from the first one where it is not named.
         dropout: from which share of the rows a modality is taken while training.
+        weight_decay: of the heads (AdamW's: a step takes lr × this from a weight).
         tasks: whether each row is also classified from each modality alone, by heads of their own.
     """
 
@@ -46,6 +47,7 @@ class Recipe:
     max_grad_norm: float = 1.0
     clipping: str = "flat"
     max_rows_per_unit: int = 4
+    weight_decay: float = 0.0
     warmup: float = 0.1
     dropout: float = 0.0
     tasks: bool = False
@@ -124,7 +126,9 @@ def train(
     drawing, noise, dropping = seeds_of(seed)
     parts = {part: model.trained(part) for part in recipe.lr}
     model.requires_grad_(False)
-    optimizer = torch.optim.Adam([{"params": params, "lr": recipe.lr[part]} for part, params in parts.items()])
+    decay = {"heads": recipe.weight_decay}
+    groups = [{"params": p, "lr": recipe.lr[part], "weight_decay": decay.get(part, 0.0)} for part, p in parts.items()]
+    optimizer = torch.optim.AdamW(groups)
     collate = Collate(records.tables, recipe.dropout, torch.Generator().manual_seed(dropping))
     loader = DataLoader(
         records,

@@ -67,9 +67,9 @@ def test_gradients_are_the_loops_through_products(options: dict) -> None:
 
 def test_a_product_is_of_one_modality_by_the_other() -> None:
     """Linear in each, and neither is taken for the other; at first it says nothing."""
-    parts = (3, 5, 2)
+    parts = (3, 5, 2, 4)
     head = Product(parts, outputs=4, rank=6)
-    image, text, past = features = torch.randn(10).split(parts)
+    image, text, shown, below = features = torch.randn(14).split(parts)
 
     def said(*of: torch.Tensor) -> torch.Tensor:
         return head(torch.cat(of)[None])[0].detach()
@@ -77,11 +77,18 @@ def test_a_product_is_of_one_modality_by_the_other() -> None:
     assert not said(*features).any()
     torch.nn.init.normal_(head.image.weight)
     torch.nn.init.zeros_(head.text.bias)
-    torch.testing.assert_close(said(image, 2 * text, past), 2 * said(*features))
-    torch.testing.assert_close(said(3 * image, text, 3 * past), 3 * said(*features))
-    assert not said(image, 0 * text, past).any()
-    assert not said(0 * image, text, 0 * past).any()
-    assert said(0 * image, text, past).any()  # the map alone counts
+    torch.testing.assert_close(said(image, 2 * text, shown, 2 * below), 2 * said(*features))
+    torch.testing.assert_close(said(3 * image, text, 3 * shown, below), 3 * said(*features))
+    assert not said(image, 0 * text, shown, 0 * below).any()
+    assert not said(0 * image, text, 0 * shown, below).any()
+    assert said(0 * image, text, shown, 0 * below).any()  # the map alone counts
+    assert said(image, 0 * text, 0 * shown, below).any()  # and so does the text below
+    head.requires_grad_(False).image.weight.zero_()
+    torch.nn.init.normal_(head.add.weight)
+    one, other = said(image, 0 * text, shown, 0 * below), said(0 * image, text, 0 * shown, below)
+    assert one.any()
+    assert other.any()
+    torch.testing.assert_close(said(*features), one + other)  # what adds does not multiply
 
 
 def test_several_labels() -> None:

@@ -14,14 +14,16 @@ for needed in ("sklearn", "PIL", "matplotlib"):
 pytest.importorskip("transformers")
 
 from dpkit.accountants import Gaussian  # noqa: E402
-from examples.multimodal import page  # noqa: E402
+from examples.multimodal import encoders, page  # noqa: E402
+from examples.multimodal.__main__ import main  # noqa: E402
+from examples.multimodal.frozen import Supernet, at_each_layer  # noqa: E402
 from examples.multimodal.missing import curve, presence  # noqa: E402
 from examples.multimodal.mmbt import MMBT  # noqa: E402
 from examples.multimodal.pictures import Picture  # noqa: E402
 from examples.multimodal.records import Collate, Records  # noqa: E402
 from examples.multimodal.results import Curve, Results, Shown, Table  # noqa: E402
 from examples.multimodal.search import search, with_final_run  # noqa: E402
-from examples.multimodal.train import Recipe, Run, evaluate, seeds_of, train  # noqa: E402
+from examples.multimodal.train import Recipe, Run, evaluate, predict, seeds_of, train  # noqa: E402
 from tests.examples.multimodal import tiny  # noqa: E402
 
 RECIPE = Recipe(batch_size=20, epochs=8, lr={"heads": 1e-2, "project": 1e-2, "text": 3e-3})
@@ -117,6 +119,32 @@ def test_the_search_picks_early_fusion_and_is_paid_for(records: dict[str, Record
         search(some, records["train"], records["train"], (1, 2), RECIPE, epsilon=8.0)
 
 
+def test_a_supernets_layers_are_the_models_own(records: dict[str, Records], tmp_path: Path, monkeypatch) -> None:
+    """Its features at a layer, computed once for each text with each picture, are those of a model fused there."""
+    monkeypatch.setattr(encoders, "CACHE", tmp_path)
+    seen = at_each_layer(model(head="linear"), records["test"])
+    supernet = Supernet(model(head="linear"))
+    torch.nn.init.normal_(supernet.trained("heads")[0])
+    said = {}
+    for layer in (1, 2, 3):
+        supernet.fusion, supernet.model.fusion = layer, 1
+        said[layer] = predict(supernet, seen)
+        supernet.model.fusion = layer
+        torch.testing.assert_close(said[layer], predict(supernet.model, records["test"]), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(said[1], said[2], atol=1e-2)
+    assert not torch.allclose(said[2], said[3], atol=1e-2)
+
+
+def test_the_heads_alone_decay(records: dict[str, Records]) -> None:
+    """A decay that takes all of a weight in a step leaves the heads what a step adds, and the layers what they were."""
+    some = model()
+    layers = [p.detach().clone() for p in some.trained("text")]
+    train(some, records["train"], RECIPE.but(epochs=1, lr={"heads": 1e-3, "text": 1e-6}, weight_decay=1e3, warmup=1e-9))
+    assert max(float(p.detach().abs().max()) for p in some.trained("heads")) < 5e-3
+    for p, before in zip(some.trained("text"), layers, strict=True):
+        torch.testing.assert_close(p, before, atol=1e-4, rtol=0)
+
+
 def test_no_two_streams_are_the_same() -> None:
     seeds = [some for seed in range(5) for some in seeds_of(seed)]
     assert len(set(seeds)) == len(seeds)
@@ -157,6 +185,12 @@ def test_files_hold_the_results_and_the_page_needs_nothing_else(records: dict[st
     assert 'src="http' not in html
     assert "href=" not in html
     assert run.statement.splitlines()[0] in html
+
+
+def test_no_part_that_is_not_there_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--only", "confounders", "hate"])
+    assert "--only hate: of confounders, hatemoji" in capsys.readouterr().err
 
 
 def test_an_experiment_that_is_run_again_takes_the_place_of_what_it_found() -> None:
