@@ -22,13 +22,17 @@ SOURCES = ROOT / "build" / "docs-sources"
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Sources as in the wheel; the benchmarks in the navigation."""
+def on_startup(**_: Any) -> None:
+    """Sources as in the wheel; before mkdocstrings is configured, which leaves out a folder that is not there."""
     shutil.rmtree(SOURCES, ignore_errors=True)
     skip = shutil.ignore_patterns("__pycache__", "*.pyi")
     shutil.copytree(ROOT / "dpkit", SOURCES / "dpkit", ignore=skip)
     for package in ("accountants", "layers"):
         shutil.copytree(ROOT / package, SOURCES / "dpkit" / package, ignore=skip)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """The benchmarks in the navigation."""
     shown = ["benchmarks/README.md", *(f"benchmarks/{path.name}" for path in sorted(RESULTS.glob("*.md")))]
     config.nav = [{"Benchmarks": shown} if "Benchmarks" in entry else entry for entry in config.nav or []]
     return config
