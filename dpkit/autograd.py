@@ -1,14 +1,14 @@
-"""What the running backward pass is for, and whom it reaches: asked of torch's autograd engine."""
+"""What a backward pass is for, what it starts from and whom it reaches: asked of torch's autograd engine."""
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Container, Iterable
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -79,6 +79,41 @@ class Strangers:
                 )
 
 
+class Listener(Protocol):
+    """Is told of every ``torch.autograd.backward`` (and so of every ``loss.backward()``) before it runs."""
+
+    def before_backward(self, roots: Sequence[Tensor], grads: Sequence[Tensor | None] | None) -> None:
+        """What is back-propagated, and the gradients that were given for it, if any. May raise: then nothing runs."""
+        ...
+
+
+_listening: weakref.WeakSet[Listener] = weakref.WeakSet()
+
+
+def listen(listener: Listener) -> None:
+    """From now on, while it lives, a listener is told of backward passes for the parameters' gradients."""
+    _listening.add(listener)
+    _hear_backward()
+
+
+@functools.cache
+def _hear_backward() -> None:
+    """Replace torch's function by one that tells, and calls it: there is no hook for the beginning of a pass."""
+    run = torch.autograd.backward
+
+    @functools.wraps(run)
+    def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
+        asked = kwargs.get("inputs", args[3] if len(args) > 3 else None)  # for other gradients: saliency
+        if asked is None and _listening and torch._C._current_graph_task_id() == -1:  # checkpointing begins others
+            roots = (tensors,) if isinstance(tensors, Tensor) else [v for v in tensors if isinstance(v, Tensor)]
+            grads = (grad_tensors,) if isinstance(grad_tensors, Tensor) else grad_tensors
+            for listener in tuple(_listening):
+                listener.before_backward(roots, grads)
+        return run(tensors, grad_tensors, *args, **kwargs)
+
+    torch.autograd.backward = backward
+
+
 _watching: weakref.WeakSet[Strangers] = weakref.WeakSet()
 
 
@@ -92,7 +127,7 @@ def _watch_all_optimizers() -> None:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward that is no part of a graph: it raises where the gradient is to be differentiated again.
+    """A backward that is no part of a graph: it raises where the gradient is to be differentiated again (but by dpkit).
 
     Raises:
         UncoveredParameterError: a gradient penalty (``create_graph=True``).
@@ -100,7 +135,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and ctx.batch.look is None:
             raise UncoveredParameterError(
                 "a backward pass with create_graph=True inside a private batch: a gradient penalty, or another use of "
                 "second derivatives",

@@ -44,6 +44,7 @@ class Facts:
         durable: whether a ledger's file holds every release.
         max_epsilon: the hard budget, or None.
         processes: how many trained together.
+        losses_read: whether the losses' graphs were read, and no record was seen in another one's gradient.
     """
 
     unit: str
@@ -64,6 +65,7 @@ class Facts:
     durable: bool
     max_epsilon: float | None
     processes: int = 1
+    losses_read: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -99,6 +101,7 @@ def facts_of(step: PrivateStep, spending: Spending, loader: PrivateDataLoader) -
         durable=spending.ledger is not None,
         max_epsilon=None if spending.budget is None else spending.budget.max_epsilon,
         processes=step.ranks.size,
+        losses_read=step.tape.losses.told,
     )
 
 
@@ -286,7 +289,8 @@ def _assumptions(lives: Sequence[Facts], events: Sequence[tuple[Event, int]]) ->
 
     yield Assumption(
         "the loss is a mean or sum of one loss a record",
-        seen("losses_examined", "losses were given one by one, and each had its own record's gradient on a batch"),
+        seen("losses_examined", "losses were given one by one, and each had its own record's gradient on a batch")
+        or seen("losses_read", "no gradient moved with another record's outputs; constants in it were not seen"),
     )
     yield Assumption(
         "the model treats every record by itself",

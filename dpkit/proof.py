@@ -11,7 +11,7 @@ from .errors import GradientMismatchError, NonPrivateGradientError
 from .forms import joined
 from .probe import refuse_hooked
 from .tape import Tape
-from .taps import Batch
+from .taps import Batch, Look, refuse_reached
 
 _PENALTY = "A penalty on weights uses no record: leave it out of the loss, and give the optimizer weight_decay."
 
@@ -91,15 +91,25 @@ def refuse_coupled_losses(tape: Tape, batch: Batch, losses: Tensor) -> bool:
         return False  # no forward was private yet: the step will say why
     try:
         for record in _some(batch.n):
-            batch.examined = record
-            torch.autograd.grad(losses[record], anchors, retain_graph=True, allow_unused=True)
+            with batch.looked_at_by(_of(record)):
+                torch.autograd.grad(losses[record], anchors, retain_graph=True, allow_unused=True)
         return bool(torch.isfinite(losses).all())  # else the next batch is examined too
     except RuntimeError as error:
         if "checkpoint" not in str(error):  # reentrant checkpointing allows .backward() only
             raise
         return False
-    finally:
-        batch.examined = None
+
+
+def _of(record: int) -> Look:
+    """The loss of one record must not reach another record's rows, wherever in the model."""
+
+    def look(rows: Tensor, factor: int) -> bool:
+        others = torch.arange(rows.shape[0], device=rows.device) // factor != record
+        seen = f"the loss of record {record} has a gradient at another record's activations"
+        refuse_reached(rows, others, seen, "make losses[i] depend on record i alone.")
+        return True
+
+    return look
 
 
 def _some(n: int, most: int = 8) -> list[int]:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from . import checks, probe
 from .apart import brings_back, packed_in
 from .apiece import Apiece
-from .autograd import Anchor, Strangers
+from .autograd import Anchor, Strangers, listen
 from .errors import ConfigurationError, CoupledRecordsError, UncoveredParameterError
 from .examine import examine, examine_any, look_again
 from .live import Live
+from .losses import Losses, refuse_mixed
 from .methods import Methods
 from .moves import Taint
 from .records import Folded, Records
@@ -110,11 +111,13 @@ class Tape:
         self._watching: Taint | None = None
         self._anchors: dict[torch.device, Anchor] = {}
         self.strangers = Strangers(self.names)
+        self.losses = Losses(self)
         self._handles: list[Any] = []
         self._watches: list[Any] = []
         self._watched: list[tuple[str, nn.Module]] = []
         self._attach()
         _tapes[model] = weakref.ref(self)
+        listen(self)
 
     def _attach(self) -> None:
         self._watched = checks.with_problems_in_training(self.model)
@@ -141,7 +144,7 @@ class Tape:
             known.clear()
         self._plans.clear()
         self.proven.clear()
-        self.latest = None
+        self.latest, self.losses = None, Losses(self)
         self._attach()
 
     @contextlib.contextmanager
@@ -220,6 +223,11 @@ class Tape:
                     cure="change the model before make_private; or engine.detach(), and make_private again with an "
                     "optimizer of the new parameters: what was spent is added up.",
                 )
+
+    def before_backward(self, roots: Sequence[Tensor], grads: Sequence[Tensor | None] | None) -> None:
+        """A loss is about to be back-propagated; see `dpkit.losses`."""
+        if self.batch is not None and not self.paused and self.shards is None:  # sharded: ranks would part
+            self.losses.look(roots, grads)
 
     def _keep(self, parameter: Tensor) -> None:
         if self.batch is not None and not self.paused:  # what a public pass leaves is the user's
@@ -497,6 +505,9 @@ class Tape:
                     )
                     return
                 checks.refuse_bypassed(self._paths)
+                for t, d in zip(tensors, dims, strict=True):
+                    if d is not None and t.grad_fn is not None and self.shards is None:
+                        refuse_mixed(self, batch, t, d)
                 plan = examine_any(self, module, args, kwargs, dims, batch.n)
                 if batch.n > 2 or plan.gives_records:  # one record, which others are left with, says little
                     self._plans[key] = plan

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,8 @@ from .rules import looked_up
 from .sharded import Shards
 
 Emit = Callable[[tuple[Tensor, ...], Tensor], Iterable[tuple[Tensor | None, Form]]]
+Look = Callable[[Tensor, int], bool]
+"""Is shown a gradient's rows [n·k, ...] and k; returns whether the pass is to go on below them."""
 
 
 class Tap(torch.autograd.Function):
@@ -51,8 +54,8 @@ class Tap(torch.autograd.Function):
         if grad is not None:
             inputs = ctx.saved_tensors
             rows, factor = ctx.y_records.lead(grad), ctx.y_records.factor
-            if ctx.batch.examined is not None:
-                ctx.batch.examine(rows, factor)
+            if ctx.batch.look is not None:
+                grad = grad if ctx.batch.look(rows, factor) else None
             else:
                 led = tuple(
                     x.detach() if r is None else r.lead(x.detach()) for x, r in zip(inputs, ctx.x_records, strict=True)
@@ -75,8 +78,8 @@ class Spread(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is not None:
-            if ctx.batch.examined is not None:
-                ctx.batch.examine(grad)
+            if ctx.batch.look is not None:
+                ctx.batch.look(grad, 1)
             else:
                 ctx.batch.add(ctx.parameter, Dense(grad), tapped=False)
         return None, None, None, None
@@ -97,8 +100,8 @@ class Pick(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is not None:
-            if ctx.batch.examined is not None:
-                ctx.batch.examine(grad)
+            if ctx.batch.look is not None:
+                ctx.batch.look(grad, 1)
             else:
                 ctx.batch.add(ctx.table, looked_up(ctx.index, grad, ctx.table.shape[0], ctx.padding), tapped=False)
         return None, None, None, None, None
@@ -126,7 +129,6 @@ class Pairs(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         sizes = {grad.shape[d] for d in ctx.dims}
         rest = grad
@@ -158,6 +160,7 @@ class Batch:
         shards: whose rows are on which rank, where parameters are sharded; forms are those of the sharded ones.
         strangers: parameters of others, which may not be reached.
         marked: parameters that get zeros as their ``grad`` after a backward pass, for a GradScaler to inspect.
+        look: is shown what the running backward pass brings, which is not taken in.
     """
 
     n: int
@@ -172,7 +175,7 @@ class Batch:
     shards: Shards | None = None
     strangers: Strangers | None = None
     closed: bool = False
-    examined: int | None = None  # strict door: the only record that the running backward may touch
+    look: Look | None = None
     _task: tuple[int, bool] = (-1, True)
 
     def add(self, parameter: Tensor | None, form: Form, *, tapped: bool) -> None:
@@ -238,13 +241,20 @@ class Batch:
             self.autograd[parameter] = grad if held is None else held + grad
             self._mark()
 
-    def examine(self, grad: Tensor, factor: int = 1) -> None:
-        """Strict door, first batch: the loss of one record must not reach another record's rows."""
-        others = torch.arange(grad.shape[0], device=grad.device) // factor != self.examined
-        reached = grad[others]  # where a record is not finite, 0 times its NaN is NaN: that says nothing
-        if bool(((reached != 0) & torch.isfinite(reached)).any()):
-            raise CoupledRecordsError(
-                f"the loss of record {self.examined} has a gradient at another record's activations",
-                why="clipping bounds what a record does through its own gradient only.",
-                cure="make losses[i] depend on record i alone.",
-            )
+    @contextlib.contextmanager
+    def looked_at_by(self, look: Look) -> Iterator[None]:
+        """Within, backward passes show their rows to ``look`` and bring nothing."""
+        before, self.look = self.look, look
+        try:
+            yield
+        finally:
+            self.look = before
+
+
+def refuse_reached(rows: Tensor, others: Tensor, seen: str, cure: str) -> None:
+    """Raise where a gradient [n·k, ...] reaches rows that it must not; ``others`` [n·k] says which."""
+    reached = rows[others]  # where a record is not finite, 0 times its NaN is NaN: that says nothing
+    if bool(((reached != 0) & torch.isfinite(reached)).any()):
+        raise CoupledRecordsError(
+            seen, why="clipping bounds what a record does through its own gradient only.", cure=cure
+        )
