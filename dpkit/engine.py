@@ -56,8 +56,8 @@ class PrivacyEngine:
     Guarantee: after any number of optimizer steps, the weights are (ε, δ)-differentially private with
     ε = ``get_epsilon(delta)``, for neighbouring data sets that differ by adding or removing one record (by zeroing one
     out, with ``poisson_sampling=False``; one unit, with ``privacy_unit``), as long as each record's loss depends on
-    that record alone. The strict door, ``engine.backward(losses)``, checks that assumption; everything else is checked
-    in any case or refused.
+    that record alone. The strict door, ``engine.backward(losses)``, checks that assumption; of a plain
+    ``loss.backward()`` all is checked but constants in the loss. Everything else is checked in any case or refused.
 
     Args:
         accountant: the judge of what was spent: "pld" (tight), "rdp" (quick, some 5 to 15% above), or a

@@ -267,6 +267,21 @@ def test_divided_by_a_number_that_changes() -> None:
             run.optimizer.step()
 
 
+def test_pairs_of_which_two_sizes_tell() -> None:
+    """Eleven thresholds for each of eleven records may be pairs; seven for each of seven are."""
+    sizes = (N, N, 7)
+    with drawing(*map(range, sizes)):
+        run = attach(classifier(), TensorDataset(*records()), lr=0.1)
+        for k, (x, y) in enumerate(run.loader):
+            loss = F.relu(1 - run.model(x)[:, :1] * off(y)).mean()
+            if k == len(sizes) - 1:
+                with pytest.raises(dpkit.CoupledRecordsError, match=r"pair of records, \[7, 7\]"):
+                    loss.backward()
+                return
+            loss.backward()
+            run.optimizer.step()
+
+
 @pytest.mark.parametrize("later", [1, 2, 40])
 def test_a_loss_that_comes_later(later: int) -> None:
     """The kind of loss changes in the middle of the training."""

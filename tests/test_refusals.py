@@ -575,9 +575,9 @@ def test_engines_that_are_forgotten_look_at_no_optimizer() -> None:
     before = len(_watching)
     train(attach(mlp()))
     gc.collect()
-    assert len(_watching) == before
+    assert len(_watching) <= before
     attach(mlp()).engine.detach()
-    assert len(_watching) == before
+    assert len(_watching) <= before
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-4])
