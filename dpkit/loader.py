@@ -119,7 +119,7 @@ class Listener(Protocol):
 
     def begin_pass(self) -> None: ...
     def admits(self) -> bool: ...
-    def hand_out(self, draw: Draw) -> None: ...
+    def hand_out(self, draw: Draw, batch: Any) -> None: ...
     def take_back(self, draw: Draw) -> None: ...
     def empty_draw(self, draw: Draw) -> None: ...
 
@@ -278,8 +278,9 @@ class PrivateDataLoader(DataLoader[Any]):
                     if not listener.admits():
                         return
                     draw = self._latest = log.popleft()
-                    listener.hand_out(draw)
-                    yield draw, self._placed(batch) if draw.n else None
+                    batch = self._placed(batch) if draw.n else None
+                    listener.hand_out(draw, batch)
+                    yield draw, batch
                     listener.take_back(draw)
                     if draw.n:
                         break

@@ -23,6 +23,7 @@ from .apiece import Apiece
 from .autograd import Anchor, Strangers, listen
 from .errors import ConfigurationError, CoupledRecordsError, UncoveredParameterError
 from .examine import examine, examine_any, look_again
+from .inputs import Given
 from .live import Live
 from .losses import Losses, refuse_mixed
 from .methods import Methods
@@ -92,6 +93,7 @@ class Tape:
             )
         self.model, self.batch_first, self.shards = model, batch_first, shards
         self.batch: Batch | None = None
+        self.given: Given | None = None  # the batch as it was handed out, where it is to be compared
         self.paused = False
         self.proven: set[nn.Parameter] = set()
         self.stack: list[Frame] = []
@@ -236,7 +238,7 @@ class Tape:
     def close(self) -> Batch | None:
         """End the batch and return what its backward passes brought."""
         self.restore()
-        batch, self.batch = self.batch, None
+        batch, self.batch, self.given = self.batch, None, None
         for watch in self._watches:
             watch.remove()
         self._watches.clear()
@@ -518,6 +520,8 @@ class Tape:
                 f"{self.path(module)} was called on tensors with different numbers of records {sorted(rows)}"
             )
             return
+        if self.given is not None:
+            self.given.refuse_mixed(self.path(module), list(zip(tensors, plan.inputs, strict=True)))
         if plan.scalars and batch.n > 1 and self.shards is None:
             plan.used += 1
             if plan.used & (plan.used - 1) == 0 and plan.used > 1:
