@@ -20,6 +20,7 @@ from .errors import PrivacyError, UncoveredParameterError
 from .forms import joined
 from .live import Live
 from .methods import Kept
+from .outputs import finished
 from .records import Records, place
 from .taps import Batch
 from .trees import holders, leaves, tree_map, within
@@ -381,7 +382,7 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
     try:
         out = run.routed(router, tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, arguments))
         router.verify(plan)
-        out = tape.finished(router, out)
+        out = finished(tape, router, out)
     except PrivacyError as refusal:
         raise _Lost(refusal, router.culprit) from refusal
     except Exception as crash:  # the plain forward did not: it does something that stand-ins cannot do

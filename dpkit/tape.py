@@ -21,19 +21,19 @@ from . import checks, probe
 from .apart import brings_back, packed_in
 from .apiece import Apiece
 from .autograd import Anchor, Strangers, listen
-from .errors import ConfigurationError, CoupledRecordsError, UncoveredParameterError
+from .errors import ConfigurationError, UncoveredParameterError
 from .examine import examine, examine_any, look_again
 from .inputs import Given
 from .live import Live
 from .losses import Losses, refuse_mixed
 from .methods import Methods
 from .moves import Taint
-from .records import Folded, Records
+from .outputs import finished, tapped
 from .rules import Rule, rule_for, trains
 from .sharded import Shards, holds_rows
 from .standin import StandIn
-from .taps import Batch, Pairs, Refusal, Tap
-from .trees import holders, leaves, signature, tree_map
+from .taps import Batch
+from .trees import leaves, signature, tree_map
 
 
 class _Hook:
@@ -375,7 +375,7 @@ class Tape:
         if isinstance(router, probe.Recorder):
             return router.call(module, args, kwargs)
         k = router.count(module)
-        if not any(trains(p) for p in self._own(module).values()):
+        if not any(trains(p) for p in self.own(module).values()):
             return False
         router.culprit = module
         router.in_order(module, (args, kwargs))
@@ -387,7 +387,7 @@ class Tape:
         return True
 
     @staticmethod
-    def _own(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    def own(module: nn.Module) -> dict[str, nn.Parameter | None]:
         return {k: p.origin if isinstance(p, StandIn) else p for k, p in module._parameters.items()}
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -410,7 +410,7 @@ class Tape:
                     router.verify(measured)
                     probe.extend(router.plan, measured)
                     self.latest = router.plan
-            output = self.finished(router, output)
+            output = finished(self, router, output)
         return output
 
     def leave(self, frame: Frame, args: Any, kwargs: Any, output: Any) -> Any:
@@ -431,50 +431,8 @@ class Tape:
             if self.rules[module] is not None or module in self.apiece:
                 router.returned(module, output)
         elif frame.site is not None and torch.is_grad_enabled():
-            output = self.tapped(module, frame.site, args, kwargs, output, router)
+            output = tapped(self, module, frame.site, args, kwargs, output, router)
         return output
-
-    def tapped(self, module: nn.Module, site: probe.Site, args: Any, kwargs: Any, y: Any, router: Live) -> Any:
-        rule = self.rules[module]
-        assert rule is not None
-        tensors = [(k, v) for k, v in enumerate(leaves((args, kwargs))) if isinstance(v, Tensor)]
-        taken = tensors if rule.all_inputs else tensors[:1]
-        places = [site.arguments[k] for k, _ in taken]
-        if (
-            rule.all_inputs
-        ):  # rows whose own values do not tell their order (routes that are all alike) follow the first
-            lead = places[0]
-            places = [lead if isinstance(r, Folded) and r.shares(lead) else r for r in places]
-        folded = next((r for r in (*places, *site.arguments, *site.outputs) if isinstance(r, Folded)), None)
-        if folded is not None and (not rule.all_inputs or folded in (*places, *site.outputs)):
-            probe.refuse_folded(self.path(module), f"a call of {type(module).__name__}", folded)
-        there = site.outputs[0]
-        if not isinstance(places[0], Records) or not isinstance(there, Records):
-            raise CoupledRecordsError(
-                f"the input of {self.path(module)} comes from the batch but has no dimension of records",
-                why="it was reduced over the records, so the layer's gradient mixes them.",
-                cure="reduce over the records only in the loss.",
-            )
-        if rule.all_inputs and len({r.factor for r in (*places, there) if isinstance(r, Records)}) > 1:
-            raise UncoveredParameterError(
-                f"{self.path(module)} ({type(module).__name__}) takes tensors with different numbers of rows a record",
-                why="a rule is given rows that belong together.",
-                cure="keep the records in a dimension of their own ([n, t, ...] rather than [n*t, ...]).",
-            )
-        if not isinstance(y, Tensor):
-            raise UncoveredParameterError(
-                f"{self.path(module)} ({type(module).__name__}) has a rule but returns a {type(y).__name__}",
-                why="a rule is given the gradient of one output tensor.",
-                cure="return one tensor, or remove the rule: the engine then follows the parameters themselves.",
-            )
-        needed = rule.needs_input(self._own(module))
-        function = rule.function
-
-        def emit(inputs: tuple[Tensor, ...], grad: Tensor) -> Any:
-            return function(module, inputs if rule.all_inputs else inputs[0] if inputs else None, grad)
-
-        kept, held = ([v for _, v in taken], tuple(places)) if needed else ([], ())
-        return Tap.apply(y, self.anchor(y), emit, router.batch, there, held, *kept)
 
     # ---- the outermost call
 
@@ -584,49 +542,3 @@ class Tape:
                 made[p] = StandIn.of(p, p, router, root=True)
             frame.restore.append((module._parameters, name, p))
             module._parameters[name] = made[p]  # type: ignore[assignment]
-
-    def finished(self, router: Live, output: Any) -> Any:
-        """What the outermost call returns to the user, with refusals where a loss may not go."""
-        counter, plan = iter(range(1 << 30)), router.plan
-
-        def finish(v: Any) -> Any:
-            k = next(counter)
-            if isinstance(v, StandIn) and v.records is not None and v.copies is not None:
-                return v.records.join(v.copies)
-            if k in plan.losses and isinstance(v, Tensor) and v.requires_grad:
-                return Refusal.apply(
-                    v,
-                    CoupledRecordsError(
-                        f"the loss that {self.path(self.model)} computes itself was back-propagated: {plan.losses[k]}",
-                        why="one record then rescales the gradients of all others, which clipping does not bound.",
-                        cure="compute one loss a record from the logits and call engine.backward(losses).",
-                    ),
-                )
-            if k in plan.reduced and isinstance(v, Tensor) and v.requires_grad:
-                return Refusal.apply(
-                    v,
-                    CoupledRecordsError(
-                        f"output {k} of {self.path(self.model)} {list(v.shape)} has no row for each record, and a loss "
-                        "on it was back-propagated",
-                        why="it was reduced over the records, so that one acts through the others' gradients too.",
-                        cure="return the rows, and reduce over the records only in the loss, by mean or sum.",
-                    ),
-                )
-            if k in plan.crossed and isinstance(v, Tensor) and v.requires_grad:
-                return Pairs.apply(v, plan.crossed[k], self.path(self.model))
-            return v
-
-        if not (plan.losses or plan.crossed or plan.reduced or plan.holds) and not any(
-            isinstance(v, StandIn) for v in leaves(output)
-        ):
-            return output
-
-        def finish_all(tree: Any) -> Any:
-            new = tree_map(finish, tree)
-            return new if any(a is not b for a, b in zip(leaves(new), leaves(tree), strict=True)) else tree
-
-        held = holders(output) if plan.holds else []
-        output = finish_all(output)
-        for attributes in held:
-            attributes.update({name: finish_all(v) for name, v in attributes.items()})
-        return output
