@@ -278,9 +278,9 @@ class PrivateDataLoader(DataLoader[Any]):
                     if not listener.admits():
                         return
                     draw = self._latest = log.popleft()
-                    batch = self._placed(batch) if draw.n else None
-                    listener.hand_out(draw, batch)
-                    yield draw, batch
+                    placed = self._placed(batch) if draw.n else None
+                    listener.hand_out(draw, placed)
+                    yield draw, placed
                     listener.take_back(draw)
                     if draw.n:
                         break
