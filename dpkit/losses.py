@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -49,8 +50,7 @@ class Losses:
         self._tape = tape
         self._met: dict[tuple[type, ...], bool] = {}  # kinds of loss, and whether records were seen to be apart
         self._cleared: set[tuple[tuple[type, ...], int]] = set()  # operations that act on one record's rows
-        self._pairs: dict[tuple[tuple[type, ...], int, tuple[int, ...]], int] = {}  # perhaps: with how many records
-        self._unsure: set[tuple[type, ...]] = set()  # the kinds of these
+        self._pairs: dict[tuple[type, ...], tuple[int, list[_Square]]] = {}  # n in the first batch; perhaps pairs
         self._divisors: dict[tuple[tuple[type, ...], int], tuple[float, int]] = {}
         self._looks = 0
 
@@ -95,8 +95,14 @@ class Losses:
                     if self._several(batch, edge, cotangent):
                         _refuse(seen)
                     self._cleared.add((kind, k))
-        if new or kind in self._unsure:
-            self._refuse_pairs(kind, nodes, batch, roots, grads)
+        then, squares = self._pairs.get(kind, (batch.n, []))
+        if new:
+            squares = list(_squares(nodes, batch.n))
+            self._pairs[kind] = batch.n, [square for square in squares if not square.sure]
+            self._refuse_pairs(nodes, [square for square in squares if square.sure], roots, grads)
+        elif squares and then != batch.n:
+            self._pairs[kind] = batch.n, []
+            self._refuse_pairs(nodes, [s for s in squares if s.there(nodes, batch.n)], roots, grads)
 
     def _apart(self, batch: Batch, roots: Sequence[Tensor], grads: Any) -> bool | None:
         """Raise if the gradient at some records' rows changes with the rows of others; whether that could be told.
@@ -144,35 +150,22 @@ class Losses:
             return cotangent.numel() == 1
         return bool(reached) and int(torch.stack(reached).any(0).sum()) > 1
 
-    def _refuse_pairs(self, kind: Any, nodes: list[Any], batch: Batch, roots: Sequence[Tensor], grads: Any) -> None:
-        """Raise if there is a value for each pair of records, and those off the diagonal count.
-
-        A dimension may happen to be as long as the batch: batches of two sizes tell, but for the best known slip.
-        """
-        n = batch.n
-        for k, node in enumerate(nodes):
-            if _is_end(node):
-                continue
-            sure = _column_less_row(node, n)
-            for j, shape in enumerate([tuple(m.shape) for m in node._input_metadata]):
-                for dims in itertools.combinations([d for d, size in enumerate(shape) if size == n], 2):
-                    if not sure and self._pairs.setdefault((kind, k, dims), n) == n:
-                        self._unsure.add(kind)
-                        continue
-                    grad = self._gradient_at(GradientEdge(node, j), roots, grads)
-                    if grad is None:
-                        continue
-                    rest = grad.movedim(dims, (0, 1))[~torch.eye(n, dtype=torch.bool, device=grad.device)]
-                    if bool((rest != 0).any()):
-                        _refuse(
-                            f"the loss is made of a value for each pair of records, {list(shape)} for {n} of them",
-                            "bring outputs and targets to the same shape ([n] and [n], not [n, 1] and [n]); contrast "
-                            "views within one record.",
-                        )
-
     @staticmethod
-    def _gradient_at(edge: GradientEdge, roots: Sequence[Tensor], grads: Any) -> Tensor | None:
-        return torch.autograd.grad(roots, [edge], grads, retain_graph=True, allow_unused=True)[0]
+    def _refuse_pairs(nodes: list[Any], squares: list[_Square], roots: Sequence[Tensor], grads: Any) -> None:
+        """Raise if in one of these, [n, n], the values off the diagonal count."""
+        for square in squares:
+            edge = GradientEdge(nodes[square.node], square.output)
+            grad = torch.autograd.grad(roots, [edge], grads, retain_graph=True, allow_unused=True)[0]
+            if grad is None:
+                continue
+            n = grad.shape[square.dims[0]]
+            rest = grad.movedim(square.dims, (0, 1))[~torch.eye(n, dtype=torch.bool, device=grad.device)]
+            if bool((rest != 0).any()):
+                _refuse(
+                    f"the loss is made of a value for each pair of records, {list(grad.shape)} for {n} of them",
+                    "bring outputs and targets to the same shape ([n] and [n], not [n, 1] and [n]); contrast views "
+                    "within one record.",
+                )
 
     def _refuse_changing_divisor(self, kind: Any, k: int, node: Any, n: int) -> None:
         """Raise if a sum over the records is divided by a number that changes, and not as their number does."""
@@ -201,6 +194,40 @@ def refuse_mixed(tape: Tape, batch: Batch, values: Tensor, dim: int) -> None:
             raise
         except RuntimeError:  # reentrant checkpointing
             return
+
+
+# ---- pairs
+
+
+@dataclass(frozen=True)
+class _Square:
+    """Two dimensions of a node's output that are as long as the batch: pairs of records, or so by chance.
+
+    Batches of two sizes tell; ``sure``: it is the slip that is known best, [n, 1] less [n].
+    """
+
+    node: int
+    output: int
+    dims: tuple[int, int]
+    sure: bool
+
+    def there(self, nodes: list[Any], n: int) -> bool:
+        """Whether they are as long as this batch, too."""
+        shape = tuple(nodes[self.node]._input_metadata[self.output].shape)
+        return all(d < len(shape) and shape[d] == n for d in self.dims)
+
+
+def _squares(nodes: list[Any], n: int) -> Iterator[_Square]:
+    surely: set[Any] = set()
+    for k, node in enumerate(nodes):
+        if _is_end(node):
+            continue
+        if _column_less_row(node, n):
+            surely |= {node, node.next_functions[0][0]}
+        for j, meta in enumerate(node._input_metadata):
+            long = [d for d, size in enumerate(meta.shape) if size == n]
+            for dims in itertools.combinations(long, 2):
+                yield _Square(k, j, dims, node in surely)
 
 
 # ---- the graph
@@ -232,15 +259,13 @@ def _fits(end: Any, n: int) -> bool:
 
 def _column_less_row(node: Any, n: int) -> bool:
     """Whether [n, 1] and [n] were subtracted, or given to a loss of torch's, which makes them [n, n]."""
+    name = type(node).__name__
     below, k = node.next_functions[0] if node.next_functions else (None, 0)
-    if below is None:
+    if below is None or not (name == "SubBackward0" or name.endswith("LossBackward0")):
         return False
-    if type(node).__name__ == "ExpandBackward0":
-        before, after = tuple(node._saved_self_sym_sizes), tuple(node._input_metadata[0].shape)
-    elif type(node).__name__ == "SubBackward0":
-        before, after = tuple(below._input_metadata[k].shape), tuple(node._input_metadata[0].shape)
-    else:
-        return False
+    before, after = tuple(below._input_metadata[k].shape), tuple(node._input_metadata[0].shape)
+    if type(below).__name__ == "ExpandBackward0":
+        before, after = tuple(below._saved_self_sym_sizes), before
     return after == (n, n) and before in ((n, 1), (n,), (1, n))
 
 

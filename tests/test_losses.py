@@ -232,6 +232,16 @@ def test_tokens(length: int, build: Callable[[], nn.Module], reduction: str) -> 
             run.optimizer.step()
 
 
+def test_lengths_that_happen_to_be_sizes() -> None:
+    """Attention [n, T, T] with T = n, of one batch and of another: in between T was not n."""
+    with drawing(range(N), range(N), range(7), range(5), range(7)):
+        run = attach(Attends(), TensorDataset(*texts(N)), lr=0.1)
+        for k, (x, y) in enumerate(run.loader):
+            length = (N, N, 4, 5, 7)[k]
+            F.cross_entropy(run.model(x[:, :length]).flatten(0, 1), y[:, :length].flatten()).backward()
+            run.optimizer.step()
+
+
 @pytest.mark.parametrize("build", [Language, Attends])
 @pytest.mark.parametrize("mean", ["ignored", "by a mask", "by their number", "chosen"])
 def test_mean_of_all_tokens_that_count(mean: str, build: Callable[[], nn.Module]) -> None:
