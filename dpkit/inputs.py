@@ -26,15 +26,15 @@ class Given:
     """A batch as it was handed out.
 
     Args:
-        tree: what the loader yields.
-        owners: [n] the unit that each row is of.
+        tree, n: what the loader yields, and its number of rows.
+        owners: [n] the unit that each row is of; None: each of its own.
         sampled: whether it is a part of the data set: of all of it, the statistics may be constants.
         batch_first: whether records lead.
     """
 
-    def __init__(self, tree: Any, owners: Tensor, *, sampled: bool, batch_first: bool) -> None:
-        self.owners, self.sampled = owners, sampled
-        n, dims = len(owners), (0,) if batch_first else (1, 0)
+    def __init__(self, tree: Any, n: int, owners: Tensor | None, *, sampled: bool, batch_first: bool) -> None:
+        self.owners = torch.arange(n) if owners is None else owners
+        self.sampled, dims = sampled, (0,) if batch_first else (1, 0)
         self._rows: list[Tensor] = []
         for v in leaves(tree):
             d = next((d for d in dims if isinstance(v, Tensor) and v.ndim > d and v.shape[d] == n), None)

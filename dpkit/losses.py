@@ -99,10 +99,10 @@ class Losses:
         if new:
             squares = list(_squares(nodes, batch.n))
             self._pairs[kind] = batch.n, [square for square in squares if not square.sure]
-            self._refuse_pairs(nodes, [square for square in squares if square.sure], roots, grads)
+            self._refuse_pairs(batch, nodes, [square for square in squares if square.sure], roots, grads)
         elif squares and then != batch.n:
             self._pairs[kind] = batch.n, []
-            self._refuse_pairs(nodes, [s for s in squares if s.there(nodes, batch.n)], roots, grads)
+            self._refuse_pairs(batch, nodes, [s for s in squares if s.there(nodes, batch.n)], roots, grads)
 
     def _apart(self, batch: Batch, roots: Sequence[Tensor], grads: Any) -> bool | None:
         """Raise if the gradient at some records' rows changes with the rows of others; whether that could be told.
@@ -121,7 +121,7 @@ class Losses:
             with batch.looked_at_by(gather):
                 torch.autograd.grad(roots, anchors, grads, create_graph=True, allow_unused=True)
             rows = [v for v, _ in found]
-            for one in _halves(batch.n) if found else ():
+            for one in _halves(batch) if found else ():
                 weights = [_pattern(v) * _mask(one, v, factor) for v, factor in found]
                 with batch.looked_at_by(_refuse_any(~one, _ACTS)):
                     torch.autograd.grad(rows, anchors, weights, retain_graph=True, allow_unused=True)
@@ -132,37 +132,49 @@ class Losses:
         return all(bool(torch.isfinite(v).all()) for v in (*roots, *rows)) or None
 
     def _several(self, batch: Batch, edge: GradientEdge, cotangent: Tensor) -> bool:
-        """Whether what is at an edge of the graph comes from more than one record.
+        """Whether what is at an edge of the graph comes from more than one unit.
 
         Where it cannot be followed (reentrant checkpointing), one value for all of the batch does.
         """
-        reached: list[Tensor] = []
+        try:
+            reached = self._reached(batch, edge, cotangent)
+        except RuntimeError:
+            return cotangent.numel() == 1
+        return len(_owners(batch)[reached].unique()) > 1
+
+    def _reached(self, batch: Batch, edge: GradientEdge, cotangent: Tensor) -> Tensor:
+        """[n]: which records' rows a gradient at an edge of the graph comes to."""
+        reached = torch.zeros(batch.n, dtype=torch.bool)
 
         def gather(rows: Tensor, factor: int) -> bool:
             touched = (rows != 0) & torch.isfinite(rows)  # 0 times what is not finite says nothing
-            reached.append(touched.reshape(batch.n, -1).any(1))
+            reached.logical_or_(touched.reshape(batch.n, -1).any(1).cpu())
             return False
 
-        try:
-            with batch.looked_at_by(gather):
-                torch.autograd.grad([edge], self._tape.anchors(), [cotangent], retain_graph=True, allow_unused=True)
-        except RuntimeError:
-            return cotangent.numel() == 1
-        return bool(reached) and int(torch.stack(reached).any(0).sum()) > 1
+        with batch.looked_at_by(gather):
+            torch.autograd.grad([edge], self._tape.anchors(), [cotangent], retain_graph=True, allow_unused=True)
+        return reached
 
-    @staticmethod
-    def _refuse_pairs(nodes: list[Any], squares: list[_Square], roots: Sequence[Tensor], grads: Any) -> None:
-        """Raise if in one of these, [n, n], the values off the diagonal count."""
+    def _refuse_pairs(
+        self, batch: Batch, nodes: list[Any], squares: list[_Square], roots: Sequence[Tensor], grads: Any
+    ) -> None:
+        """Raise if in one of these, [n, n], the values of two units count."""
+        owners = _owners(batch)
         for square in squares:
             edge = GradientEdge(nodes[square.node], square.output)
             grad = torch.autograd.grad(roots, [edge], grads, retain_graph=True, allow_unused=True)[0]
             if grad is None:
                 continue
-            n = grad.shape[square.dims[0]]
-            rest = grad.movedim(square.dims, (0, 1))[~torch.eye(n, dtype=torch.bool, device=grad.device)]
-            if bool((rest != 0).any()):
+            apart = (owners[:, None] != owners).to(grad)
+            shape = [batch.n if d in square.dims else 1 for d in range(grad.ndim)]
+            between = grad * apart.view(shape)
+            try:
+                counts = bool(self._reached(batch, edge, between).any())
+            except RuntimeError:  # reentrant checkpointing
+                counts = bool(between.any())
+            if counts:
                 _refuse(
-                    f"the loss is made of a value for each pair of records, {list(grad.shape)} for {n} of them",
+                    f"the loss is made of a value for each pair of records, {list(grad.shape)} for {batch.n} of them",
                     "bring outputs and targets to the same shape ([n] and [n], not [n, 1] and [n]); contrast views "
                     "within one record.",
                 )
@@ -184,7 +196,7 @@ def refuse_mixed(tape: Tape, batch: Batch, values: Tensor, dim: int) -> None:
         values: an argument that was computed from earlier outputs, with the records in dimension ``dim``.
     """
     anchors = tape.anchors()
-    for one in _halves(batch.n) if anchors else ():
+    for one in _halves(batch) if anchors else ():
         cotangent = _pattern(values) * _mask(one, values.movedim(dim, 0), 1).movedim(0, dim)
         seen = "between two modules of the model a record's values were computed from another record's"
         try:
@@ -385,10 +397,16 @@ _KINDS = 32
 """How many kinds of loss are differentiated twice, at most: a graph that follows the data is another one each time."""
 
 
-def _halves(n: int) -> Iterator[Tensor]:
-    """Masks [n] of half of the records; any two records are parted by one of them."""
-    for bit in range((n - 1).bit_length()):
-        yield (torch.arange(n) >> bit) % 2 == 1
+def _owners(batch: Batch) -> Tensor:
+    """[n]: the unit of each record, by number: what the records of one do with each other is its own affair."""
+    return torch.arange(batch.n) if batch.owners is None else batch.owners
+
+
+def _halves(batch: Batch) -> Iterator[Tensor]:
+    """Masks [n] of the records of half of the units; any two units are parted by one of them."""
+    owners = _owners(batch)
+    for bit in range(int(owners.max()).bit_length()):
+        yield (owners >> bit) % 2 == 1
 
 
 def _mask(records: Tensor, rows: Tensor, factor: int) -> Tensor:

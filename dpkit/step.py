@@ -163,10 +163,10 @@ class PrivateStep:
             p.grad = None
         self._draw = draw
         if self._loss_scale is None:
-            self.tape.open(draw.n)
+            self.tape.open(draw.n, owners=draw.units.owners())
         else:
             self._factor = self._loss_scale.current()
-            self.tape.open(draw.n, placeholders(list(self._trainable())))
+            self.tape.open(draw.n, placeholders(list(self._trainable())), draw.units.owners())
         if draw.n > 1 and self.shards is None:
             self._remember(draw, batch)
         if draw.last and draw.n and self.noise_multiplier > 0 and self.ranks.first and self.shards is None:
@@ -176,10 +176,8 @@ class PrivateStep:
         """Of some batches, more seldom as time goes on, keep what was handed out beside what the model will get."""
         self._handed_out += 1
         if self._handed_out <= 4 or self._handed_out & (self._handed_out - 1) == 0:
-            sizes = torch.tensor(draw.units.sizes)
-            owners = torch.arange(len(sizes)).repeat_interleave(sizes)
-            sampled = self.sampling.sample_rate < 1.0
-            self.tape.given = Given(batch, owners, sampled=sampled, batch_first=self.tape.batch_first)
+            owners, sampled = draw.units.owners(), self.sampling.sample_rate < 1.0
+            self.tape.given = Given(batch, draw.n, owners, sampled=sampled, batch_first=self.tape.batch_first)
 
     def _look_anew(self) -> None:
         """The optimizer has got parameters that were not there before: of new modules (adapters), or of no module."""

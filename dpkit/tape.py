@@ -194,8 +194,8 @@ class Tape:
 
     # ---- batches
 
-    def open(self, n: int, marked: Sequence[nn.Parameter] = ()) -> None:
-        """From now on, forwards are private: n records are in the user's hands; ``marked``: see `Batch`."""
+    def open(self, n: int, marked: Sequence[nn.Parameter] = (), owners: Tensor | None = None) -> None:
+        """From now on, forwards are private: n records are in the user's hands; ``marked``, ``owners``: see `Batch`."""
         self.restore()
         if self.shards is None:
             self._refuse_changed()
@@ -211,7 +211,7 @@ class Tape:
                 )
         self.methods.begin()
         self.batch = Batch(n, self.methods, unproven=unproven, anchors=self._anchors, marked=marked, shards=self.shards)
-        self.batch.strangers = self.strangers
+        self.batch.strangers, self.batch.owners = self.strangers, owners
         self._watches = [p.register_post_accumulate_grad_hook(_Hook(self._keep)) for p in unproven]
 
     def _refuse_changed(self) -> None:

@@ -150,6 +150,7 @@ class Batch:
 
     Attributes:
         n: records in it.
+        owners: [n] the unit that each record is of, where units have several.
         forms: per parameter, its forms in order of arrival.
         tapped: the forms that came through rules (those that the first-batch proof compares with autograd).
         methods: chooses the way to the norms and sums of each form.
@@ -175,6 +176,7 @@ class Batch:
     shards: Shards | None = None
     strangers: Strangers | None = None
     closed: bool = False
+    owners: Tensor | None = None
     look: Look | None = None
     _task: tuple[int, bool] = (-1, True)
 

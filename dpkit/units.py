@@ -50,6 +50,10 @@ class Units:
         """Whether every unit is one row."""
         return all(s == 1 for s in self.sizes)
 
+    def owners(self) -> Tensor | None:
+        """[n]: the number of each row's unit; None where every unit is one row."""
+        return None if self.single else torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+
     def sq_norm(self, form: Form) -> Tensor:
         """[u]: squared norms of the units' gradients, from the form of their rows.
 

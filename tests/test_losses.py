@@ -79,7 +79,7 @@ def some_ignored(y: Tensor) -> Tensor:
 
 def off(y: Tensor) -> Tensor:
     """A number for each record."""
-    return y.float() - 1.0
+    return y.float() - 0.9
 
 
 W = torch.tensor([1.0, 2.0, 3.0])
@@ -292,6 +292,37 @@ def test_pairs_of_which_two_sizes_tell() -> None:
             run.optimizer.step()
 
 
+def within_units(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Views of one unit, contrasted with each other: rows 2k and 2k + 1."""
+    z = model(x).unflatten(0, (-1, 2))
+    return F.cross_entropy((z @ z.transpose(1, 2)).flatten(0, 1), torch.arange(len(x)) % 2)
+
+
+@pytest.mark.parametrize("name", ["within units", "over pairs of a unit's rows", *COUPLED])
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_units_of_several_rows(name: str) -> None:
+    """What the rows of one unit do with each other is its own affair."""
+    x, y = records(12)
+    within: dict[str, Loss] = {
+        "within units": within_units,
+        "over pairs of a unit's rows": lambda m, x, y: (
+            z := m(x),
+            (F.relu(1 - z @ z.T) * (torch.arange(len(x))[:, None] // 2 == torch.arange(len(x)) // 2)).sum(),
+        )[1],
+    }
+    with drawing(range(6), range(4)):
+        run = attach(classifier(), TensorDataset(x, y), 6, privacy_unit=[k // 2 for k in range(12)], lr=0.1)
+        for x, y in run.loader:
+            loss = (within | COUPLED)[name](run.model, x, y)
+            if name in within:
+                loss.backward()
+                run.optimizer.step()
+                continue
+            with pytest.raises(dpkit.CoupledRecordsError):
+                loss.backward()
+            break
+
+
 @pytest.mark.parametrize("later", [1, 2, 40])
 def test_a_loss_that_comes_later(later: int) -> None:
     """The kind of loss changes in the middle of the training."""
@@ -423,7 +454,7 @@ def test_reentrant_checkpointing() -> None:
     for x, y in run.loader:
         (F.cross_entropy(run.model(x), y) + run.model(x).mean(1).square().mean()).backward()
         run.optimizer.step()
-    for name in ("class weights", "some targets ignored", "mean over chosen ones"):
+    for name in ("class weights", "some targets ignored", "mean over chosen ones", "a column less a row"):
         x, y = next(iter(run.loader))
         with pytest.raises(dpkit.CoupledRecordsError):
             COUPLED[name](run.model, x, y).backward()
