@@ -13,6 +13,7 @@ from sklearn.metrics import precision_recall_curve
 
 from .metrics import within
 from .page import Part, Row, Table
+from .upper import LAYERS, NAME
 
 HEADLINES = {
     "XSTest": ("AUPRC", 0.444),
@@ -64,7 +65,8 @@ def sections(results: dict[str, Any], command: str) -> Iterable[Part]:
         "lead",
         f"A frozen MiniLM and {data['trained parameters']:,} trained weights, fitted to {data['training rows']:,} "
         f"labelled prompts and chatbot answers of {data['units']:,} conversations; without privacy, and so that "
-        "nobody can tell whether any one conversation was among them.",
+        "nobody can tell whether any one conversation was among them."
+        + (f' "{NAME}" goes on from there: the last {LAYERS} layers, on the prompts.' if NAME in runs else ""),
     )
     yield (
         "p",
@@ -129,7 +131,7 @@ def sections(results: dict[str, Any], command: str) -> Iterable[Part]:
     yield "table", obedient_table(results)
     yield "h2", "Hits and misses"
     yield "p", "XSTest, at the first private run; unsafe prompts are shown by their first words."
-    chosen = list(first)[1 if len(first) > 1 else 0]
+    chosen = next((name for name, run in runs.items() if math.isfinite(run["epsilon"])), "no privacy")
     for title, rows in first[chosen]["examples"].items():
         yield "table", (f"{title} ({chosen})", ("prompt", "P(unsafe)"), [(text, f"{p:.3f}") for text, p in rows])
     yield "h2", "What it took"
@@ -153,10 +155,11 @@ def headline_table(results: dict[str, Any], runs: dict[str, Any]) -> Table:
 
 
 def goal_table(results: dict[str, Any]) -> Table:
-    free, private = (
-        {name: float(np.mean([one[name] for one in results["headlines"][run]])) for name in HEADLINES}
-        for run in ("no privacy", "ε = 8")
-    )
+    means = {
+        run: {name: float(np.mean([one[name] for one in seeds])) for name in HEADLINES}
+        for run, seeds in results["headlines"].items()
+    }
+    free, private, trained = means["no privacy"], means["ε = 8"], means.get(NAME)
     close = within(private, free)
 
     def said(reached: bool, figure: str) -> str:
@@ -166,8 +169,12 @@ def goal_table(results: dict[str, Any]) -> Table:
     for name, (goal, goal_at_8) in GOALS.items():
         alone = said(free[name] >= goal, f"≥ {goal:.2f}: {free[name]:.3f}")
         at_8 = said(private[name] >= goal_at_8, f"≥ {goal_at_8:.2f}: {private[name]:.3f}")
-        rows.append([name, alone, at_8, said(close[name], f"≥ 95%: {private[name] / free[name]:.1%}")])
-    return "Goals", ("figure", "no privacy", "ε = 8", "ε = 8 of no privacy"), rows
+        row: Row = [name, alone, at_8, said(close[name], f"≥ 95%: {private[name] / free[name]:.1%}")]
+        if trained is not None:
+            row.insert(2, said(trained[name] >= goal, f"≥ {goal:.2f}: {trained[name]:.3f}"))
+        rows.append(row)
+    heads = ["figure", "no privacy", *([NAME] if trained is not None else []), "ε = 8", "ε = 8 of no privacy"]
+    return "Goals", heads, rows
 
 
 def hazard_table(results: dict[str, Any], which: str) -> Table:
