@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--train",
         choices=("full", "lora", "last", "bias"),
-        help="what a language model trains; minilm with last: one more run, without privacy, that trains upper layers",
+        help="what a language model trains; minilm with last: a further run without privacy that trains the last layer",
     )
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int)
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     args = parser.parse_args(argv)
     if args.size == "minilm" and args.train not in (None, "last"):
-        parser.error("--size minilm trains its linear layer, and with --train last the encoder's upper layers as well")
+        parser.error("--size minilm trains its linear layer; with --train last also the encoder's last layer")
     command = "python -m examples.guard " + " ".join(sys.argv[1:] if argv is None else argv)
 
     console = Console()

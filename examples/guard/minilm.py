@@ -24,7 +24,7 @@ from .grading import NOT_MLCOMMONS, Grades, System, reference
 from .metrics import judge, one_vs_all, one_vs_benign, threshold_at_fpr
 from .train import Privacy, Recipe, Run, seeds_of, train
 
-RECIPE = Recipe(epochs=40, batch_size=2048, lr=5.0)
+RECIPE = Recipe(epochs=40, batch_size=2048, lr=5.0, max_grad_norm=0.25)
 FPR = 0.05  # at which thresholds are set, on the validation splits
 
 
@@ -75,7 +75,7 @@ def study(
 ) -> dict[str, Any]:
     """Train without privacy and for each ε, with each seed; judge; everything that the report shows (first seed).
 
-    ``unfrozen``: also a run without privacy that trains the encoder's upper layers.
+    ``unfrozen``: also a run without privacy that trains the encoder's last layer.
     """
     encoder = Encoder(find_weights(model), max_tokens, cache)
     features = prepare(encoder, limit, told)
@@ -140,8 +140,11 @@ def study(
 
 
 def at(recipe: Recipe, epsilon: float | None) -> Recipe:
-    """The recipe at ε: the rate is ε itself, but at most the recipe's. The more noise, the shorter the way."""
-    return recipe if epsilon is None else replace(recipe, lr=min(recipe.lr, epsilon))
+    """The recipe at ε: the rate is ε itself, but at most the recipe's. The more noise, the shorter the way.
+
+    It is counted in clipping norms, for noise and most gradients have the norm's length.
+    """
+    return recipe if epsilon is None else replace(recipe, lr=min(recipe.lr, epsilon) / recipe.max_grad_norm)
 
 
 def headlines(asked: Questions, features: Features, logits: dict[tuple[str, str], Tensor]) -> dict[str, float]:

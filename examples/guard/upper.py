@@ -1,4 +1,4 @@
-"""The encoder trained as well: its upper layers, on the prompts, without privacy.
+"""The encoder trained as well: its last layer, on the prompts, without privacy.
 
 A further run beside the others (`--train last`). It goes on from the fitted linear layer. Answers keep the frozen
 encoder's features: to read them in their context takes most of the time.
@@ -21,8 +21,8 @@ from .public import Space
 from .train import Recipe, Run, seeds_of, train
 
 NAME = "no privacy, encoder trained"
-LAYERS = 2
-RECIPE = Recipe(epochs=4, batch_size=64, lr=1e-4, optimizer="adam")
+LAYERS = 1
+RECIPE = Recipe(epochs=4, batch_size=64, lr=3e-4, optimizer="adam")
 
 
 class Read(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -48,7 +48,7 @@ def collate(rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, list
 
 
 class Upper(nn.Module):
-    """The encoder's last layers and the head, both trained: from what is below them to logits [n, k]."""
+    """The encoder's last ``LAYERS`` and the head, both trained: from what is below them to logits [n, k]."""
 
     def __init__(self, encoder: Encoder, space: Space, head: Head) -> None:
         super().__init__()
