@@ -71,13 +71,13 @@ class Encoder:
 
     @torch.no_grad()
     def tokens(self, texts: list[str], layer: int) -> list[Tensor]:
-        """[t, d] each, in bfloat16: every text's tokens as they leave ``layer`` (0: the embeddings)."""
+        """[t, d] each, read in bfloat16: every text's tokens as they leave ``layer`` (0: the embeddings)."""
         batch = self.tokenizer(texts, truncation=True, max_length=self.max_tokens)
         lengths = [len(ids) for ids in batch["input_ids"]]
         found = [torch.empty(0)] * len(texts)
         for chunk in torch.tensor(lengths).argsort().split(32):
             rows = self.tokenizer.pad({k: [v[i] for i in chunk] for k, v in batch.items()}, return_tensors="pt")
-            states = self.encoder(**rows, output_hidden_states=True).hidden_states[layer].bfloat16()
+            states = self.quick(**rows, output_hidden_states=True).hidden_states[layer]
             for state, k in zip(states, chunk.tolist(), strict=True):
                 found[k] = state[: lengths[k]].clone()
         return found

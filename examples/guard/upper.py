@@ -59,7 +59,7 @@ class Upper(nn.Module):
     def forward(self, means: Tensor, tokens: list[Tensor]) -> Tensor:
         """Of a message by itself; read in bfloat16."""
         order = torch.tensor([len(t) for t in tokens]).argsort()  # little padding: like lengths together
-        parts = [self._means([tokens[k] for k in chunk]) for chunk in order.split(32)]
+        parts = [self._means([tokens[k] for k in chunk]) for chunk in order.split(8)]
         alone = torch.cat([means[order], torch.cat(parts)], 1)
         logits: Tensor = self.head(self.space(torch.cat([alone, alone], 1)))
         return logits[order.argsort()]

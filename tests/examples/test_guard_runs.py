@@ -193,8 +193,9 @@ def test_every_run_begins_with_the_public_start(bert: str, monkeypatch: pytest.M
         return train(head, dataset, losses_of, recipe, *args, **kwargs)
 
     monkeypatch.setattr(minilm, "train", seen)
-    minilm.study([8.0, 3.0], model=bert, recipe=Recipe(1, 128, 5.0), limit=100, resamples=0, told=lambda _: None)
-    assert [rate for rate, _ in begun] == [5.0, 5.0, 3.0, 5.0]  # no privacy, both ε, the audit
+    recipe = Recipe(1, 128, 5.0, max_grad_norm=0.5)
+    minilm.study([8.0, 3.0], model=bert, recipe=recipe, limit=100, resamples=0, told=lambda _: None)
+    assert [rate for rate, _ in begun] == [5.0, 10.0, 6.0, 10.0]  # no privacy, both ε, the audit
     assert begun[0][1].any()
     assert all(torch.equal(weight, begun[0][1]) for _, weight in begun)
 
