@@ -27,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--model", help="a folder or hub id: a BERT-like encoder (minilm), or a causal language model")
     parser.add_argument("--epsilons", type=float, nargs="*", default=[8.0, 3.0, 1.0], help="one private run for each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--train", choices=("full", "lora", "last", "bias"), help="what a language model trains")
+    parser.add_argument(
+        "--train",
+        choices=("full", "lora", "last", "bias"),
+        help="what a language model trains; minilm with last: a further run without privacy that trains the last layer",
+    )
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--limit", type=int, help="about this many rows of each split: a quick try")
@@ -37,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "--cache", type=Path, default=OUT / "features", help="where the frozen encoder's outputs are kept"
     )
     args = parser.parse_args(argv)
+    if args.size == "minilm" and args.train not in (None, "last"):
+        parser.error("--size minilm trains its linear layer; with --train last also the encoder's last layer")
     command = "python -m examples.guard " + " ".join(sys.argv[1:] if argv is None else argv)
 
     console = Console()
@@ -53,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             limit=args.limit,
             cache=args.cache,
             resamples=args.resamples,
+            unfrozen=args.train == "last",
             told=console.print,
         )
         parts, figures = list(report.sections(results, command)), report.kept(results)

@@ -69,6 +69,19 @@ class Encoder:
             inside[answers] = self._pooled(context, [records[k].message for k in answers])
         return torch.cat([alone, inside], 1)
 
+    @torch.no_grad()
+    def tokens(self, texts: list[str], layer: int) -> list[Tensor]:
+        """[t, d] each, read in bfloat16: every text's tokens as they leave ``layer`` (0: the embeddings)."""
+        batch = self.tokenizer(texts, truncation=True, max_length=self.max_tokens)
+        lengths = [len(ids) for ids in batch["input_ids"]]
+        found = [torch.empty(0)] * len(texts)
+        for chunk in torch.tensor(lengths).argsort().split(32):
+            rows = self.tokenizer.pad({k: [v[i] for i in chunk] for k, v in batch.items()}, return_tensors="pt")
+            states = self.quick(**rows, output_hidden_states=True).hidden_states[layer]
+            for state, k in zip(states, chunk.tolist(), strict=True):
+                found[k] = state[: lengths[k]].clone()
+        return found
+
     def _pooled(self, texts: list[str], second: list[str] | None = None) -> Tensor:
         """[n, l d]: each layer's mean over the tokens of ``texts`` (of ``second``, read after them, if given)."""
         held = None

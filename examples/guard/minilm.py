@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 from dpkit import audit
 
-from . import data, public
+from . import data, public, upper
 from .data import Record, Source
 from .encoder import ANY, Encoder, Head, Questions, find_weights, losses
 from .grading import NOT_MLCOMMONS, Grades, System, reference
@@ -33,6 +33,7 @@ class Features:
     """Everything that is read, as tensors: computed once, for all runs."""
 
     sources: dict[str, Source]
+    space: public.Space
     tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def records(self, source: str, split: str) -> list[Record]:
@@ -51,12 +52,11 @@ def prepare(encoder: Encoder, limit: int | None, told: Callable[[str], None]) ->
         for source in sources.values():
             source.splits.update({name: data.thinned(rows, limit) for name, rows in source.splits.items()})
     sources["public"] = public.phrases()
-    space = public.Space.of(encoder)
-    made = Features(sources)
+    made = Features(sources, public.Space.of(encoder))
     for name, source in sources.items():
         for split, rows in source.splits.items():
             told(f"reading {name}, {split}: {len(rows):,} conversations")
-            made.tensors[name, split] = space(encoder.features(rows))
+            made.tensors[name, split] = made.space(encoder.features(rows))
     return made
 
 
@@ -70,9 +70,13 @@ def study(
     limit: int | None = None,
     cache: Path | None = None,
     resamples: int = 500,
+    unfrozen: bool = False,
     told: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train without privacy and for each ε, with each seed; judge; everything that the report shows (first seed)."""
+    """Train without privacy and for each ε, with each seed; judge; everything that the report shows (first seed).
+
+    ``unfrozen``: also a run without privacy that trains the encoder's last layer.
+    """
     encoder = Encoder(find_weights(model), max_tokens, cache)
     features = prepare(encoder, limit, told)
     asked = Questions(features.sources["prompts"].taxonomy, features.sources["responses"].taxonomy)
@@ -86,6 +90,19 @@ def study(
     judged: dict[str, Any] = {}
     by_seed: dict[str, list[dict[str, float]]] = {}
     runs: list[Run] = []
+
+    def judge_run(run: Run, logits: dict[tuple[str, str], Tensor], seed: int) -> None:
+        by_seed.setdefault(run.name, []).append(headlines(asked, features, logits))
+        told(f"seed {seed}, {run.name}: " + ", ".join(f"{n} {v:.3f}" for n, v in by_seed[run.name][-1].items()))
+        if seed == seeds[0]:
+            runs.append(run)
+            judged[run.name] = judgement(asked, features, logits, resamples)
+
+    read = {}
+    if unfrozen:
+        told("reading prompts up to the layers that are trained")
+        keys = [key for key in features.tensors if key[0] in ("prompts", "xstest", "openai")]
+        read = {key: upper.Read(encoder, asked, features.records(*key)) for key in keys}
     for seed in seeds:
         for k, epsilon in enumerate((None, *epsilons)):
             head = copy.deepcopy(start)
@@ -95,11 +112,11 @@ def study(
             with torch.no_grad():
                 # In double precision: sigmoids of large logits are 1 in single, and ties have no rank.
                 logits = {key: head(x).double() for key, x in features.tensors.items() if key[1] != "train"}
-            by_seed.setdefault(run.name, []).append(headlines(asked, features, logits))
-            told(f"seed {seed}, {run.name}: " + ", ".join(f"{n} {v:.3f}" for n, v in by_seed[run.name][-1].items()))
-            if seed == seeds[0]:
-                runs.append(run)
-                judged[run.name] = judgement(asked, features, logits, resamples)
+            judge_run(run, logits, seed)
+            if unfrozen and privacy is None:
+                model, run = upper.fit(encoder, features.space, head, read["prompts", "train"], seed)
+                above = {k: upper.logits(model, asked, read[k], x) for k, x in logits.items() if k in read}
+                judge_run(run, logits | above, seed)
     most = max(epsilons, default=None)
     return {
         "size": "minilm",
@@ -123,8 +140,11 @@ def study(
 
 
 def at(recipe: Recipe, epsilon: float | None) -> Recipe:
-    """The recipe at ε: the rate is ε itself, but at most the recipe's. The more noise, the shorter the way."""
-    return recipe if epsilon is None else replace(recipe, lr=min(recipe.lr, epsilon))
+    """The recipe at ε: the rate is ε itself, but at most the recipe's. The more noise, the shorter the way.
+
+    It is counted in clipping norms, for noise and most gradients have the norm's length.
+    """
+    return recipe if epsilon is None else replace(recipe, lr=min(recipe.lr, epsilon) / recipe.max_grad_norm)
 
 
 def headlines(asked: Questions, features: Features, logits: dict[tuple[str, str], Tensor]) -> dict[str, float]:

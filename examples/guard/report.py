@@ -13,6 +13,7 @@ from sklearn.metrics import precision_recall_curve
 
 from .metrics import within
 from .page import Part, Row, Table
+from .upper import NAME
 
 HEADLINES = {
     "XSTest": ("AUPRC", 0.444),
@@ -43,6 +44,31 @@ TRIED = (
     "without privacy and at ε = 8, 3 and 1: XSTest .817, .808, .796, .797; OpenAI moderation .548, .530, .540, .556; "
     "DiaSafety .834, .829, .820, .799; hazard .763, .710, .700, .653."
 )
+TRIED_SINCE = (
+    "Tried after that, on three folds of prompts and answers with noise as for all conversations (so that figures "
+    "are lower). Clipping to 0.25 at four times the rate, in place of 1, was better, and waits for its runs: "
+    "the hazards at ε = 8 had .708 "
+    "against .701 (better with each of three seeds), at 3 .667 both, at 1 .645 against .642; held-out answers, read "
+    "by themselves under OpenAI's policy, .653 against .642, .636 against .619, .595 against .572; answers in their "
+    "context the same within .002. Not taken, at ε = 8, one seed, where clipping to 1 had hazards of .700, such "
+    "answers .636 and answers in context .838: 500 directions (.718, .630, .831); features of one length (.693, "
+    ".641, .837); the average over the last quarter (.700, .636, .837), or over the last half at 1.5 times the rate "
+    "(.702, .634, .835); clipping to 2 (.687, .616, .829); changes of the weights shrunk by their share of noise "
+    "(.670, .557, .838). None of this shows how to come closer to the run without privacy on such texts: that one "
+    "has .629 there."
+)
+TRIED_ENCODER = (
+    "The encoder's last layer trained as well (--train last): four epochs of Adam over the prompts, layer and head "
+    "together, from the run without privacy; the "
+    "answers' questions stay with the frozen encoder, so DiaSafety's figure does. On the folds hazards rose from "
+    ".738 to .757 with texts cut to half, one of them from .739 to .782 with whole ones; with the hazards' rows "
+    "alone to .760 (two layers .765, biases and LayerNorms of two layers .752, no layer .740). Two layers on all "
+    "prompts were the same on two folds (.776 and .749, one layer .774 and .743) at twice the cost. With privacy, "
+    "one fold at the noise of ε = 8: adapters of rank 64 on the last layer's six matrices, the first factors fixed "
+    "by public phrases, had .709, .703 and .695 after 60, 80 and 100 of 120 steps, where it was stopped, against "
+    ".682, .697 and .684: within the error of 478 prompts, at 5.8 s a step against 1.6 s. A whole run would take "
+    "half an hour for each ε and seed, and the private runs keep the frozen encoder."
+)
 
 
 def kept(results: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +90,8 @@ def sections(results: dict[str, Any], command: str) -> Iterable[Part]:
         "lead",
         f"A frozen MiniLM and {data['trained parameters']:,} trained weights, fitted to {data['training rows']:,} "
         f"labelled prompts and chatbot answers of {data['units']:,} conversations; without privacy, and so that "
-        "nobody can tell whether any one conversation was among them.",
+        "nobody can tell whether any one conversation was among them."
+        + (f' "{NAME}" goes on from there and trains the last layer, on the prompts.' if NAME in runs else ""),
     )
     yield (
         "p",
@@ -83,6 +110,8 @@ def sections(results: dict[str, Any], command: str) -> Iterable[Part]:
     if "ε = 8" in results["headlines"]:
         yield "table", goal_table(results)
         yield "p", TRIED
+        yield "p", TRIED_SINCE
+        yield "p", TRIED_ENCODER
     yield "plots", plots(results)
     yield "h2", "What is promised"
     for run in results["runs"]:
@@ -129,13 +158,17 @@ def sections(results: dict[str, Any], command: str) -> Iterable[Part]:
     yield "table", obedient_table(results)
     yield "h2", "Hits and misses"
     yield "p", "XSTest, at the first private run; unsafe prompts are shown by their first words."
-    chosen = list(first)[1 if len(first) > 1 else 0]
+    chosen = next((name for name, run in runs.items() if math.isfinite(run["epsilon"])), "no privacy")
     for title, rows in first[chosen]["examples"].items():
         yield "table", (f"{title} ({chosen})", ("prompt", "P(unsafe)"), [(text, f"{p:.3f}") for text, p in rows])
     yield "h2", "What it took"
     yield "table", cost_table(results)
     told = ", ".join(f"{key} {value}" for key, value in recipe.items())
-    yield "p", f"One recipe for all runs: {told}. Momentum 0.9, rate falling linearly, from ε where that is below lr."
+    yield (
+        "p",
+        f"One recipe for all runs: {told}. Momentum 0.9, rate falling linearly; with privacy from lr, or ε where that "
+        "is less, over max_grad_norm.",
+    )
 
 
 def headline_table(results: dict[str, Any], runs: dict[str, Any]) -> Table:
@@ -153,10 +186,11 @@ def headline_table(results: dict[str, Any], runs: dict[str, Any]) -> Table:
 
 
 def goal_table(results: dict[str, Any]) -> Table:
-    free, private = (
-        {name: float(np.mean([one[name] for one in results["headlines"][run]])) for name in HEADLINES}
-        for run in ("no privacy", "ε = 8")
-    )
+    means = {
+        run: {name: float(np.mean([one[name] for one in seeds])) for name in HEADLINES}
+        for run, seeds in results["headlines"].items()
+    }
+    free, private, trained = means["no privacy"], means["ε = 8"], means.get(NAME)
     close = within(private, free)
 
     def said(reached: bool, figure: str) -> str:
@@ -166,8 +200,12 @@ def goal_table(results: dict[str, Any]) -> Table:
     for name, (goal, goal_at_8) in GOALS.items():
         alone = said(free[name] >= goal, f"≥ {goal:.2f}: {free[name]:.3f}")
         at_8 = said(private[name] >= goal_at_8, f"≥ {goal_at_8:.2f}: {private[name]:.3f}")
-        rows.append([name, alone, at_8, said(close[name], f"≥ 95%: {private[name] / free[name]:.1%}")])
-    return "Goals", ("figure", "no privacy", "ε = 8", "ε = 8 of no privacy"), rows
+        row: Row = [name, alone, at_8, said(close[name], f"≥ 95%: {private[name] / free[name]:.1%}")]
+        if trained is not None:
+            row.insert(2, said(trained[name] >= goal, f"≥ {goal:.2f}: {trained[name]:.3f}"))
+        rows.append(row)
+    heads = ["figure", "no privacy", *([NAME] if trained is not None else []), "ε = 8", "ε = 8 of no privacy"]
+    return "Goals", heads, rows
 
 
 def hazard_table(results: dict[str, Any], which: str) -> Table:

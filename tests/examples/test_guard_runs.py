@@ -19,7 +19,7 @@ for needed in ("sklearn", "rich", "matplotlib", "yaml"):
 transformers = pytest.importorskip("transformers")
 
 from examples.guard import __main__ as command  # noqa: E402
-from examples.guard import data, encoder, large, minilm, public, tiny, toy, with_trainer  # noqa: E402
+from examples.guard import data, encoder, large, minilm, public, tiny, toy, upper, with_trainer  # noqa: E402
 from examples.guard.augment import Augmentation  # noqa: E402
 from examples.guard.data import Record  # noqa: E402
 from examples.guard.language_model import (  # noqa: E402
@@ -193,10 +193,55 @@ def test_every_run_begins_with_the_public_start(bert: str, monkeypatch: pytest.M
         return train(head, dataset, losses_of, recipe, *args, **kwargs)
 
     monkeypatch.setattr(minilm, "train", seen)
-    minilm.study([8.0, 3.0], model=bert, recipe=Recipe(1, 128, 5.0), limit=100, resamples=0, told=lambda _: None)
-    assert [rate for rate, _ in begun] == [5.0, 5.0, 3.0, 5.0]  # no privacy, both ε, the audit
+    recipe = Recipe(1, 128, 5.0, max_grad_norm=0.5)
+    minilm.study([8.0, 3.0], model=bert, recipe=recipe, limit=100, resamples=0, told=lambda _: None)
+    assert [rate for rate, _ in begun] == [5.0, 10.0, 6.0, 10.0]  # no privacy, both ε, the audit
     assert begun[0][1].any()
     assert all(torch.equal(weight, begun[0][1]) for _, weight in begun)
+
+
+def test_upper_layers_go_on_from_what_the_frozen_encoder_says(bert: str) -> None:
+    made, asked = encoder.Encoder(bert), encoder.Questions(built_in("mlcommons"), built_in("diasafety"))
+    space = public.Space.of(made, 60)
+    head = encoder.Head(2 * 60, len(asked))
+    torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(0))
+    rows = data.thinned(data.prompts().splits["train"], 60)
+    read = upper.Read(made, asked, rows)
+    frozen = head(space(made.features(rows))).detach().double()
+    before = upper.logits(upper.Upper(made, space, head), asked, read, frozen)
+    torch.testing.assert_close(before, frozen, atol=0.1, rtol=0.05)  # read in bfloat16
+    one = upper.Upper(made, space, head)(*upper.collate([read[7]])[:2])
+    torch.testing.assert_close(one[0, :14].double(), before[7, :14], atol=0.1, rtol=0.05)  # not by company or order
+
+    weights = {name: p.clone() for name, p in made.encoder.named_parameters()}
+    model, run = upper.fit(made, space, head, read, 0, Recipe(2, 16, 1e-3, "adam"))
+    after = upper.logits(model, asked, read, frozen)
+    known = asked.targets(rows)
+    assert encoder.losses(after, known).mean() < 0.8 * encoder.losses(before, known).mean()
+    top = dict(made.encoder.encoder.layer[-upper.LAYERS :].named_parameters())
+    still = {name for name, p in model.layers.named_parameters() if torch.equal(p, top[name])}
+    assert all(name.endswith("key.bias") for name in still)  # which no softmax feels
+    assert torch.equal(after[:, 14:], frozen[:, 14:])  # answers' questions stay with the frozen encoder
+    assert all(torch.equal(p, weights[name]) for name, p in made.encoder.named_parameters())
+    assert (run.name, run.steps, math.isinf(run.epsilon)) == (upper.NAME, 8, True)
+
+
+def test_the_encoder_is_trained_only_on_request(bert: str, tmp_path: Path) -> None:
+    options = ["--model", bert, "--limit", "60", "--epochs", "1", "--batch-size", "32", "--epsilons", "8"]
+    options += ["--resamples", "2", "--cache", str(tmp_path / "kept"), "--out", str(tmp_path)]
+    minilm.prepare(encoder.Encoder(bert, cache=tmp_path / "kept"), 60, lambda _: None)  # what is kept is rounded
+    plain = command.main(options)
+    assert list(plain["headlines"]) == ["no privacy", "ε = 8"]
+    trained = command.main([*options, "--train", "last"])
+    assert list(trained["headlines"]) == ["no privacy", upper.NAME, "ε = 8"]
+    for name, figures in plain["headlines"].items():
+        assert trained["headlines"][name] == figures  # the other runs are as they were
+    figures, frozen = (trained["headlines"][name][0] for name in (upper.NAME, "no privacy"))
+    assert figures["XSTest"] != frozen["XSTest"]
+    assert figures["DiaSafety responses"] == frozen["DiaSafety responses"]
+    assert f"| {upper.NAME} | ∞ |" in (tmp_path / "guard_minilm.md").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit):
+        command.main([*options, "--train", "lora"])
 
 
 @pytest.fixture(scope="module")
