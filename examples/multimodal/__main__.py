@@ -26,8 +26,10 @@ NOTES = (
     "One recipe for all data sets but for the number of epochs. It was found by some twenty trials on "
     "confounders, which printed validation and test figures, while the example was written; the head that "
     "multiplies, what it sees, its weight decay and its learning rate by some two hundred trials since, which "
-    "printed figures of validation rows, and of training emoji that were left out, alone; that the search fuses a "
-    "frozen MiniLM, by three trials on validation rows of the mix. These searches are not in ε, and favour the "
+    "printed figures of validation rows, and of training emoji that were left out, alone; from which axes the head "
+    "starts, by some thirty, which printed the same or were cross-validated on hatemoji's training and validation "
+    "rows; the Llama's adapters by some fifteen on validation rows of confounders; that the search fuses a frozen "
+    "MiniLM, by three trials on validation rows of the mix. These searches are not in ε, and favour the "
     "numbers a little. One seed a page; pages of two more, of what trains heads alone, are in the folders "
     "multimodal_seed1 and multimodal_seed2 of benchmarks/results. Nothing else is chosen or computed from the "
     "data, but what the section on private pieces accounts for.",

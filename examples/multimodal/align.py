@@ -11,10 +11,11 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .encoders import ImageEncoder, encode_pictures, encode_texts, kept
-from .mmbt import BELOW, IMAGE, MMBT, TEXT
+from .mmbt import BELOW, IMAGE, MMBT, TEXT, Product
 from .pictures import STYLES, Picture, catalogue
 
 
@@ -32,7 +33,8 @@ def align(
     """Set ``model``'s image projection and its centre; returns the share of the variance that is explained (R²).
 
     The centre is the mean of what the heads see of the catalogue's pictures and names: all pictures have much in
-    common, and what does not tell them apart would drown what does. Taken from public data, it costs no ε either.
+    common, and what does not tell them apart would drown what does. Taken from public data, it costs no ε either. Nor
+    does what a head that multiplies reads in a text at first: the principal axes of the catalogue's names.
 
     Args:
         without: hexcodes that are not looked at (emoji that a test wants unseen).
@@ -66,7 +68,17 @@ def align(
         model.centre[TEXT] = alone[:, width : 2 * width].mean(0) / width**0.5
         if model.skip:
             model.centre[BELOW] = alone[:, -width:].mean(0) / width**0.5
+        said = [_towards(alone[:, width : 2 * width], model.centre[TEXT])]
+        said += [_towards(alone[:, -width:], model.centre[BELOW])] if model.skip else []
+        for head in model.heads.values():
+            if isinstance(head, Product):
+                head.read(components(torch.cat(said, dim=1), len(head.text.weight))[1])
     return explained
+
+
+def _towards(seen: Tensor, centre: Tensor) -> Tensor:
+    """What heads see [n, d], made without a centre, as it is with one."""
+    return F.normalize(seen / seen.shape[-1] ** 0.5 - centre, dim=-1) * seen.shape[-1] ** 0.5
 
 
 def apart(n: int, which: int = IMAGE) -> Tensor:
@@ -97,3 +109,10 @@ def ridge_regression(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor
     explained = 1 - float((y - x @ solved).square().sum() / y.square().sum())
     weight = solved.T.float()
     return weight, centre_y - weight @ centre_x, explained
+
+
+def components(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Mean [d] and the first k principal axes [d, k] of x [n, d], scaled so that x comes out with variance 1."""
+    mean = x.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov((x - mean).T))
+    return mean, vectors[:, -k:] / values[-k:].clamp(min=1e-9).sqrt()

@@ -129,7 +129,7 @@ def compare(
     models: Judged = {}
 
     def add(name: str, of: str, seen: dict[str, Records], recipe: Recipe, epsilon: float | None = None) -> None:
-        model = HeadOnly(setup.model(of, 2, prepared=False))
+        model = HeadOnly(copy.deepcopy(early) if of == "MMBT" else setup.model(of, 2, prepared=False))
         setup.fit(table, model, seen, recipe, name=name, epsilon=epsilon)
         models[name] = (model, seen[judged])
 
@@ -237,21 +237,23 @@ def on_mix(setup: Setup, results: Results, epsilons: Sequence[float]) -> None:
         table.goals.append(("MMBT, ε = 8 ≥ 0.95", named["MMBT, ε = 8"] >= 0.95, f"{named['MMBT, ε = 8']:.3f}"))
 
 
-LLAMA = Recipe(batch_size=64, epochs=1, lr={"heads": 2e-3, "project": 1e-3, "text": 1e-3})
-LLAMA_PRIVATE = PRIVATE.but(epochs=6, lr={"heads": 1e-2, "project": 3e-3, "text": 3e-3})
+LLAMA = FREE.but(epochs=3, lr={"heads": 1e-3, "text": 1e-3}, weight_decay=0.0)
+LLAMA_PRIVATE = PRIVATE.but(epochs=10, lr={"heads": 2e-2, "text": 2e-3})
 
 
-def with_llama(setup: Setup, results: Results, epsilons: Sequence[float], below: int = 6, layers: int = 8) -> None:
+def with_llama(setup: Setup, results: Results, epsilons: Sequence[float], below: int = 16, layers: int = 18) -> None:
     """Beyond: a frozen Llama with cross-attention adapters, in the table of the confounders."""
     llama, tokenizer = load_llama(layers)
     rows = data.confounders(setup.limit)
     records = prepare(rows, setup.images, setup.bert(), setup.tokenizer, below=BELOW, max_tokens=32)
     tables = records["train"].tables
     tables.texts = encode_for_llama(llama, tokenizer, sorted(tables.text_of), 32, below)
+    unseen = {row.picture.codes[0] for row in rows["test_unseen_image"]}
     table = results.table("confounders")
     for epsilon in (None, *epsilons):
         torch.manual_seed(setup.seed)
         model = LlamaWithAdapters(llama, 1280, 2, below=below)
+        model.align(setup.images, tokenizer, 32, without=unseen)
         name = "frozen Llama, adapters" + ("" if epsilon is None else f", ε = {epsilon:g}")
         recipe = LLAMA if epsilon is None else LLAMA_PRIVATE
         setup.fit(table, model, records, recipe, name=name, epsilon=epsilon)

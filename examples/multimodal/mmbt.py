@@ -254,6 +254,11 @@ class Product(nn.Module):
         self.image = _zero(nn.Linear(parts[0] + parts[2], rank * outputs))
         self.add = _zero(nn.Linear(sum(parts), outputs))
 
+    @torch.no_grad()
+    def read(self, axes: Tensor) -> None:
+        """Start from these readings of the text: ``axes`` [width of the text, rank], along which it has variance 1."""
+        self.text.weight.copy_(axes.T / 3**0.5)  # as spread as what the layer starts from by itself
+
     def forward(self, features: Tensor) -> Tensor:
         """Features [n, sum of parts] to logits [n, outputs]."""
         image, text, shown, said = features.split(self.parts, dim=1)

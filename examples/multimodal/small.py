@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
-from .align import catalogue_features, pooled
+from .align import catalogue_features, components, pooled
 from .data import Rows
 from .encoders import ImageEncoder, Texts, encode_pictures
 from .mmbt import MMBT
@@ -59,10 +58,3 @@ def small_mmbt(bert: transformers.BertModel, outputs: int, seed: int = 0, layers
     mean, axes = components(words, WIDTH)
     model.embeddings.word_embeddings.weight.copy_((words - mean) @ axes)
     return MMBT(model, WIDTH, outputs, **options)
-
-
-def components(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Mean [d] and the first k principal axes [d, k] of x [n, d], scaled so that x comes out with variance 1."""
-    mean = x.mean(0)
-    values, vectors = torch.linalg.eigh(torch.cov((x - mean).T))
-    return mean, vectors[:, -k:] / values[-k:].clamp(min=1e-9).sqrt()

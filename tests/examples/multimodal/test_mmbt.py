@@ -15,6 +15,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 import dpkit  # noqa: E402
+from examples.multimodal import align  # noqa: E402
+from examples.multimodal.encoders import Texts  # noqa: E402
 from examples.multimodal.mmbt import MMBT, SHAPES, Product  # noqa: E402
 from examples.multimodal.records import Batch  # noqa: E402
 from tests.examples.multimodal import tiny  # noqa: E402
@@ -89,6 +91,25 @@ def test_a_product_is_of_one_modality_by_the_other() -> None:
     assert one.any()
     assert other.any()
     torch.testing.assert_close(said(*features), one + other)  # what adds does not multiply
+
+
+def test_a_product_starts_by_reading_what_tells_the_catalogues_names_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its readings of the names, seen alone as heads see them, are uncorrelated and equally spread."""
+    n = 60
+    torch.manual_seed(0)
+    names = Texts(torch.randn(n, 4, tiny.WIDTH), torch.ones(n, 4, dtype=torch.long))
+    maps = torch.randn(2 * n, tiny.CHANNELS)
+    some = [{"hexcode": str(i), "label": "", "tags": []} for i in range(n)]
+    monkeypatch.setattr(align, "catalogue", lambda: some)
+    monkeypatch.setattr(align, "catalogue_features", lambda images, size: maps)
+    monkeypatch.setattr(align, "encode_texts", lambda *args: names)
+    model = MMBT(tiny.bert(), tiny.CHANNELS, 2, below=1, head="product", skip=True, special=(1, 2)).eval()
+    align.align(model, None, None)
+    seen = model.features(maps[:n, :, None, None], *names, align.apart(n, 1))
+    head = model.heads["full"]
+    _, text, _, below = seen.split(head.parts, dim=1)
+    readings = head.text(torch.cat([text, below], dim=1))
+    torch.testing.assert_close(torch.cov(readings.T), torch.eye(8) / 3, atol=1e-4, rtol=1e-4)
 
 
 def test_several_labels() -> None:
