@@ -46,8 +46,7 @@ TRIED = (
 )
 TRIED_SINCE = (
     "Tried after that, on three folds of prompts and answers with noise as for all conversations (so that figures "
-    "are lower). Clipping to 0.25 at four times the rate, in place of 1, was better, and waits for its runs: "
-    "the hazards at ε = 8 had .708 "
+    "are lower). Clipping to 0.25 at four times the rate, in place of 1, was taken: the hazards at ε = 8 had .708 "
     "against .701 (better with each of three seeds), at 3 .667 both, at 1 .645 against .642; held-out answers, read "
     "by themselves under OpenAI's policy, .653 against .642, .636 against .619, .595 against .572; answers in their "
     "context the same within .002. Not taken, at ε = 8, one seed, where clipping to 1 had hazards of .700, such "
