@@ -23,7 +23,6 @@ from .correlated import Correlated
 from .errors import CheckpointError, ConfigurationError, DoubleUseError, UncoveredParameterError, UnfinishedStepError
 from .fingerprint import Fingerprint
 from .forms import joined
-from .inputs import Given
 from .loader import Draw
 from .noise import Source
 from .optimizers import Evaluated, called_by_step, settings
@@ -94,7 +93,6 @@ class PrivateStep:
         self._fingerprint, self._compared = Fingerprint(), -1
         self._admitted: tuple[Any, bool] | None = None
         self.strictly_examined = False
-        self._handed_out = 0
         self._process = os.getpid()
         self.repeatable = not noise.secure  # whether the streams of noise are those of the checkpoint that was loaded
         self.shards = shards_of(model, ranks)
@@ -168,16 +166,9 @@ class PrivateStep:
             self._factor = self._loss_scale.current()
             self.tape.open(draw.n, placeholders(list(self._trainable())), draw.units.owners())
         if draw.n > 1 and self.shards is None:
-            self._remember(draw, batch)
+            self.tape.remember(batch, sampled=self.sampling.sample_rate < 1.0)
         if draw.last and draw.n and self.noise_multiplier > 0 and self.ranks.first and self.shards is None:
             self.noise.prepare([p for p in self._parameters() if p.requires_grad])
-
-    def _remember(self, draw: Draw, batch: Any) -> None:
-        """Of some batches, more seldom as time goes on, keep what was handed out beside what the model will get."""
-        self._handed_out += 1
-        if self._handed_out <= 4 or self._handed_out & (self._handed_out - 1) == 0:
-            owners, sampled = draw.units.owners(), self.sampling.sample_rate < 1.0
-            self.tape.given = Given(batch, draw.n, owners, sampled=sampled, batch_first=self.tape.batch_first)
 
     def _look_anew(self) -> None:
         """The optimizer has got parameters that were not there before: of new modules (adapters), or of no module."""

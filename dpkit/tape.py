@@ -103,6 +103,7 @@ class Tape:
         self.rules: dict[nn.Module, Rule | None] = {}
         self.apiece: set[nn.Module] = set()  # modules that run on one record at a time
         self.owners: list[tuple[nn.Module, str]] = []
+        self._remembered = 0  # batches that were, or could have been
         self._owned: list[nn.Parameter] = []  # what each of them owned
         self._plans: dict[Any, probe.Plan] = {}
         self._modules: list[nn.Module] = []
@@ -225,6 +226,14 @@ class Tape:
                     cure="change the model before make_private; or engine.detach(), and make_private again with an "
                     "optimizer of the new parameters: what was spent is added up.",
                 )
+
+    def remember(self, tree: Any, *, sampled: bool) -> None:
+        """Of some batches, ever fewer, keep what was handed out, to compare it with what the model gets."""
+        assert self.batch is not None
+        self._remembered += 1
+        if self._remembered <= 4 or self._remembered & (self._remembered - 1) == 0:
+            batch = self.batch
+            self.given = Given(tree, batch.n, batch.owners, sampled=sampled, batch_first=self.batch_first)
 
     def before_backward(self, roots: Sequence[Tensor], grads: Sequence[Tensor | None] | None) -> None:
         """A loss is about to be back-propagated; see `dpkit.losses`."""
