@@ -58,10 +58,17 @@ class Losses:
     def told(self) -> bool:
         return 0 < len(self._met) < _KINDS and all(self._met.values())
 
+    def forget(self) -> None:
+        """The model is another one now: look at all kinds anew, and go on knowing of which it could not be told."""
+        self._met = {kind: told for kind, told in self._met.items() if not told}
+        for known in (self._cleared, self._pairs, self._divisors):
+            known.clear()
+
     def look(self, roots: Sequence[Tensor], grads: Sequence[Tensor | None] | None) -> None:
         """Raise if a record acts through another one's gradient in what is about to be back-propagated.
 
-        A kind of loss that was not met before is differentiated for it; hooks of its tensors run then, too.
+        A kind of loss that was not met before is differentiated for it, the others again ever more seldom; hooks of its
+        tensors run then, too.
 
         Args:
             roots, grads: as `torch.autograd.backward` was given them.
@@ -80,10 +87,10 @@ class Losses:
         self._looks += 1
         new = kind not in self._met and len(self._met) < _KINDS
         seldom = new or self._looks & (self._looks - 1) == 0
-        if new:
+        if new or (seldom and kind in self._met):  # the same operations may run along other dimensions now
             apart = self._apart(batch, roots, grads)
             if apart is not None:
-                self._met[kind] = apart
+                self._met[kind] = apart and self._met.get(kind, True)
         for k, node in enumerate(nodes):
             rule = _RULES.get(type(node).__name__)
             if rule is None:

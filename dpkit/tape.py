@@ -147,7 +147,8 @@ class Tape:
             known.clear()
         self._plans.clear()
         self.proven.clear()
-        self.latest, self.losses = None, Losses(self)
+        self.latest = None
+        self.losses.forget()
         self._attach()
 
     @contextlib.contextmanager

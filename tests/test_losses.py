@@ -337,6 +337,33 @@ def test_a_loss_that_comes_later(later: int) -> None:
             run.optimizer.step()
 
 
+def test_the_same_operations_along_another_dimension() -> None:
+    """No new kind of loss: it is noticed when known kinds are looked at again."""
+    with drawing(*[range(N)] * 9):
+        run = attach(classifier(), TensorDataset(*records()), lr=0.1)
+        for k, (x, y) in enumerate(run.loader):
+            loss = -(run.model(x).log_softmax(1 if k < 4 else 0) * F.one_hot(y, K)).mean()
+            if k == 7:
+                with pytest.raises(dpkit.CoupledRecordsError):
+                    loss.backward()
+                return
+            loss.backward()
+            run.optimizer.step()
+
+
+def test_what_could_not_be_told_stays_so() -> None:
+    """Also when the model has got other modules since."""
+    run = attach(classifier(), TensorDataset(*records()))
+    losses = run.engine._step.tape.losses  # type: ignore[union-attr]
+    for loss in (APART["connectionist"], APART["cross-entropy"]):
+        for x, y in run.loader:
+            loss(run.model, x, y).backward()
+            run.optimizer.step()
+        assert not losses.told
+        losses.forget()
+        assert not losses.told
+
+
 class InParts(nn.Module):
     """Two modules that the loop calls one after the other."""
 
