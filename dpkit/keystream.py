@@ -11,7 +11,7 @@ import torch
 
 from .errors import ConfigurationError
 
-MOST = 1 << 19
+MOST = 1 << 22
 """So many bytes can be asked for at a time."""
 _ZEROS = bytes(MOST)
 _BLOCK = 16

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
-import os
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -13,6 +10,7 @@ from torch import Tensor
 
 from .errors import ConfigurationError
 from .keystream import Keystream, available
+from .lots import LOT, Lots, size_for
 from .normals import PIECE, Encrypted, Generated, Normals
 from .secure import SecureNoise
 from .seeds import scramble, unforeseeable
@@ -59,7 +57,8 @@ class NoiseSource:
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self._given = generator
         self._own: dict[torch.device, Normals] = {}
-        self._ahead: Ahead | None = None
+        self._lots: Lots | None = None
+        self._prepared = False
 
     @property
     def seeded(self) -> bool:
@@ -93,10 +92,8 @@ class NoiseSource:
             if self._given is not None:  # the user's seed, carried over to another device
                 seed = int(torch.randint(1 << 62, (), generator=self._given, device=self._given.device))
                 self._own[device] = Generated(torch.Generator(device).manual_seed(seed))
-            elif device.type == "cpu" and available():
-                self._own[device] = Encrypted(Keystream())
             else:
-                self._own[device] = Generated(unforeseeable(device))
+                self._own[device] = _fresh(device)
         return self._own[device]
 
     def refuse_shared(self, draws: torch.Generator | None) -> None:
@@ -115,13 +112,9 @@ class NoiseSource:
         return {
             "kind": "plain",
             "given": None if self._given is None else self._given.get_state(),
-            "own": {str(device): self._state(stream) for device, stream in self._own.items()},
+            "own": {str(device): stream.state() for device, stream in self._own.items()},
+            "lots": None if self._lots is None else self._lots.state(),
         }
-
-    def _state(self, stream: Normals) -> Any:
-        """Where a stream stands, as if nothing had been drawn ahead."""
-        ahead = self._ahead
-        return ahead.before if ahead is not None and ahead.stream is stream else stream.state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the streams that `state_dict` gave.
@@ -137,39 +130,44 @@ class NoiseSource:
                 cure="resume with the secure_mode and noise_generator that the run was started with.",
             )
         own = {torch.device(name): _resumed(name, held) for name, held in state["own"].items()}
+        held = state["lots"]
+        lots = None if held is None else Lots.at(_resumed("cpu", held["before"], _TOGETHER), held)
         if self._given is not None:
             self._given.set_state(state["given"])
-        self._own, self._ahead = own, None
+        self._own, self._lots, self._prepared = own, lots, False
 
     def reseed(self) -> None:
         """Go on with fresh streams: what was drawn before and may have been released is never drawn again."""
         if self._given is not None:
             scramble(self._given)
-        self._own, self._ahead = {}, None
+        self._own, self._lots, self._prepared = {}, None, False
 
     def prepare(self, parameters: Sequence[Tensor]) -> None:
         """Begin to draw the next noise for these parameters, beside the user's forward and backward.
 
         Only what nobody has a hand in: not from the user's generator, and not for other devices.
         """
-        cpu = torch.device("cpu")
-        fitting = all(p.device == cpu and p.dtype == torch.float32 for p in parameters)
-        sizes = [p.numel() for p in parameters]
-        if not self.seeded and self._ahead is None and fitting and sum(sizes) >= _MANY and _PROCESSORS > 1:
-            self._ahead = Ahead(self.stream(cpu), sizes)
+        count = sum(p.numel() for p in parameters)
+        size = size_for(count) if _plain(parameters) and not self.seeded else None
+        self._prepared = size is not None
+        if size is None:
+            return
+        if self._lots is None:
+            self._lots = Lots(_fresh(torch.device("cpu"), _TOGETHER), size)
+        elif not count <= self._lots.size <= max(size, LOT):
+            self._lots = self._lots.sized(size)
+        self._lots.prepare()
 
     def add_to(self, sums: Sequence[Tensor], std: float) -> None:
         """Add independent N(0, std²) to every entry of flat float32 or float64 tensors, in place."""
         if std == 0.0:
             return
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            drawn = ahead.take()
-            if ahead.sizes == [s.numel() for s in sums] and all(s.dtype == torch.float32 for s in sums):
-                _add([s.view(-1) for s in sums], std, ahead.stream, drawn)
-                return
-            cpu = torch.device("cpu")  # other parameters are trained now
-            self._own[cpu] = _resumed("cpu", ahead.before)
+        prepared, self._prepared = self._prepared, False
+        sizes = [s.numel() for s in sums]
+        if prepared and self._lots is not None and sum(sizes) <= self._lots.size and _plain(sums):
+            noise = self._lots.take(sum(sizes)).split_with_sizes(sizes)
+            torch._foreach_add_([s.view(-1) for s in sums], noise, alpha=std)
+            return
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for s in sums:
             kinds.setdefault((s.device, s.dtype), []).append(s if s.ndim == 1 else s.view(-1))
@@ -177,26 +175,35 @@ class NoiseSource:
             _add(flat, std, self.stream(device))
 
 
-def _resumed(device: str, state: Any) -> Normals:
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are float32 on a CPU."""
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+
+
+def _fresh(device: torch.device, together: int = 1) -> Normals:
+    """A stream that nobody knows."""
+    if device.type == "cpu" and available():
+        return Encrypted(Keystream(), together)
+    return Generated(unforeseeable(device))
+
+
+def _resumed(device: str, state: Any, together: int = 1) -> Normals:
     """The stream that goes on from a state."""
     if isinstance(state, Tensor):
         generator = torch.Generator(device)
         generator.set_state(state)
         return Generated(generator)
-    return Encrypted(Keystream.at(state))
+    return Encrypted(Keystream.at(state), together)
 
 
-def _add(sums: list[Tensor], std: float, stream: Normals, drawn: Sequence[Tensor] | None = None) -> None:
-    """Add noise to flat tensors of one kind: what was ``drawn`` ahead, else fresh numbers in the same order."""
+def _add(sums: list[Tensor], std: float, stream: Normals) -> None:
+    """Add fresh numbers to flat tensors of one kind."""
     small, large = [s for s in sums if s.numel() < _FEW], [s for s in sums if s.numel() >= _FEW]
     if small:  # together: for few numbers a call takes as long as for thousands
         sizes = [s.numel() for s in small]
-        noise = stream.fill(small[0].new_empty(sum(sizes))) if drawn is None else drawn[0]
+        noise = stream.fill(small[0].new_empty(sum(sizes)))
         torch._foreach_add_(small, torch.split_with_sizes(noise, sizes), alpha=std)
-    for k, s in enumerate(large, 1):
-        if drawn is not None:
-            s.add_(drawn[k], alpha=std)
-            continue
+    for s in large:
         # On a CPU in pieces that stay in its cache: a fresh buffer of the parameters' size costs as much again.
         size = PIECE if s.device.type == "cpu" else len(s)
         noise = s.new_empty(min(size, len(s)))
@@ -204,42 +211,8 @@ def _add(sums: list[Tensor], std: float, stream: Normals, drawn: Sequence[Tensor
             piece.add_(stream.fill(noise[: len(piece)]), alpha=std)
 
 
-class Ahead:
-    """Standard normal numbers that a thread of its own draws meanwhile, the same as would be drawn later.
-
-    Attributes:
-        sizes: of the float32 tensors that they are for.
-        before: the stream's state before they are drawn.
-    """
-
-    def __init__(self, stream: Normals, sizes: list[int]) -> None:
-        self.stream, self.sizes, self.before = stream, sizes, stream.state()
-        together = sum(size for size in sizes if size < _FEW)
-        self._drawn = [torch.empty(size) for size in (together, *(size for size in sizes if size >= _FEW))]
-        self._error: BaseException | None = None
-        self._done = threading.Event()
-        _thread.start_new_thread(self._draw, ())  # threading.Thread waits until it runs: a tenth of a millisecond
-
-    def _draw(self) -> None:
-        try:
-            for flat in self._drawn:
-                self.stream.fill(flat)
-        except BaseException as error:  # it is raised where the noise is asked for
-            self._error = error
-        finally:
-            self._done.set()
-
-    def take(self) -> list[Tensor]:
-        """The numbers, first those of all small tensors together; they are the caller's."""
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
-        return self._drawn
-
-
 _FEW = 1 << 13
-_MANY = 1 << 17  # fewer numbers are drawn faster than a thread begins
-_PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_TOGETHER = LOT // PIECE
 
 
 def source_of(secure: SecureNoise | None, given: torch.Generator | None, draws: torch.Generator | None) -> Source:
