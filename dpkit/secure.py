@@ -120,7 +120,7 @@ class SecureNoise:
                 s.copy_(noisy)
 
     def _stream(self) -> Callable[[int], bytearray]:
-        """A fresh key's stream: from a number of bytes (at most `keystream.MOST`) to a buffer that begins with so many."""
+        """A fresh key's stream: from a number of bytes (of `keystream.MOST`) to a buffer that begins with so many."""
         stream = Keystream(self._entropy(32))
 
         def draw(n: int) -> bytearray:
