@@ -25,6 +25,7 @@ from .errors import CheckpointError, ConfigurationError, NotAttachedError
 from .facts import Lives, lives_in, stated
 from .ledger import Ledger
 from .loader import Limit, PrivateDataLoader, refuse_private
+from .memory import keep_freed
 from .methods import MODES, Profile, free_bytes
 from .noise import Source, source_of
 from .optimizers import innermost
@@ -239,6 +240,7 @@ class PrivacyEngine:
         )
         budget = budget_for(self.accountant, sampling, sigma, max_epsilon, target_delta)
 
+        keep_freed()
         checks.choice("method", method, MODES)
         repeats = method == "auto" and (noise_generator is not None or self._spending.ledger is not None)
         self._step = PrivateStep(
