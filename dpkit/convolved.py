@@ -214,7 +214,7 @@ class Convolved(Form):
         return Dense(self.dense()).folded(k)
 
 
-_RESULT = 1 << 17
-"""Numbers (512 KiB in float32) of gradients that one call of the grouped convolution makes."""
-_CACHED = 1 << 18
-"""Numbers (1 MiB in float32) of patches that are copied at a time on a CPU."""
+_RESULT = 1 << 18
+"""Numbers (1 MiB in float32) of gradients that one call of the grouped convolution makes."""
+_CACHED = 1 << 19
+"""Numbers (2 MiB in float32) of patches that are copied at a time on a CPU."""
