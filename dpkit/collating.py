@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import randomness
 from .errors import SamplingError
-from .trees import leaves
+from .trees import leaves, row_bytes
 
 _LOOKS, _DRAWS, _ROWS = 2, 4, 16
 
@@ -67,14 +67,10 @@ class Collates:
             if not all(isinstance(v, Tensor) and v.shape[:1] == (len(rows),) for v in (x, y, z)):
                 continue
             if x.shape == z.shape and torch.equal(x, y):  # else padded to another length, or by a chance of its own
-                known = {_bytes(row) for row in x}
-                if sum(_bytes(row) not in known for row in z) > 1:
+                known = set(row_bytes(x))
+                if sum(row not in known for row in row_bytes(z)) > 1:
                     return k
         return None
 
     def _collated(self, rows: list[Any]) -> Any:
         return self.collate([copy.deepcopy(row) for row in rows])
-
-
-def _bytes(v: Tensor) -> bytes:
-    return v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

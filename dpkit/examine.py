@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import probe, randomness
 from .buffers import Buffers, differing, refuse_remembered, refuse_written
 from .errors import PrivacyError, UncoveredParameterError
-from .forms import joined
+from .joined import joined
 from .live import Live
 from .methods import Kept
 from .outputs import finished

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import CoupledRecordsError
-from .trees import leaves
+from .trees import leaves, row_bytes
 
 _WIDEST, _LEAST, _ROWS = 4096, 8, 16
 """Numbers of a row that are looked at; fewer tell too little; rows that are looked for patches of others."""
@@ -89,8 +89,8 @@ class Given:
 
 def _order(given: Tensor, rows: Tensor) -> Tensor | None:
     """[n]: which of the given rows each one is; None where one is none of them, or they do not differ."""
-    known = {row: i for i, row in enumerate(_bytes(given))}
-    found = [known.get(row, -1) for row in _bytes(rows)]
+    known = {row: i for i, row in enumerate(row_bytes(given))}
+    found = [known.get(row, -1) for row in row_bytes(rows)]
     return None if len(known) < len(given) or -1 in found else torch.tensor(found, device=rows.device)
 
 
@@ -139,10 +139,6 @@ def _centred(x: Tensor, y: Tensor, overall: Tensor) -> str:
     centre = mean - y.mean(0) / factor
     centred = any(bool(((centre - m).abs() <= 1e-4 * spread).all()) for m in (mean, overall))
     return "rows are standardised by a mean of the batch" if centred else ""
-
-
-def _bytes(rows: Tensor) -> list[bytes]:
-    return [row.tobytes() for row in rows.cpu().contiguous().view(torch.uint8).numpy()]
 
 
 def _refuse(path: str, seen: str) -> NoReturn:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import GradientMismatchError, NonPrivateGradientError
-from .forms import joined
+from .joined import joined
 from .probe import refuse_hooked
 from .tape import Tape
 from .taps import Batch, Look, refuse_reached

@@ -22,7 +22,7 @@ from .clipping import Clipping, HistogramClipping, NormHistogram, learns, noises
 from .correlated import Correlated
 from .errors import CheckpointError, ConfigurationError, DoubleUseError, UncoveredParameterError, UnfinishedStepError
 from .fingerprint import Fingerprint
-from .forms import joined
+from .joined import joined
 from .loader import Draw
 from .noise import Source
 from .optimizers import Evaluated, called_by_step, settings

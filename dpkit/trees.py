@@ -85,3 +85,9 @@ def within(tree: Any) -> list[Any]:
 def signature(tree: Any) -> tuple[Any, ...]:
     """What two calls must share for one plan to serve both: the kinds and ranks of their leaves."""
     return tuple((type(v).__name__, v.ndim) if isinstance(v, Tensor) else type(v).__name__ for v in leaves(tree))
+
+
+def row_bytes(x: Tensor) -> list[bytes]:
+    """What each row of ``x`` [n, ...] is, as something to look up."""
+    rows = (x.flatten(1) if x.ndim > 1 else x[:, None]).detach().cpu().contiguous().view(torch.uint8)
+    return [row.tobytes() for row in rows.numpy()]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector as vector
 
 from dpkit.errors import PrivacyError
-from dpkit.forms import Form, joined
+from dpkit.forms import Form
+from dpkit.joined import joined
 from dpkit.optional import register_optional
 from dpkit.rules import Rule, rule_for
 from dpkit.tape import Tape

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpkit.forms import Dense, Form, Joined, Outer, Routed, Rows, joined
+from dpkit.forms import Dense, Form, Outer, Routed, Rows
+from dpkit.joined import Joined, joined
 
 SIZES = st.integers(1, 5)
 DTYPES = st.sampled_from([torch.float32, torch.float64])
