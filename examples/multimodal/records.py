@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from .data import Row, Rows
 from .encoders import ImageEncoder, Texts, encode_pictures, encode_texts
 from .mmbt import SHAPES
+from .pictures import SIZE
 
 Item = tuple[int, int, int]
 
@@ -106,7 +107,7 @@ def prepare(
     max_tokens: int,
     tokens: int = 1,
     train_images: bool = False,
-    size: int = 128,
+    size: int = SIZE,
 ) -> dict[str, Records]:
     """The splits of ``rows``, run through what is frozen.
 
@@ -118,7 +119,7 @@ def prepare(
     texts = sorted({row.text for row in every})
     maps = encode_pictures(images, pictures, size)
     if not train_images:
-        maps = torch.cat([F.adaptive_avg_pool2d(images.top(chunk), SHAPES[tokens]) for chunk in maps.split(128)])
+        maps = torch.cat([F.adaptive_avg_pool2d(images.top(chunk), SHAPES[tokens]) for chunk in maps.split(16)])
     tables = Tables(
         maps,
         encode_texts(bert, tokenizer, texts, max_tokens, below),

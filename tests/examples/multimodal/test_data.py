@@ -104,8 +104,27 @@ def test_pictures_are_encoded_once_in_any_order(tmp_path: Path, monkeypatch: pyt
     maps = encoders.encode_pictures(Encoder(), shown, 32)
     again = encoders.encode_pictures(Encoder(), shown[::-1], 32)
     assert torch.equal(again, maps.flip(0))
-    assert torch.equal(maps[:, :, 0, 0], pixels(shown, 32).float().mean((2, 3)))
+    torch.testing.assert_close(maps[:, :, 0, 0], pixels(shown, 32).float().mean((2, 3)), atol=0, rtol=1e-3)
     assert seen == [3]
+
+
+def test_the_image_encoder_is_the_network_in_eval_mode() -> None:
+    """Whatever mode it is in, with BatchNorms folded into the trunk's convolutions and constant in the last layer."""
+    efficientnet = pytest.importorskip("efficientnet_lite_pytorch")
+    torch.manual_seed(0)
+    net = efficientnet.EfficientNet.from_name("efficientnet-lite0").eval()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+            for some in (module.running_mean, module.weight, module.bias):
+                torch.nn.init.normal_(some, mean=0.3)
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = net.extract_features((images.float() - 127) / 128)
+        encoder = encoders.ImageEncoder(net)
+        assert [m for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)] == []
+        for mode in (False, True):
+            torch.testing.assert_close(encoder.train(mode)(images), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_mix_has_its_exact_limits() -> None:
