@@ -41,11 +41,12 @@ def align(
         ridge: the penalty, as a share of the features' mean variance.
     """
     names = [f"{entry['label']}, {', '.join(entry['tags'])}" for entry in catalogue()]
-    texts = encode_texts(model.bert, tokenizer, names, max_tokens, model.below)
+    texts = encode_texts(model.bert, tokenizer, names, max_tokens, model.below, model.lower)
+    states = texts.hidden[..., : model.centre.shape[1]]  # above ``below`` layers
     inner = texts.mask.bool().clone()
     inner[:, 0] = False  # [CLS]
     inner[torch.arange(len(inner)), texts.mask.sum(1) - 1] = False  # [SEP]
-    meant = (texts.hidden * inner[..., None]).sum(1) / inner.sum(1, keepdim=True).clamp(min=1)
+    meant = (states * inner[..., None]).sum(1) / inner.sum(1, keepdim=True).clamp(min=1)
     norm = model.image_embeddings.norm
     meant = (meant - norm.bias) / norm.weight  # what the norm, which comes after the projection, makes this of
     meant = (meant - meant.mean(1, keepdim=True)) / meant.std(1, keepdim=True)

