@@ -28,15 +28,17 @@ NOTES = (
     "multiplies, what it sees, its weight decay and its learning rate by some two hundred trials since, which "
     "printed figures of validation rows, and of training emoji that were left out, alone; from which axes the head "
     "starts, by some thirty, which printed the same or were cross-validated on hatemoji's training and validation "
-    "rows; the Llama's adapters by some fifteen on validation rows of confounders; that the search fuses a frozen "
-    "MiniLM, by three trials on validation rows of the mix. These searches are not in ε, and favour the "
-    "numbers a little. One seed a page; pages of two more, of what trains heads alone, are in the folders "
-    "multimodal_seed1 and multimodal_seed2 of benchmarks/results. Nothing else is chosen or computed from the "
-    "data, but what the section on private pieces accounts for.",
+    "rows; at which size pictures are read, and which layers of a text the heads see, by some twenty, which printed "
+    "figures of validation rows and left-out emoji of confounders; the Llama's adapters by some fifteen on validation "
+    "rows of confounders; that the search fuses a frozen MiniLM, by three trials on validation rows of the mix. These "
+    "searches are not in ε, and favour the numbers a little. One seed a page; pages of two more, of what trains heads "
+    "alone, are in the folders multimodal_seed1 and multimodal_seed2 of benchmarks/results. Nothing else is chosen or "
+    "computed from the data, but what the section on private pieces accounts for.",
     "The pre-trained encoders saw public text and ImageNet, and the image projection was fitted to Unicode's public "
     "list of emoji (without the emoji that the test calls unseen): ε covers the training rows of the data set only.",
-    "BatchNorm of the image encoder is replaced by its ImageNet statistics as constants "
-    "(dpkit.layers.convert(batch_norm='frozen')), not by GroupNorm: the pre-trained function stays what it was.",
+    "BatchNorm of the image encoder is replaced by its ImageNet statistics as constants (folded into the convolutions; "
+    "of the last one by dpkit.layers.convert(batch_norm='frozen')), not by GroupNorm: the pre-trained function stays "
+    "what it was.",
     "± is a 95% bootstrap interval over confounder pairs of the test rows; it says nothing about other seeds.",
     "The seed makes draws and noise repeatable, so known to whoever knows it: to release a model, give no generator.",
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .encoders import ImageEncoder, encode_pictures, encode_texts, kept
 from .mmbt import BELOW, IMAGE, MMBT, TEXT, Product
-from .pictures import STYLES, Picture, catalogue
+from .pictures import SIZE, STYLES, Picture, catalogue
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def align(
     *,
     without: Collection[str] = (),
     ridge: float = 0.3,
-    size: int = 128,
+    size: int = SIZE,
     max_tokens: int = 32,
 ) -> float:
     """Set ``model``'s image projection and its centre; returns the share of the variance that is explained (R²).
@@ -41,11 +41,12 @@ def align(
         ridge: the penalty, as a share of the features' mean variance.
     """
     names = [f"{entry['label']}, {', '.join(entry['tags'])}" for entry in catalogue()]
-    texts = encode_texts(model.bert, tokenizer, names, max_tokens, model.below)
+    texts = encode_texts(model.bert, tokenizer, names, max_tokens, model.below, model.lower)
+    states = texts.hidden[..., : model.centre.shape[1]]  # above ``below`` layers
     inner = texts.mask.bool().clone()
     inner[:, 0] = False  # [CLS]
     inner[torch.arange(len(inner)), texts.mask.sum(1) - 1] = False  # [SEP]
-    meant = (texts.hidden * inner[..., None]).sum(1) / inner.sum(1, keepdim=True).clamp(min=1)
+    meant = (states * inner[..., None]).sum(1) / inner.sum(1, keepdim=True).clamp(min=1)
     norm = model.image_embeddings.norm
     meant = (meant - norm.bias) / norm.weight  # what the norm, which comes after the projection, makes this of
     meant = (meant - meant.mean(1, keepdim=True)) / meant.std(1, keepdim=True)
@@ -86,7 +87,7 @@ def apart(n: int, which: int = IMAGE) -> Tensor:
     return torch.arange(2).eq(which).expand(n, 2)
 
 
-def catalogue_features(images: ImageEncoder, size: int = 128) -> Tensor:
+def catalogue_features(images: ImageEncoder, size: int = SIZE) -> Tensor:
     """The features of all public emoji [styles * emoji, 1280]: the whole catalogue in one style, then in the next."""
     shown = [Picture((entry["hexcode"],), style) for style in STYLES for entry in catalogue()]
     return kept(
@@ -97,7 +98,7 @@ def catalogue_features(images: ImageEncoder, size: int = 128) -> Tensor:
 @torch.no_grad()
 def pooled(images: ImageEncoder, maps: Tensor) -> Tensor:
     """The trunk's maps as one vector a picture [n, 1280]."""
-    return torch.cat([images.top(chunk).mean((2, 3)) for chunk in maps.split(128)])
+    return torch.cat([images.top(chunk).mean((2, 3)) for chunk in maps.split(16)])
 
 
 def ridge_regression(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor, float]:

@@ -27,6 +27,8 @@ from .train import Recipe, Run, evaluate, predict, train
 
 BELOW = 5
 """MiniLM's layers that run once for each text; the sixth sees both modalities."""
+LOWER = 3
+"""The heads also see what these layers make of a text: others than the sixth add more to it than the fifth does."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "text only": {"modalities": ("text",), "head": "mlp"},
@@ -71,7 +73,7 @@ class Setup:
     ) -> MMBT:
         """A fresh model by its name in `MODELS`, its image side ``prepared`` on the public catalogue."""
         torch.manual_seed(self.seed)
-        options = {"below": BELOW, "segments": (1, 0), "skip": True, **MODELS[name], **options}
+        options = {"below": BELOW, "lower": LOWER, "segments": (1, 0), "skip": True, **MODELS[name], **options}
         model = MMBT(self.bert(), 1280, outputs, **options)
         if prepared:
             align(model, self.images, self.tokenizer, without=without)
@@ -152,7 +154,7 @@ def compare(
 def on_confounders(setup: Setup, results: Results, epsilons: Sequence[float]) -> None:
     """The headline."""
     rows = data.confounders(setup.limit)
-    records = prepare(rows, setup.images, setup.bert(), setup.tokenizer, below=BELOW, max_tokens=32)
+    records = prepare(rows, setup.images, setup.bert(), setup.tokenizer, below=BELOW, lower=LOWER, max_tokens=32)
     unseen = sorted({row.picture.codes[0] for row in rows["test_unseen_image"]})
     table = Table(
         "confounders",
@@ -191,7 +193,7 @@ def on_confounders(setup: Setup, results: Results, epsilons: Sequence[float]) ->
 def on_hatemoji(setup: Setup, results: Results, epsilons: Sequence[float]) -> None:
     """Hate in which the emoji takes part."""
     rows = data.hatemoji(setup.limit)
-    records = prepare(rows, setup.images, setup.bert(), setup.tokenizer, below=BELOW, max_tokens=40)
+    records = prepare(rows, setup.images, setup.bert(), setup.tokenizer, below=BELOW, lower=LOWER, max_tokens=40)
     table = Table(
         "hatemoji",
         "Hatemoji: hateful or not, in matched pairs",
@@ -214,7 +216,7 @@ def on_hatemoji(setup: Setup, results: Results, epsilons: Sequence[float]) -> No
 def on_mix(setup: Setup, results: Results, epsilons: Sequence[float]) -> None:
     """The generated mix, where the limits are known."""
     rows = mix.memes() if setup.limit is None else mix.memes(dict.fromkeys(("train", "val", "test"), setup.limit))
-    records = prepare(rows, setup.images, setup.bert(), setup.tokenizer, below=BELOW, max_tokens=16)
+    records = prepare(rows, setup.images, setup.bert(), setup.tokenizer, below=BELOW, lower=LOWER, max_tokens=16)
     limits = {"text": mix.bayes(lambda text, picture: text), "image": mix.bayes(lambda text, picture: picture)}
     table = Table(
         "mix",
@@ -245,7 +247,7 @@ def with_llama(setup: Setup, results: Results, epsilons: Sequence[float], below:
     """Beyond: a frozen Llama with cross-attention adapters, in the table of the confounders."""
     llama, tokenizer = load_llama(layers)
     rows = data.confounders(setup.limit)
-    records = prepare(rows, setup.images, setup.bert(), setup.tokenizer, below=BELOW, max_tokens=32)
+    records = prepare(rows, setup.images, setup.bert(), setup.tokenizer, below=BELOW, lower=LOWER, max_tokens=32)
     tables = records["train"].tables
     tables.texts = encode_for_llama(llama, tokenizer, sorted(tables.text_of), 32, below)
     unseen = {row.picture.codes[0] for row in rows["test_unseen_image"]}

@@ -59,7 +59,15 @@ def featured(model: MMBT, records: Records) -> Records:
         return torch.cat([model.features(b.image, b.text, b.mask, b.present) for b in batches])[whose]
 
     weights = [float(p.double().sum()) for p in (model.image_embeddings.project.weight, model.centre, model.map_scale)]
-    made_by = [model.below, model.fusion, model.stride, model.readout, model.skip, records.tables.texts.mask.shape[1]]
+    made_by = [
+        model.below,
+        model.lower,
+        model.fusion,
+        model.stride,
+        model.readout,
+        model.skip,
+        records.tables.texts.mask.shape[1],
+    ]
     features = kept(
         "features", map(repr, [weights, made_by, *((row.text, row.picture) for row in records.rows)]), compute
     )

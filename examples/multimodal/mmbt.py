@@ -62,6 +62,7 @@ class MMBT(nn.Module):
 
     Args:
         bert: the transformer. Its ``below`` lowest layers are not run here: texts come as hidden states above them.
+        lower: fewer layers: texts come with the hidden states above these, too (see `encoders.Texts`), for ``skip``.
         image_dim: c, the channels of what ``image_encoder`` returns.
         outputs: how many classes, or labels that are not exclusive.
         image_encoder: from what comes as image to maps [n, c, h, w]; by default maps come.
@@ -76,7 +77,8 @@ class MMBT(nn.Module):
             published, the first token of the sequence through BERT's pooler.
         stride: with "mean", every how-manieth text token is read. What the last layer would say of tokens that are not
             read is not computed, which saves most of it.
-        skip: the heads also see what comes in, past the layers that are run: the image's map and the text (means).
+        skip: the heads also see what comes in, past the layers that are run: the image's map and the text (means), as
+            it is above the ``lower`` layers, or else above the ``below``.
         special: the ids of [CLS] and [SEP].
     """
 
@@ -88,6 +90,7 @@ class MMBT(nn.Module):
         *,
         image_encoder: nn.Module | None = None,
         below: int = 0,
+        lower: int | None = None,
         tokens: int = 1,
         fusion: int | None = None,
         image_first: bool = True,
@@ -105,7 +108,9 @@ class MMBT(nn.Module):
         self.fusion = below if fusion is None else fusion
         if not below <= self.fusion <= layers:
             raise ValueError(f"fusion={fusion}: between {below} (the lowest layer run) and {layers} (late)")
-        self.bert, self.below = bert, below
+        if lower is not None and not (skip and 0 <= lower < below):
+            raise ValueError(f"lower={lower}: of below={below} layers, for skip=True")
+        self.bert, self.below, self.lower = bert, below, lower
         self.image_encoder = nn.Identity() if image_encoder is None else image_encoder
         norm = bert.encoder.layer[below - 1].output.LayerNorm if below else bert.embeddings.LayerNorm
         self.image_embeddings = ImageEmbeddings(bert.embeddings, norm, image_dim, tokens, special)
@@ -126,7 +131,7 @@ class MMBT(nn.Module):
 
         Args:
             image: what ``image_encoder`` takes.
-            text: token ids [n, t]; with ``below``, hidden states [n, t, d].
+            text: token ids [n, t]; with ``below``, hidden states [n, t, d]; with ``lower``, [n, t, 2d].
             mask: [n, t], 1 on tokens and 0 on padding.
             present: [n, 2], whether the image and the text are there; by default they are.
         """
@@ -138,11 +143,12 @@ class MMBT(nn.Module):
         if "text" not in self.modalities:
             text, mask = text[:, :1], mask[:, :1]  # not looked at: one token stands for it
         maps = self.image_encoder(image)
-        parts = [self.image_embeddings(maps, self.segments[IMAGE]), self._text(text)]
+        image, (text, below) = self.image_embeddings(maps, self.segments[IMAGE]), self._text(text)
+        parts = [image, text]
         masks = [torch.ones(parts[0].shape[:2], device=text.device, dtype=torch.bool), mask.bool()]
         past = []
         if self.skip:
-            said = self._mean(parts[TEXT], masks[TEXT] & there[:, TEXT, None], BELOW)
+            said = self._mean(below, masks[TEXT] & there[:, TEXT, None], BELOW)
             past = [self._past(maps) * there[:, IMAGE, None], said]
         order = (IMAGE, TEXT) if self.image_first else (TEXT, IMAGE)
         hidden = torch.cat([parts[which] for which in order], dim=1)
@@ -181,10 +187,13 @@ class MMBT(nn.Module):
         standard = (maps.mean((2, 3)) - self.map_mean) / self.map_scale
         return F.normalize(standard, dim=-1) * self.centre.shape[1] ** 0.5
 
-    def _text(self, text: Tensor) -> Tensor:
-        if self.below:
-            return text
-        return self.bert.embeddings(text, token_type_ids=torch.full_like(text, self.segments[TEXT]))
+    def _text(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [n, t, d]: those that go into the layers that are run, and those that ``skip`` shows."""
+        if self.lower is not None:
+            return tuple(text.chunk(2, dim=-1))
+        if not self.below:
+            text = self.bert.embeddings(text, token_type_ids=torch.full_like(text, self.segments[TEXT]))
+        return text, text
 
     def _encode(self, hidden: Tensor, real: Tensor, whose: Tensor, read: list[int] | None = None) -> Tensor:
         """Hidden states [n, s, d] through the layers, at the positions ``read``; ``real`` [n, s], ``whose`` [s].

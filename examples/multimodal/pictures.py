@@ -21,6 +21,8 @@ DATA = Path(__file__).parents[1] / "data"
 STYLES = ("noto", "twemoji")
 MISSING = 128
 """The grey of an image that is not there."""
+SIZE = 224
+"""The side of a picture as it is read, in pixels: that of the images EfficientNet-Lite0 was trained on."""
 
 
 @dataclass(frozen=True)

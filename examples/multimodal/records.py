@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from .data import Row, Rows
 from .encoders import ImageEncoder, Texts, encode_pictures, encode_texts
 from .mmbt import SHAPES
+from .pictures import SIZE
 
 Item = tuple[int, int, int]
 
@@ -104,24 +105,26 @@ def prepare(
     *,
     below: int,
     max_tokens: int,
+    lower: int | None = None,
     tokens: int = 1,
     train_images: bool = False,
-    size: int = 128,
+    size: int = SIZE,
 ) -> dict[str, Records]:
     """The splits of ``rows``, run through what is frozen.
 
     Pictures come as maps [n, 1280, h, w], pooled to the shape of ``tokens`` image tokens; with ``train_images`` as the
-    trunk's, [n, 320, s / 32, s / 32], for a model whose ``image_encoder`` is ``images.top``.
+    trunk's, [n, 320, s / 32, s / 32], for a model whose ``image_encoder`` is ``images.top``. Texts come as after
+    ``below`` layers and, if asked for, after ``lower`` ones: see `encoders.Texts`.
     """
     every = [row for split in rows.splits.values() for row in split]
     pictures = sorted({row.picture for row in every}, key=repr)
     texts = sorted({row.text for row in every})
     maps = encode_pictures(images, pictures, size)
     if not train_images:
-        maps = torch.cat([F.adaptive_avg_pool2d(images.top(chunk), SHAPES[tokens]) for chunk in maps.split(128)])
+        maps = torch.cat([F.adaptive_avg_pool2d(images.top(chunk), SHAPES[tokens]) for chunk in maps.split(16)])
     tables = Tables(
         maps,
-        encode_texts(bert, tokenizer, texts, max_tokens, below),
+        encode_texts(bert, tokenizer, texts, max_tokens, below, lower),
         {picture: i for i, picture in enumerate(pictures)},
         {text: i for i, text in enumerate(texts)},
     )

@@ -141,8 +141,8 @@ def on_search(setup: Setup, results: Results, epsilon: float = 8.0, final: bool 
         records = prepare(rows, setup.images, setup.bert(), setup.tokenizer, below=SEARCHED, max_tokens=16)
 
         def fresh(rows: Rows = rows, **options: bool) -> MMBT:
-            options = {"skip": False, **options}
-            return setup.model("MMBT", len(rows.classes), below=SEARCHED, fusion=SEARCHED, head="linear", **options)
+            shape = {"below": SEARCHED, "lower": None, "fusion": SEARCHED, "head": "linear", "skip": False}
+            return setup.model("MMBT", len(rows.classes), **shape, **options)
 
         frozen = fresh()
         seen = {split: at_each_layer(frozen, some) for split, some in records.items()}

@@ -21,6 +21,7 @@ from examples.multimodal import data, encoders, mix  # noqa: E402
 from examples.multimodal.data import Rows  # noqa: E402
 from examples.multimodal.metrics import judge, pair_consistency  # noqa: E402
 from examples.multimodal.pictures import MISSING, Picture, pixels  # noqa: E402
+from tests.examples.multimodal import tiny  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +105,42 @@ def test_pictures_are_encoded_once_in_any_order(tmp_path: Path, monkeypatch: pyt
     maps = encoders.encode_pictures(Encoder(), shown, 32)
     again = encoders.encode_pictures(Encoder(), shown[::-1], 32)
     assert torch.equal(again, maps.flip(0))
-    assert torch.equal(maps[:, :, 0, 0], pixels(shown, 32).float().mean((2, 3)))
+    torch.testing.assert_close(maps[:, :, 0, 0], pixels(shown, 32).float().mean((2, 3)), atol=0, rtol=1e-3)
     assert seen == [3]
+
+
+def test_texts_are_encoded_as_after_two_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is above the lower layer stands beside what is above the upper one, each as it is alone."""
+    monkeypatch.setattr(encoders, "CACHE", tmp_path)
+
+    def tokenizer(texts: list[str], **options: object) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([[1, len(text), 5, 2] for text in texts])
+        return {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, len(text) % 2, 0] for text in texts])}
+
+    texts, bert = ["a", "bb", "ccc"], tiny.bert()
+    both = encoders.encode_texts(bert, tokenizer, texts, 4, 2, 1).hidden
+    each = [encoders.encode_texts(bert, tokenizer, texts, 4, layers).hidden for layers in (2, 1)]
+    torch.testing.assert_close(both, torch.cat(each, dim=-1))
+    assert not both[:, 3].any()  # padding that no text reaches
+
+
+def test_the_image_encoder_is_the_network_in_eval_mode() -> None:
+    """Whatever mode it is in, with BatchNorms folded into the trunk's convolutions and constant in the last layer."""
+    efficientnet = pytest.importorskip("efficientnet_lite_pytorch")
+    torch.manual_seed(0)
+    net = efficientnet.EfficientNet.from_name("efficientnet-lite0").eval()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+            for some in (module.running_mean, module.weight, module.bias):
+                torch.nn.init.normal_(some, mean=0.3)
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = net.extract_features((images.float() - 127) / 128)
+        encoder = encoders.ImageEncoder(net)
+        assert [m for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)] == []
+        for mode in (False, True):
+            torch.testing.assert_close(encoder.train(mode)(images), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_mix_has_its_exact_limits() -> None:

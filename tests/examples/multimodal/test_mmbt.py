@@ -162,7 +162,7 @@ def test_a_missing_modality_has_no_influence_and_no_gradient(fusion: int, tasks:
 def test_layers_are_berts_own(readout: str) -> None:
     """Layers run on what is read alone give what BERT's own layers give on everything."""
     model, rows = tiny.mmbt(fusion=0, readout=readout), tiny.batch(n=3)
-    tokens = torch.cat([model.image_embeddings(model.image_encoder(rows.image), 0), model._text(rows.text)], 1)
+    tokens = torch.cat([model.image_embeddings(model.image_encoder(rows.image), 0), model._text(rows.text)[0]], 1)
     real = torch.cat([torch.ones(3, 3), rows.mask], 1).bool()
     allowed = real[:, None, :] | torch.eye(real.shape[1], dtype=torch.bool)
     for layer in model.bert.encoder.layer:
@@ -179,6 +179,16 @@ def test_layers_are_berts_own(readout: str) -> None:
     if readout == "mean":
         every = unit(torch.stack([tokens[:, :3].sum(1), text[:, ::2].sum(1)], 1)) * scale
         torch.testing.assert_close(model.features(rows.image, rows.text, rows.mask), every.flatten(1))
+
+
+def test_a_lower_layer_is_seen_past_the_others() -> None:
+    """Texts come as after two layers and after one: those that are run see the one, the heads the other as well."""
+    options, rows = {"below": 2, "skip": True, "image_encoder": tiny.image_encoder()}, tiny.batch(n=3, below=True)
+    model, plain = tiny.mmbt(lower=1, **options), tiny.mmbt(**options)
+    other = torch.randn_like(rows.text)
+    seen = model.features(rows.image, torch.cat([rows.text, other], -1), rows.mask)
+    assert torch.equal(seen[:, : -tiny.WIDTH], plain.features(rows.image, rows.text, rows.mask)[:, : -tiny.WIDTH])
+    assert torch.equal(seen[:, -tiny.WIDTH :], plain.features(rows.image, other, rows.mask)[:, -tiny.WIDTH :])
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
@@ -251,6 +261,10 @@ def test_wrong_options_are_refused() -> None:
         tiny.mmbt(tokens=10)
     with pytest.raises(ValueError, match="between 0"):
         tiny.mmbt(fusion=4)
+    with pytest.raises(ValueError, match="of below=2 layers"):
+        tiny.mmbt(below=2, lower=2, skip=True)
+    with pytest.raises(ValueError, match="of below=2 layers"):
+        tiny.mmbt(below=2, lower=1)
     with pytest.raises(ValueError, match="linear"):
         tiny.mmbt(head="deep")
     with pytest.raises(ValueError, match="does not tell them apart"):
