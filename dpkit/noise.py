@@ -57,6 +57,7 @@ class NoiseSource:
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self._given = generator
         self._own: dict[torch.device, Normals] = {}
+        self._ahead: Normals | None = None  # what lots are of; it begins when the CPU's own stream does
         self._lots: Lots | None = None
         self._prepared = False
 
@@ -94,6 +95,8 @@ class NoiseSource:
                 self._own[device] = Generated(torch.Generator(device).manual_seed(seed))
             else:
                 self._own[device] = _fresh(device)
+                if device.type == "cpu":
+                    self._ahead = _fresh(device, _TOGETHER)
         return self._own[device]
 
     def refuse_shared(self, draws: torch.Generator | None) -> None:
@@ -113,8 +116,13 @@ class NoiseSource:
             "kind": "plain",
             "given": None if self._given is None else self._given.get_state(),
             "own": {str(device): stream.state() for device, stream in self._own.items()},
-            "lots": None if self._lots is None else self._lots.state(),
+            "lots": self._drawn_ahead(),
         }
+
+    def _drawn_ahead(self) -> dict[str, Any] | None:
+        if self._ahead is None:
+            return None
+        return {"before": self._ahead.state(), "size": 0, "used": 0} if self._lots is None else self._lots.state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the streams that `state_dict` gave.
@@ -131,16 +139,17 @@ class NoiseSource:
             )
         own = {torch.device(name): _resumed(name, held) for name, held in state["own"].items()}
         held = state["lots"]
-        lots = None if held is None else Lots.at(_resumed("cpu", held["before"], _TOGETHER), held)
+        ahead = None if held is None else _resumed("cpu", held["before"], _TOGETHER)
+        lots = Lots.at(ahead, held) if ahead is not None and held["size"] else None
         if self._given is not None:
             self._given.set_state(state["given"])
-        self._own, self._lots, self._prepared = own, lots, False
+        self._own, self._ahead, self._lots = own, ahead, lots  # a batch that is in hand stays prepared for
 
     def reseed(self) -> None:
         """Go on with fresh streams: what was drawn before and may have been released is never drawn again."""
         if self._given is not None:
             scramble(self._given)
-        self._own, self._lots, self._prepared = {}, None, False
+        self._own, self._ahead, self._lots, self._prepared = {}, None, None, False
 
     def prepare(self, parameters: Sequence[Tensor]) -> None:
         """Begin to draw the next noise for these parameters, beside the user's forward and backward.
@@ -153,14 +162,16 @@ class NoiseSource:
         if size is None:
             return
         if self._lots is None:
-            self._lots = Lots(_fresh(torch.device("cpu"), _TOGETHER), size)
+            self.stream(torch.device("cpu"))
+            assert self._ahead is not None
+            self._lots = Lots(self._ahead, size)
         elif not count <= self._lots.size <= max(size, LOT):
             self._lots = self._lots.sized(size)
         self._lots.prepare()
 
     def add_to(self, sums: Sequence[Tensor], std: float) -> None:
         """Add independent N(0, std²) to every entry of flat float32 or float64 tensors, in place."""
-        if std == 0.0:
+        if std == 0.0 or not sums:
             return
         prepared, self._prepared = self._prepared, False
         sizes = [s.numel() for s in sums]

@@ -192,6 +192,42 @@ def test_loading_and_reseeding_forget_what_lies_ready() -> None:
     assert not torch.equal(release(source), release(other))
 
 
+def test_loaded_with_a_batch_in_hand() -> None:
+    """A batch is fetched before a state is loaded (Trainer): the numbers are those that the saved run goes on with."""
+    source, other = NoiseSource(), NoiseSource()
+    release(source)
+    state = source.state_dict()
+    other.prepare(parameters())
+    other.load_state_dict(state)
+    sums = parameters()
+    other.add_to(sums, 1.0)
+    assert torch.equal(torch.cat(sums), release(source))
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_what_begins_later_is_the_same_after_a_load(before: int) -> None:
+    """Saved when there were numbers of one kind only, prepared ones or (in an empty batch) others."""
+    source, other = NoiseSource(), NoiseSource()
+    if before:
+        release(source)
+    else:
+        source.add_to(parameters(), 1.0)
+    other.load_state_dict(source.state_dict())
+    for some in ([source, other], [other, source]):
+        sums = [parameters(), parameters()]
+        for each, found in zip(some, sums, strict=True):
+            each.add_to(found, 1.0)
+        assert torch.equal(torch.cat(sums[0]), torch.cat(sums[1]))
+        assert torch.equal(release(some[0]), release(some[1]))
+
+
+def test_nothing_to_add_to() -> None:
+    """Everything was frozen before the step."""
+    source = NoiseSource()
+    source.prepare(parameters())
+    source.add_to([], 1.0)
+
+
 def test_never_from_the_users_generator() -> None:
     """What else is drawn from it must not depend on a thread."""
     generator = torch.Generator().manual_seed(0)
