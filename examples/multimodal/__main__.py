@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
         results.notes = list(NOTES)
         if (results.seed, results.machine) != (args.seed, machine):
             parser.error(f"{args.out} holds results of seed {results.seed} on {results.machine}: not to be mixed")
+    if "llama" in args.only and "confounders" not in [*args.only, *(table.key for table in results.tables)]:
+        parser.error(f"llama goes into the table of confounders, and {args.out} holds none: add it to --only, or --add")
     setup = Setup(
         args.seed, args.limit, args.frozen, say=lambda line: console.print(line, soft_wrap=True, highlight=False)
     )

@@ -193,6 +193,13 @@ def test_no_part_that_is_not_there_is_asked_for(capsys: pytest.CaptureFixture[st
     assert "--only hate: of confounders, hatemoji" in capsys.readouterr().err
 
 
+def test_the_llama_needs_a_table_to_go_into(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said at once, not after minutes of encoding."""
+    with pytest.raises(SystemExit):
+        main(["--only", "llama", "--add", "--out", str(tmp_path)])
+    assert "table of confounders" in capsys.readouterr().err
+
+
 def test_an_experiment_that_is_run_again_takes_the_place_of_what_it_found() -> None:
     table = Table("confounders", "", "", {"test": "test"}, [Run("MMBT", 0), Run("frozen Llama, adapters", 0)])
     curves = [Curve(name, "text", 0, 0.0, math.inf, {1.0: 0.9}) for name in ("groups", "mix")]
