@@ -34,45 +34,50 @@ class Lots:
 
     def __init__(self, stream: Normals, size: int) -> None:
         self.size, self._stream = size, stream
-        self._before: Any = stream.state()  # of the lot in hand, or of the next one where none is
-        self._lot: Tensor | None = None
-        self._used = 0
+        self._lot: _Drawing | None = None
         self._next: _Drawing | None = None
         self._spare: Tensor | None = None
 
     def prepare(self) -> None:
         """Have the next lot drawn, if it is not."""
         if self._next is None:
-            flat = torch.empty(self.size) if self._spare is None else self._spare
-            self._next, self._spare = _Drawing(self._stream, flat), None
+            spare, self._spare = self._spare, None
+            self._next = _Drawing(self._stream, torch.empty(self.size) if spare is None else spare)
+            self._next.begin()
 
     def take(self, count: int) -> Tensor:
         """The next numbers [count], at most a lot; they stay what they are until the next call.
 
-        What is left of a lot and not enough is never used.
+        What is left of a lot and not enough is never used. Wherever it is interrupted (by the user's Ctrl-C, say), no
+        number comes twice, and no two threads draw from the stream.
         """
-        if self._lot is None or self._used + count > self.size:
+        if self._lot is None or self._lot.used + count > self.size:
             self.prepare()
-            assert self._next is not None
-            drawing, self._next = self._next, None
-            self._spare, self._lot = self._lot, None
-            self._before, self._used = drawing.before, 0
-            self._lot = drawing.take()
-        taken = self._lot[self._used : self._used + count]
-        self._used += count
-        if self._used == self.size == count:  # a large model's: its memory is not held from step to step
-            self._lot, self._before = None, self._stream.state()
-        return taken
+            drawing, spent = self._next, self._lot
+            assert drawing is not None
+            drawing.wait()  # until it is done, it stays the next one
+            self._next, self._lot = None, None
+            self._spare = None if spent is None else spent.flat
+            drawing.check()
+            self._lot = drawing
+        lot, start = self._lot, self._lot.used
+        lot.used += count
+        if lot.used == self.size == count:  # a large model's: its memory is not held from step to step
+            self._lot = None
+        return lot.flat[start : start + count]
 
     def sized(self, size: int) -> Lots:
         """The stream's next numbers, in lots of another size."""
         if self._next is not None:
-            self._next.take()
+            self._next.wait()
         return Lots(self._stream, size)
 
     def state(self) -> dict[str, Any]:
         """Where it stands, in plain values."""
-        return {"before": self._before, "size": self.size, "used": 0 if self._lot is None else self._used}
+        if self._lot is not None:
+            return {"before": self._lot.before, "size": self.size, "used": self._lot.used}
+        before = self._stream.state() if self._next is None else self._next.before
+        return {"before": before, "size": self.size, "used": 0}
 
     @classmethod
     def at(cls, stream: Normals, state: dict[str, Any]) -> Lots:
@@ -84,38 +89,44 @@ class Lots:
 
 
 class _Drawing:
-    """A lot that is drawn: by a thread of its own if that pays, or else when it is asked for.
+    """A lot that is drawn: by a thread of its own if that pays, or else when it is waited for.
 
     Attributes:
+        flat: its numbers.
         before: the stream's state before.
+        used: how many numbers were handed out.
     """
 
     def __init__(self, stream: Normals, flat: Tensor) -> None:
-        self.before = stream.state()
-        self._stream, self._flat = stream, flat
+        self.flat, self.before, self.used = flat, stream.state(), 0
+        self._stream = stream
         self._error: BaseException | None = None
-        self._done: threading.Event | None = None
-        if _PROCESSORS > 1 and len(flat) >= _BESIDE:
-            self._done = threading.Event()
+        self._claim, self._done = threading.Lock(), threading.Event()
+
+    def begin(self) -> None:
+        """In a thread, if that pays."""
+        if _PROCESSORS > 1 and len(self.flat) >= _BESIDE:
             _thread.start_new_thread(self._draw, ())  # threading.Thread waits until it runs: a tenth of a millisecond
 
     def _draw(self) -> None:
+        if not self._claim.acquire(blocking=False):
+            return  # somebody does it, or did
         try:
-            self._stream.fill(self._flat)
+            self._stream.fill(self.flat)
         except BaseException as error:  # it is raised where the numbers are asked for
             self._error = error
         finally:
-            if self._done is not None:
-                self._done.set()
+            self._done.set()
 
-    def take(self) -> Tensor:
-        if self._done is None:
-            self._draw()
-        else:
-            self._done.wait()
+    def wait(self) -> None:
+        """Until it is drawn, here if nobody began, and the stream is free again."""
+        self._draw()
+        self._done.wait()
+
+    def check(self) -> None:
+        """Raise what went wrong."""
         if self._error is not None:
             raise self._error
-        return self._flat
 
 
 def size_for(count: int) -> int | None:

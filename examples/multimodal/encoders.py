@@ -56,7 +56,7 @@ class ImageEncoder(nn.Module):
 
     Its BatchNorms are replaced by their running statistics, which are of ImageNet, public, and stay constants
     (`dpkit.layers.convert(batch_norm="frozen")`): the function stays what it is in eval mode, in train mode as well.
-    In the trunk, which is never trained, they are folded into the convolutions: a picture takes a fifth of the time.
+    In the trunk, which is never trained, they are folded into the convolutions, which is faster.
     """
 
     def __init__(self, net: nn.Module) -> None:
