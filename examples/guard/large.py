@@ -1,8 +1,10 @@
 """`--size 135m`: real pre-trained weights (SmolLM2, or --model), adapters on the top layers, on prompts and XSTest.
 
-Every prompt begins with the same policy, and the lower layers never change. So the policy goes through them once, each
-message once, and training starts from what they said. Only the decision is learned: the output layer is cut to the two
-words that it is read off from, as in Llama Guard 3 1B, whose output layer is cut to the tokens it ever emits.
+Adapters change what the last token makes of the others, never the others: their keys and values stay what the frozen
+model made of them. So each policy goes through it once, each message once, and a step of training takes one token a
+record. Only the decision is learned: the output layer is cut to the two words that it is read off from, as in Llama
+Guard 3 1B, whose output layer is cut to the tokens it ever emits. Training begins with public phrases, and reads under
+policies that were drawn before any data was seen.
 """
 
 from __future__ import annotations
@@ -258,7 +260,7 @@ class Read:
         return TensorDataset(self.last, self.others, self.lengths, self.which, self.unsafe)
 
 
-WHOLE, PARTIAL = 4, 12
+WHOLE, PARTIAL = 4, 12  # policies that list everything, and about half of it
 
 
 def drawn_policies(taxonomy: Taxonomy) -> list[Taxonomy]:
@@ -404,6 +406,12 @@ def sections(result: dict[str, Any], command: str) -> Iterable[Part]:
         f"that are read off) on {result['rows']['train']:,} prompts, after a start on public phrases.",
     )
     yield "p", f"Command: `{command}`. δ = {result['delta']:.2g}; the unit is one prompt. Judged on XSTest."
+    yield (
+        "p",
+        f"Each prompt is read under one of {WHOLE + PARTIAL} policies, drawn before any data was seen: {WHOLE} list all "
+        f"hazards, {PARTIAL} about half of them, in drawn orders; what violates only hazards that are not listed is "
+        "safe. What is unsafe, but nobody said of which hazard, is read under a whole policy.",
+    )
     spent = {run["name"]: run["epsilon"] for run in result["runs"]}
     rows = [
         [
