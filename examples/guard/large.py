@@ -47,7 +47,7 @@ class Plan:
     limit: int | None = None
     begin: Recipe = field(default_factory=lambda: Recipe(epochs=8, batch_size=256, lr=1e-3, optimizer="adam"))
     tune: Recipe = field(
-        default_factory=lambda: Recipe(epochs=8, batch_size=1024, lr=1e-3, optimizer="adam", max_grad_norm=0.25)
+        default_factory=lambda: Recipe(epochs=5, batch_size=640, lr=1e-3, optimizer="adam", max_grad_norm=0.25)
     )
 
 
@@ -408,8 +408,8 @@ def sections(result: dict[str, Any], command: str) -> Iterable[Part]:
     yield "p", f"Command: `{command}`. δ = {result['delta']:.2g}; the unit is one prompt. Judged on XSTest."
     yield (
         "p",
-        f"Each prompt is read under one of {WHOLE + PARTIAL} policies, drawn before any data was seen: {WHOLE} list all "
-        f"hazards, {PARTIAL} about half of them, in drawn orders; what violates only hazards that are not listed is "
+        f"Each prompt is read under one of {WHOLE + PARTIAL} policies, drawn before any data was seen: {WHOLE} list "
+        f"all hazards, {PARTIAL} about half of them, in drawn orders; what violates only hazards that are not listed is "
         "safe. What is unsafe, but nobody said of which hazard, is read under a whole policy.",
     )
     spent = {run["name"]: run["epsilon"] for run in result["runs"]}
