@@ -409,8 +409,8 @@ def sections(result: dict[str, Any], command: str) -> Iterable[Part]:
     yield (
         "p",
         f"Each prompt is read under one of {WHOLE + PARTIAL} policies, drawn before any data was seen: {WHOLE} list "
-        f"all hazards, {PARTIAL} about half of them, in drawn orders; what violates only hazards that are not listed is "
-        "safe. What is unsafe, but nobody said of which hazard, is read under a whole policy.",
+        f"all hazards, {PARTIAL} about half of them, in drawn orders; what violates only hazards that are not listed "
+        "is safe. What is unsafe, but nobody said of which hazard, is read under a whole policy.",
     )
     spent = {run["name"]: run["epsilon"] for run in result["runs"]}
     rows = [
