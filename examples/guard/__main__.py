@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--resamples", type=int, default=500, help="of the bootstrap (minilm)")
     parser.add_argument("--out", type=Path, default=OUT, help="where the report goes")
     parser.add_argument(
-        "--cache", type=Path, default=OUT / "features", help="where the frozen encoder's outputs are kept"
+        "--cache", type=Path, default=OUT / "features", help="where the frozen layers' outputs are kept"
     )
     args = parser.parse_args(argv)
     if args.size == "minilm" and args.train not in (None, "last"):
@@ -74,7 +74,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         large_plan = large.Plan(limit=args.limit, method=args.train or "lora")
         large_plan = replace(large_plan, tune=replace(large_plan.tune, **changes))
         results = large.study(
-            large_plan, args.epsilons, seed=args.seeds[0], model=args.model or "135m", told=console.print
+            large_plan,
+            args.epsilons,
+            seed=args.seeds[0],
+            model=args.model or "135m",
+            cache=args.cache,
+            told=console.print,
         )
         parts, figures = list(large.sections(results, command)), results
     title, heads, rows = next(content for kind, content in parts if kind == "table")

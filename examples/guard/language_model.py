@@ -110,14 +110,25 @@ class Reader:
         self, taxonomy: Taxonomy, conversation: Conversation, shots: Shots = (), most: int | None = None
     ) -> list[int]:
         """Tokens up to the answer; at most ``most`` of them after the policy."""
-        whole = render(taxonomy, conversation, shots=shots, layout=self.layout)
-        head, told = whole.rsplit("\nConversation:\n", 1)
-        policy, rest = self._tokens(f"{head}\nConversation:\n"), self._tokens(told)
+        policy, [message] = self.parts(taxonomy, [conversation], shots, most)
+        return policy + message
+
+    def parts(
+        self, taxonomy: Taxonomy, conversations: Sequence[Conversation], shots: Shots = (), most: int | None = None
+    ) -> tuple[list[int], list[list[int]]]:
+        """The tokens that all prompts under a policy begin with, and those that are each one's own."""
+        if not conversations:
+            raise ValueError("no conversations: who is asked about stands in the policy's first line.")
+        wholes = [render(taxonomy, c, shots=shots, layout=self.layout) for c in conversations]
+        heads, told = zip(*(whole.rsplit("\nConversation:\n", 1) for whole in wholes), strict=True)
+        if len(set(heads)) > 1:
+            raise ValueError("prompts and responses are asked about by different words: they share no beginning.")
         start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        room = self.max_tokens - len(policy) - len(start)
+        policy = start + self._tokens(f"{heads[0]}\nConversation:\n")
+        room = self.max_tokens - len(policy)
         if room < 16:
             raise SystemExit(f"the policy alone takes {len(policy)} tokens of {self.max_tokens}: raise --max-tokens.")
-        return start + policy + rest[-min(room, most or room) :]
+        return policy, [self._tokens(text)[-min(room, most or room) :] for text in told]
 
     def record(self, taxonomy: Taxonomy, verdict: Verdict, conversation: Conversation) -> tuple[list[int], list[int]]:
         """Tokens and labels: the answer's tokens are learned, and of "unsafe" without a category only that word."""
