@@ -45,7 +45,7 @@ class Plan:
     max_tokens: int = 256  # two examples make the policy longer
     message_tokens: int = 32
     limit: int | None = None
-    begin: Recipe = field(default_factory=lambda: Recipe(epochs=8, batch_size=256, lr=1e-3, optimizer="adam"))
+    begin: Recipe = field(default_factory=lambda: Recipe(epochs=30, batch_size=256, lr=2e-3, optimizer="adam"))
     tune: Recipe = field(
         default_factory=lambda: Recipe(epochs=5, batch_size=640, lr=1e-3, optimizer="adam", max_grad_norm=0.25)
     )
