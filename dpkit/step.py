@@ -490,6 +490,13 @@ class PrivateStep:
                     cure="make it part of the module given to make_private, or train it elsewhere on public data.",
                 )
             if p.requires_grad:
+                if p.is_complex():
+                    raise ConfigurationError(
+                        f"{known[p]} {list(p.shape)} is complex ({p.dtype})",
+                        why="norms and noise are those of real numbers.",
+                        cure="hold its real and imaginary parts in the last dimension of a real parameter, and take "
+                        "torch.view_as_complex(parameter) in the forward; or freeze it.",
+                    )
                 found[p] = len(found)
         return found
 

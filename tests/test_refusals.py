@@ -538,6 +538,33 @@ def test_a_head_that_another_optimizer_trains() -> None:
     assert torch.equal(weights(body), before)
 
 
+class Spectral(nn.Module):
+    """A layer that multiplies by complex weights, as Fourier neural operators do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, dtype=torch.cfloat))
+        self.head = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head((x.to(torch.cfloat) @ self.weight).abs())
+        return y
+
+
+def test_complex_parameters() -> None:
+    """The noise would be real, or too small: refused, at once or when they are unfrozen."""
+    with refused(dpkit.ConfigurationError, "weight", "complex64"):
+        attach(Spectral(), noise_multiplier=1.0)
+    model = Spectral()
+    model.weight.requires_grad_(False)
+    run = attach(model, noise_multiplier=1.0)
+    train(run)
+    model.weight.requires_grad_(True)
+    with refused(dpkit.ConfigurationError, "weight", "complex64"):
+        train(run)
+    assert run.engine.releases == 1
+
+
 @pytest.mark.parametrize("warm", [False, True])
 def test_hooks_that_change_a_parameters_gradient(warm: bool) -> None:
     """Half of a table is kept as it is by a hook: a private step would not know of it. One that only looks may stay."""
