@@ -58,8 +58,8 @@ class Keystream:
         if size > MOST:  # else the buffer's rest would keep what it held
             raise ValueError(f"{size} bytes of a stream at a time; at most {MOST}")
         blocks = -(-size // _BLOCK)
+        self._block += blocks  # first: where the cipher is interrupted, a state may pass over bytes, never repeat them
         self._encryptor.update_into(memoryview(_ZEROS)[: blocks * _BLOCK], buffer)
-        self._block += blocks
         return buffer
 
     def state(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -130,6 +131,26 @@ def test_a_stream_at_any_block() -> None:
         Keystream().into(room(MOST + 1), MOST + 1)
     assert Keystream().state()["key"].tolist() != Keystream().state()["key"].tolist()
     assert len(Keystream().state()["key"]) == 32
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_interrupted_in_the_cipher(encrypted: bool) -> None:
+    """Ctrl-C as the cipher is called or returns, and the run goes on: a state taken later repeats nothing."""
+    stream = Keystream(key(5))
+    normals, cipher = Encrypted(stream), stream._encryptor
+
+    def interrupted(*given: Any) -> None:
+        if encrypted:
+            cipher.update_into(*given)
+        raise KeyboardInterrupt
+
+    stream._encryptor = mock.Mock(update_into=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        normals.fill(torch.empty(1000))
+    stream._encryptor = cipher
+    released = normals.fill(torch.empty(1000))
+    again = Encrypted(Keystream.at(normals.state())).fill(torch.empty(1000))
+    assert not set(released.tolist()) & set(again.tolist())
 
 
 def test_what_plain_noise_is_drawn_from() -> None:
