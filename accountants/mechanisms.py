@@ -168,6 +168,8 @@ def _poisson(event: PoissonSampled, adjacency: str) -> Judged:
         return NOTHING
     if q == 1.0:
         return judge(inner, adjacency)
+    if isinstance(inner, Gaussian) and 0.0 < inner.noise_multiplier < _LEAST:
+        return Judged(terms=judge(PoissonSampled(q, Gaussian(0.0)), adjacency).terms, reached=())
     if adjacency == "replace_one":
         if isinstance(inner, Gaussian) and inner.noise_multiplier > 0.0:
             pair = exchange_pair(1, q, inner.noise_multiplier)
@@ -184,6 +186,11 @@ def _poisson(event: PoissonSampled, adjacency: str) -> Judged:
     if base is None:
         raise unsupported(event, adjacency, "it is not known how it acts on a batch without the record.")
     return both(_sampled(base, q), _sampled(base, q, flipped=True))
+
+
+_LEAST = 2e-3
+"""A sampled Gaussian of less noise counts as one without: its quadrature has of the order of 10 / σ² points, which at
+1e-4 would take all of a machine's memory."""
 
 
 def _truncated(event: TruncatedPoissonSampled, adjacency: str) -> Judged:

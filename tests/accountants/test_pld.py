@@ -473,3 +473,16 @@ def test_epsilon_is_zero_only_within_the_total_variation() -> None:
     assert high > 0.0
     assert two_steps_delta(q, sigma, high) <= 0.9 * whole * (1 + 1e-9)
     assert PLDAccountant().compose(dpsgd(sigma, q, 2)).epsilon(1.2 * whole) == 0.0
+
+
+@pytest.mark.parametrize("adjacency", ["add_or_remove_one", "zero_out", "replace_one"])
+def test_hardly_any_noise_is_answered_at_once(adjacency: str) -> None:
+    """As none at all: quadrature would take all of a machine's memory. The lower bound claims nothing."""
+    step = PoissonSampled(0.1, Gaussian(1e-4))
+    pairs = [pair for term in judge(step, adjacency).terms for pair in (term.add, term.remove)]
+    assert pairs
+    assert not any(isinstance(pair, GaussianPair) for pair in pairs)
+    assert PLDAccountant(adjacency).compose(step, 10).epsilon(1e-6) == math.inf
+    low, high = PLDAccountant(adjacency).compose(step, 10).compose(dpsgd(1.0, 0.1, 10)).epsilon_bounds(1e-6)
+    known = PLDAccountant(adjacency).compose(dpsgd(1.0, 0.1, 10)).epsilon(1e-6)
+    assert 0.0 < low <= known < high == math.inf
