@@ -84,7 +84,7 @@ class Ledger:
         self.id, self.adjacency = "", ""
         self.runs: dict[str, Run] = {}
         self.torn = False
-        self._writes = adjacency is not None
+        self._writes, self._process = adjacency is not None, os.getpid()
         self._size, self._last = 0, ""
         self._events: dict[str, Event | None] = {}
         if fcntl is None:
@@ -94,8 +94,7 @@ class Ledger:
                 "keep the ledger on Linux or macOS.",
             )
         try:
-            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT if self._writes else os.O_RDONLY
-            self._file = os.open(self.path, flags | os.O_CLOEXEC, 0o600)
+            self._file = self._open(os.O_CREAT if self._writes else 0)
         except OSError as error:
             _refuse(f"{self.path} cannot be opened: {error.strerror}", "releases are written there.", "name a file.")
         try:
@@ -117,6 +116,21 @@ class Ledger:
                 "the same noise gives another epsilon under another adjacency.",
                 "use another ledger.",
             )
+
+    def _open(self, create: int = 0) -> int:
+        flags = os.O_RDWR | os.O_APPEND if self._writes else os.O_RDONLY
+        return os.open(self.path, flags | create | os.O_CLOEXEC, 0o600)
+
+    def _part(self) -> None:
+        """In a forked process: go on with an open file of its own, since a lock is the open file's; `_read` refuses
+        another file that lies there now."""
+        own = self._open()
+        try:
+            if os.path.samestat(os.fstat(own), os.fstat(self._file)):
+                os.dup2(own, self._file, inheritable=False)
+                self._process = os.getpid()
+        finally:
+            os.close(own)
 
     def close(self) -> None:
         """Give the file back."""
@@ -306,6 +320,9 @@ class Ledger:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         try:
+            if self._process != os.getpid():
+                with contextlib.suppress(FileNotFoundError):  # moved: `_read` says so
+                    self._part()
             fcntl.flock(self._file, fcntl.LOCK_EX if self._writes else fcntl.LOCK_SH)
         except OSError as error:
             raise LedgerError(

@@ -350,6 +350,42 @@ def test_processes_take_turns(tmp_path: Path) -> None:
     assert {name: len(run.releases) for name, run in held.runs.items()} == {str(k): 50 for k in range(4)}
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_process_waits_for_its_parent(tmp_path: Path) -> None:
+    """The open file, and so the lock, was one for both: they wrote at once, and the file was damaged for good."""
+    ledger = Ledger(tmp_path / "l", "add_or_remove_one")
+    child = os.fork()
+    try:
+        for number in range(50):
+            ledger.append("parent" if child else "child", Gaussian(1.0), "", number=number, about={})
+    finally:
+        if not child:
+            os._exit(0)
+        os.waitpid(child, 0)
+    assert {name: len(run.releases) for name, run in Ledger(tmp_path / "l", None).runs.items()} == {
+        "parent": 50,
+        "child": 50,
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_moved_before_a_forked_process_writes(tmp_path: Path) -> None:
+    """The child opens no other file that lies there now."""
+    ledger = Ledger(tmp_path / "l", "add_or_remove_one")
+    (tmp_path / "l").rename(tmp_path / "elsewhere")
+    Ledger(tmp_path / "l", "add_or_remove_one").close()
+    child = os.fork()
+    if not child:
+        try:
+            ledger.read()
+        except dpkit.LedgerError as error:
+            os._exit(7 if "moved" in str(error) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
 # --- files that are not as they should be ---
 
 
