@@ -278,6 +278,8 @@ def readings(records: Sequence[Record], policies: Sequence[Taxonomy]) -> tuple[l
     """For each record the policy that its place draws, and whether it is unsafe under that one.
 
     What is unsafe, but nobody said of which category, is always read under a whole policy: no other may judge it.
+
+    The place is the record's own: whoever leaves keeps it empty, or the others would be read under other policies.
     """
     generator = torch.Generator().manual_seed(1)
     draws = torch.randint(2 * PARTIAL, (len(records),), generator=generator).tolist()  # half of them whole
