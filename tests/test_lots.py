@@ -301,6 +301,20 @@ def test_interrupted_while_it_waits(size: int, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(again._lots.take(size), expected[1])
 
 
+@pytest.mark.parametrize(("size", "processors", "begun"), [(200_000, 2, 1), (200_000, 1, 0), (1000, 2, 0)])
+def test_a_thread_is_begun_where_it_pays(
+    size: int, processors: int, begun: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(lots, "_PROCESSORS", processors)
+    monkeypatch.setattr(lots._thread, "start_new_thread", lambda draw, given: started.append(draw))
+    found = Lots(stream(), size)
+    found.prepare()
+    found.prepare()
+    assert len(started) == begun
+    assert torch.equal(found.take(size), stream().fill(torch.empty(size)))  # drawn here, if no thread came to it
+
+
 @pytest.mark.parametrize("width", [40, 4000, 30_000])
 def test_in_training(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unseeded run draws ahead where it pays, and the weights move by noise of the right size."""
