@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import multiprocessing
 import os
 import random
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 from torch.profiler import ProfilerActivity, profile
 
@@ -92,7 +94,37 @@ def compare(
     rounds: int,
     contestants: Mapping[str, Callable[[Workload, int], Runner]] = CONTESTANTS,
 ) -> list[Row]:
-    """The contestants on one workload, taking turns; the first is what the others are compared with."""
+    """The contestants on one workload, taking turns; the first is what the others are compared with.
+
+    In a process of its own, as a run has: what other workloads leave behind (the allocator's memory, compiled code,
+    objects for the collector to visit) slows down the shortest steps most.
+    """
+    ours, end = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_send, args=(end, workload, n, rounds, contestants))
+    child.start()
+    end.close()
+    try:
+        rows: list[Row] = ours.recv()
+    except EOFError:
+        child.join()
+        raise RuntimeError(f"the process of {workload.name}, batch {n}, ended with {child.exitcode}") from None
+    child.join()
+    return rows
+
+
+def _send(
+    end: Connection,
+    workload: Workload,
+    n: int,
+    rounds: int,
+    contestants: Mapping[str, Callable[[Workload, int], Runner]],
+) -> None:
+    end.send(_compare(workload, n, rounds, contestants))
+
+
+def _compare(
+    workload: Workload, n: int, rounds: int, contestants: Mapping[str, Callable[[Workload, int], Runner]]
+) -> list[Row]:
     gc.collect()
     rows = {name: Row(workload.name, n, name) for name in contestants}
     runners: dict[str, Runner] = {}

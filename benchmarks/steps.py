@@ -3,7 +3,7 @@
     python -m benchmarks.steps [--workloads mlp mnist-cnn ...] [--full] [--rounds 9] [--threads 1] [--bf16] [--compiled]
                                [--quick]
 
-All contestants live in one process and take turns in every round, in a new order each time, so that what else the
+All contestants of a workload live in one process and take turns in every round, in a new order each time, so that what else the
 machine does hits all of them alike. What is compared is the ratio to ordinary training within the round. See README.md.
 """
 
