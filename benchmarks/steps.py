@@ -3,8 +3,9 @@
     python -m benchmarks.steps [--workloads mlp mnist-cnn ...] [--full] [--rounds 9] [--threads 1] [--bf16] [--compiled]
                                [--quick]
 
-All contestants of a workload live in one process and take turns in every round, in a new order each time, so that what else the
-machine does hits all of them alike. What is compared is the ratio to ordinary training within the round. See README.md.
+All contestants of a workload live in one process and take turns in every round, in a new order each time, so that what
+else the machine does hits all of them alike. What is compared is the ratio to ordinary training within the round. See
+README.md.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def markdown(about: dict[str, Any], rows: list[Row], title: str = "Training step
         "",
         sentence(about),
         f"Medians over {about['rounds']} rounds, quartiles in brackets. Ratio: to ordinary training in the same round.",
-        "Peak memory: what one step allocates on top of what is held between steps (torch's CPU allocator).",
+        "Peak memory: what one step allocates on top of what is held between steps, by torch's CPU allocator, Python "
+        "and numpy.",
         "",
         *summary(rows),
         "",

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -381,7 +382,10 @@ class Rows(Form):
         return norms.sum(1)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
-        g = times(w, wide(self.g)).flatten(0, 1)
+        g = wide(self.g)
+        if g.device.type == "cpu":
+            return added_up(self.index.flatten(), w.to(g.dtype).repeat_interleave(g.shape[1]), g.flatten(0, 1), self.v)
+        g = times(w, g).flatten(0, 1)
         return g.new_zeros(self.v, g.shape[-1]).index_add_(0, self.index.flatten(), g).flatten()
 
     def take(self, records: Tensor) -> Rows:
@@ -396,6 +400,22 @@ class Rows(Form):
 
     def scaled(self, w: Tensor) -> Rows:
         return Rows(self.index, times(w, wide(self.g)), self.v)
+
+
+def added_up(index: Tensor, w: Tensor, g: Tensor, v: int) -> Tensor:
+    """[v · d]: the sum over k of ``w`` [k] times ``g`` [k, d] in row ``index`` [k] of a [v, d] table, on a CPU.
+
+    scipy goes through the rows once, in their order; torch sorts them first, and needs them multiplied beforehand.
+    """
+    from scipy.sparse import csc_array  # here, not above: it takes long to import
+
+    k = len(index)
+    if k:
+        low, high = torch.aminmax(index)
+        if low < 0 or high >= v:  # scipy does not look
+            raise IndexError(f"rows {int(low)} to {int(high)} of a table of {v}")
+    each_a_column = csc_array((w.numpy(), index.numpy(), np.arange(k + 1)), shape=(v, k))
+    return torch.from_numpy(each_a_column @ g.numpy()).flatten()
 
 
 @dataclass(frozen=True)

@@ -186,3 +186,17 @@ def test_perfect_cancellation_is_bounded() -> None:
     norm = Outer(torch.cat([g, -g], 1), torch.cat([a, a], 1)).sq_norm()
     assert torch.isfinite(norm).all()
     assert (norm >= 0).all()
+
+
+@pytest.mark.parametrize("row", [-1, 5])
+def test_rows_outside_the_table_are_refused(row: int) -> None:
+    """A user's rule may give any; scipy would write into other memory."""
+    form = Rows(torch.tensor([[0, row]]), torch.ones(1, 2, 3), 5)
+    with pytest.raises(IndexError, match=f"{min(row, 0)} to {max(row, 0)} of a table of 5"):
+        form.weighted_sum(torch.ones(1))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+def test_rows_of_nobody(shape: tuple[int, int]) -> None:
+    form = Rows(torch.zeros(shape, dtype=torch.int64), torch.ones(*shape, 2), 5)
+    assert torch.equal(form.weighted_sum(torch.ones(shape[0])), torch.zeros(10))
