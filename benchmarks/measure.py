@@ -83,6 +83,7 @@ def peak_bytes(runner: Runner, attempts: int = 7) -> int:
         for event in sorted(events, key=lambda e: e.start_ns()):  # the noise's thread reports apart
             held += event.nbytes()
             peak = max(peak, held)
+        del profiler, events  # of a slow step they take gigabytes
         peaks += [peak] if peak else []
         if len(peaks) == 3:
             return int(statistics.median(peaks)) + beside
