@@ -202,6 +202,118 @@ def test_saved_again_before_going_on(tmp_path: Path) -> None:
     assert_same(twice.train(), whole)
 
 
+def test_saved_again_in_the_middle_of_a_logical_batch(tmp_path: Path) -> None:
+    """Its parts stay cut as they were when its sum was begun, whatever size another process finds: no record twice."""
+    options: dict[str, Any] = {"max_physical_batch_size": "auto", "batch_size": 20, "dataset": Noisy(40)}
+    begin(**options).train(lambda life: life.save(tmp_path / "c") or True)
+    life = begin(**options)
+    life.load(tmp_path / "c")
+    life.engine._loader._batches.given = lambda: 3
+    life.save(tmp_path / "again")
+    states = [files.load(tmp_path / name)["state"]["loader"] for name in ("c", "again")]
+    assert states[0]["place"] == states[1]["place"] == [0, 1]
+    assert states[0]["limit"] == states[1]["limit"] == 8
+
+
+def numbers(life: Life, steps: int | None = None) -> list[int]:
+    """Train for so many steps, or the rest of the pass; the records that were served, by their number."""
+    seen: list[int] = []
+    for k, (x, number) in enumerate(life.loader, 1):
+        life.optimizer.zero_grad()
+        life.loss(x, number[:, None].float()).backward()
+        life.optimizer.step()
+        seen += number.tolist()
+        if k == steps:
+            life.save(Path(os.environ["CHECKPOINT"]))
+            break
+    return seen
+
+
+class Numbered(Noisy):
+    """Records that say which they are."""
+
+    def __init__(self, order: list[int] | None = None) -> None:
+        super().__init__()
+        self.order = order or list(range(len(self)))
+
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
+        return self.x[self.order[k]], torch.tensor(self.order[k])
+
+
+ALL = list(range(20))
+AHEAD = {"num_workers": 2}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "passes"),
+    [({}, AHEAD, 0), (AHEAD, {}, 0), (*[{"num_workers": 1, "persistent_workers": True}] * 2, 1)],
+)
+@pytest.mark.parametrize("seeds", [True, False])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_a_shuffled_pass_takes_every_record_once(
+    seeds: bool, saved: dict[str, Any], loaded: dict[str, Any], passes: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Whatever workers the two lives have: a pass of fixed batches is paid for once."""
+    monkeypatch.setenv("CHECKPOINT", str(tmp_path / "c"))
+    options: dict[str, Any] = {"dataset": Numbered(), "poisson_sampling": False, "seeds": seeds}
+    life = begin(**options, loader={"shuffle": True, **saved})
+    for _ in range(passes):
+        assert sorted(numbers(life)) == ALL
+    served = numbers(life, 2)
+    other = begin(**options, loader={"shuffle": True, **loaded})
+    other.load(tmp_path / "c")
+    assert sorted(served + numbers(other)) == ALL
+    assert sum(n for _, n in other.engine.accountant.ledger) == passes + 1
+
+
+@pytest.mark.parametrize("loader", [{"shuffle": False}, {"generator": torch.Generator()}])
+def test_a_pass_in_another_order_does_not_go_on(
+    loader: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record would be in it twice; without replay the rest is another pass, and paid for."""
+    monkeypatch.setenv("CHECKPOINT", str(tmp_path / "c"))
+    options: dict[str, Any] = {"dataset": Numbered(), "poisson_sampling": False, "seeds": False}
+    numbers(begin(**options, loader={"shuffle": True}), 2)
+    life = begin(**options, loader={"shuffle": True, **loader})
+    life.load(tmp_path / "c")
+    life.save(tmp_path / "again")
+    life = begin(**options, loader={"shuffle": True, **loader})
+    life.load(tmp_path / "again")
+    with refused(dpkit.CheckpointError, "another order", "replay=False"):
+        numbers(life)
+    assert sorted(numbers(life)) == ALL  # a pass of its own
+    assert sum(n for _, n in life.engine.accountant.ledger) == 2
+    life = begin(**options, loader={"shuffle": True, **loader})
+    life.load(tmp_path / "c", replay=False)
+    assert len(numbers(life)) == 12
+    assert sum(n for _, n in life.engine.accountant.ledger) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"poisson_sampling": False},
+        {"poisson_sampling": False, "noise": dpkit.BufferedNoise(2)},
+        {"noise": dpkit.BandedNoise(2)},
+        {},
+    ],
+)
+def test_data_in_another_order(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where records take turns by their place, they have to keep it. Poisson draws do not ask."""
+    monkeypatch.setenv("CHECKPOINT", str(tmp_path / "c"))
+    numbers(begin(dataset=Numbered(), **options), 2)
+    life = begin(dataset=Numbered(ALL[::-1]), **options)
+    if options:
+        with refused(dpkit.CheckpointError, "data set's row 0"):
+            life.load(tmp_path / "c")
+    else:
+        life.load(tmp_path / "c")
+    life = begin(dataset=Numbered(), **options)
+    life.load(tmp_path / "c")
+    numbers(life)
+
+
 def test_state_dict_in_memory() -> None:
     """For people with a file format of their own: plain values, safe to read, not tied to the live run."""
     states: list[Any] = []
