@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
 
 from dpkit.engine import PrivacyEngine
 from dpkit.errors import CheckpointError, ConfigurationError
@@ -41,6 +42,16 @@ class PrivacyCallback(Callback):
         self._planned: int | None = None
         self._attached = self._resuming = False
         self._held: dict[str, Any] | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Raise before a Tuner's trials, in which no callback but its own takes part."""
+        for callback in trainer.callbacks:
+            if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+                raise ConfigurationError(
+                    f"{type(callback).__name__} beside PrivacyCallback",
+                    why="it trains on the private data without noise, and what it chooses by that is not counted.",
+                    cure="choose the learning rate, and the batch size, by hand or on public data.",
+                )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Raise for what would break the guarantee before anything is drawn."""

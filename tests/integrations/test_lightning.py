@@ -232,6 +232,19 @@ def test_refused_settings(options: dict[str, Any], words: tuple[str, ...], tmp_p
         fit(tmp_path, Fitted(), PrivacyCallback(PRIVACY), **options)
 
 
+def test_tuners_are_refused(tmp_path: Path) -> None:
+    """They train without the callback, and choose by what they see."""
+    rate, size = pl.callbacks.LearningRateFinder(), pl.callbacks.BatchSizeFinder()
+    for finder, first in ((rate, True), (rate, False), (size, False)):
+        callbacks = [finder, PrivacyCallback(PRIVACY)] if first else [PrivacyCallback(PRIVACY), finder]
+        trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=callbacks, default_root_dir=str(tmp_path))
+        with refused(dpkit.ConfigurationError, type(finder).__name__, "not counted"):
+            trainer.fit(Fitted(), _loader(4))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[PrivacyCallback(PRIVACY)])
+    with refused(dpkit.ConfigurationError, "LearningRateFinder", "not counted"):
+        pl.tuner.Tuner(trainer).lr_find(Fitted(), _loader(4))
+
+
 def test_refused_arguments() -> None:
     for name in ("max_physical_batch_size", "epochs", "sigma"):
         with refused(dpkit.ConfigurationError, name, "pass some of"):
