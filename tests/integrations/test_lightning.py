@@ -234,15 +234,18 @@ def test_refused_settings(options: dict[str, Any], words: tuple[str, ...], tmp_p
 
 def test_tuners_are_refused(tmp_path: Path) -> None:
     """They train without the callback, and choose by what they see."""
-    rate, size = pl.callbacks.LearningRateFinder(), pl.callbacks.BatchSizeFinder()
-    for finder, first in ((rate, True), (rate, False), (size, False)):
-        callbacks = [finder, PrivacyCallback(PRIVACY)] if first else [PrivacyCallback(PRIVACY), finder]
+    module = Fitted()
+    module.lr, module.batch_size = 0.1, 4
+    module.train_dataloader = lambda: _loader(module.batch_size)
+    module.val_dataloader = lambda: DataLoader(data(5), 5)
+    for finder in (pl.callbacks.LearningRateFinder(), pl.callbacks.BatchSizeFinder()):
+        callbacks = [PrivacyCallback(PRIVACY), finder]
         trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=callbacks, default_root_dir=str(tmp_path))
         with refused(dpkit.ConfigurationError, type(finder).__name__, "not counted"):
-            trainer.fit(Fitted(), _loader(4))
+            trainer.fit(module)
     trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[PrivacyCallback(PRIVACY)])
     with refused(dpkit.ConfigurationError, "LearningRateFinder", "not counted"):
-        pl.tuner.Tuner(trainer).lr_find(Fitted(), _loader(4))
+        pl.tuner.Tuner(trainer).lr_find(module)
 
 
 def test_refused_arguments() -> None:
