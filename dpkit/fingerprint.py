@@ -15,7 +15,7 @@ from . import randomness
 from .trees import leaves
 
 _PIECE = 1 << 16
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
 class Fingerprint:

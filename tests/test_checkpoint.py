@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import hashlib
 import io
 import os
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader
 
 import dpkit
 from dpkit import checkpoint as files
+from dpkit.state import plain
 from tests.lives import Life, Noisy, begin
 from tests.test_refusals import refused
 
@@ -568,6 +570,39 @@ def test_only_plain_values(tmp_path: Path) -> None:
     back = life.engine.load_checkpoint(tmp_path / "c")
     assert back["a"] == (1, None, 2.5)
     assert torch.equal(back["b"]["c"], torch.ones(2))
+
+
+class Mode(str, enum.Enum):
+    QUICK = "quick"
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+def test_numbers_of_other_kinds(tmp_path: Path) -> None:
+    """numpy's floats are floats to isinstance, and code to a reader: a schedule in numpy, a mean in ``extra``."""
+
+    def scheduled() -> Life:
+        life = begin()
+        life.scheduler = torch.optim.lr_scheduler.LambdaLR(life.optimizer, lambda k: np.exp(-k / 10))
+        return life
+
+    life = scheduled()
+    whole = life.train(lambda life: life.steps == 4 and life.save(tmp_path / "c"))
+    assert type(whole.optimizer.param_groups[0]["lr"]) is np.float64
+    again = scheduled()
+    again.load(tmp_path / "c")
+    assert_same(again.train(), whole)
+    life = scheduled()
+    extra = {"loss": np.float64(0.1), "name": np.str_("x"), Mode.QUICK: [Mode.QUICK, Level.HIGH], "n": (np.float64(2),)}
+    life.engine.save_checkpoint(tmp_path / "c", extra=extra)
+    back = scheduled().engine.load_checkpoint(tmp_path / "c")
+    assert back == {"loss": 0.1, "name": "x", "quick": ["quick", 3], "n": (2.0,)}
+    assert [type(v) for v in (back["loss"], back["name"], *back["quick"], *back["n"])] == [float, str, str, int, float]
+    state = OrderedDict(a=np.float64(1.0))
+    state._metadata = {"version": 2}  # type: ignore[attr-defined]
+    assert vars(plain(state)) == {"_metadata": {"version": 2}}
 
 
 def test_the_file_is_its_owners(tmp_path: Path) -> None:
