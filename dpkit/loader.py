@@ -26,6 +26,7 @@ from .ranks import Ranks
 from .sampling import FixedBatches, Sampling
 from .seeds import scramble, unforeseeable
 from .shares import mark_of, shared
+from .state import refuse_others
 from .trees import tree_map
 from .units import UnitIndex, Units
 
@@ -171,6 +172,7 @@ class PrivateDataLoader(DataLoader[Any]):
         self._order: int | None = None  # of the pass that is gone on with
         self._rows = len(loader.dataset)  # type: ignore[arg-type]
         self._marks: dict[str, Any] | None = None
+        self._owned: int | None = None
         self._fetched: Draw | None = None
         self._chance = randomness.Chance()  # outside the engine, before that one was fetched
         self._resumed: dict[str, Any] | None = None  # chance at the moment of the checkpoint, until the pass goes on
@@ -398,15 +400,23 @@ class PrivateDataLoader(DataLoader[Any]):
             "unit_reduction": "mean" if units.averaged else "sum",
             "max_physical_batch_size": "auto" if callable(self._batches.given) else self._batches.given,
             **{name: value for name, value in fields.items() if isinstance(value, int | float | str)},
-            **self._data(),
+            **({} if units.rows is None else {"units' rows": self._owners()}),
+            **(self._data() if sampling.by_place else {}),
         }
 
     def _data(self) -> dict[str, Any]:
-        """Some rows of the data set, where what a run costs rests on the places of its records."""
+        """Some rows of the data set, for what rests on its records keeping their places."""
         if self._marks is None:
-            marks = marks_of(self.dataset) if self._batches.sampling.by_place else {}
+            marks = marks_of(self.dataset)
             self._marks = {f"data set's {name}": mark for name, mark in marks.items() if mark is not None}
         return self._marks
+
+    def _owners(self) -> int:
+        """Tells which rows are whose."""
+        if self._owned is None:
+            rows = self._batches.units.rows or ()
+            self._owned = mark_of([[len(r), *r] for r in rows])
+        return self._owned
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the pass, the generators that its draws repeat from, and the chance outside the engine."""
@@ -426,6 +436,7 @@ class PrivateDataLoader(DataLoader[Any]):
             "inside": self.inside,
             "place": list(place if self._batches.ranks.size == 1 else (place[0], 0)),
             "limit": self._limit_at(place),
+            "data": self._data() if place[1] and self._batches.ranks.size == 1 else None,
             "served": self._served if self._fetched is None else self._fetched.number + self._fetched.done,
             "origin": self._origin if self.inside else {"draws": draws, "torch": torch.get_rng_state()},
             "order": (self._order if self._resumed is not None else self._batches.order) if self.inside else None,
@@ -442,6 +453,8 @@ class PrivateDataLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there: where a pass was under way, the next one iterated is its rest."""
+        if state["data"] is not None:  # a part of the logical batch is summed up
+            refuse_others(self._data(), state["data"])
         self._passes += 1  # an iterator that is still about belongs to another life
         self.completed, self.inside = state["completed"], state["inside"]
         ranks = self._batches.ranks

@@ -316,6 +316,33 @@ def test_data_in_another_order(options: dict[str, Any], tmp_path: Path, monkeypa
     numbers(life)
 
 
+def test_data_in_another_order_within_a_logical_batch(tmp_path: Path) -> None:
+    """A record of the parts that are summed up could be in the others, too: it would be in one sum twice."""
+    options: dict[str, Any] = {"max_physical_batch_size": 2, "batch_size": 10}
+    for at in (1, 2):
+        life = begin(dataset=Numbered(), **options)
+        for k, (x, number) in enumerate(life.loader, 1):
+            life.loss(x, number[:, None].float()).backward()
+            life.optimizer.step()
+            if k == at:
+                life.save(tmp_path / "c")
+                break
+        assert life.engine.releases == 0
+        other = begin(dataset=Numbered(ALL[::-1]), **options)
+        with refused(dpkit.CheckpointError, "data set's row 0"):
+            other.load(tmp_path / "c")
+        begin(dataset=Numbered(), **options).load(tmp_path / "c")
+
+
+def test_rows_of_other_units(tmp_path: Path) -> None:
+    """As many units, of other rows: ε would be about somebody else."""
+    life = begin(privacy_unit=[k // 2 for k in range(20)])
+    life.train(lambda life: life.save(tmp_path / "c") or True)
+    with refused(dpkit.CheckpointError, "units' rows"):
+        begin(privacy_unit=[k % 10 for k in range(20)]).load(tmp_path / "c")
+    begin(privacy_unit=[str(k // 2) for k in range(20)]).load(tmp_path / "c")
+
+
 def test_state_dict_in_memory() -> None:
     """For people with a file format of their own: plain values, safe to read, not tied to the live run."""
     states: list[Any] = []
