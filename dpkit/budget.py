@@ -40,8 +40,8 @@ class Budget:
         """How many runs of the event have been added since the question, all of them if others were added too."""
         assert self._event is not None
         used = totals.get(self._event, 0) - self._before.get(self._event, 0)
-        others = sum(n for e, n in totals.items() if e != self._event)
-        known = sum(n for e, n in self._before.items() if e != self._event)
+        others = {e: n for e, n in totals.items() if e != self._event}
+        known = {e: n for e, n in self._before.items() if e != self._event}
         return used if others == known and used >= 0 else self._room
 
     def room(self, totals: Totals, event: Event, most: int) -> int:

@@ -18,7 +18,7 @@ import torch
 
 from .errors import CheckpointError
 from .files import sync, sync_directory
-from .state import refuse_unsafe
+from .state import plain
 
 VERSION = 1
 _MAGIC = b"dpkit-checkpoint"
@@ -33,7 +33,7 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     Raises:
         CheckpointError: the state holds more than plain values, or cannot be written.
     """
-    refuse_unsafe(state)
+    state = plain(state)
     target = Path(path)
     mine = f".{target.name}.{platform.node()}."
     partial = target.parent / f"{mine}{os.getpid()}.partial"

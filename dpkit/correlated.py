@@ -212,6 +212,7 @@ class Correlated:
         first, weights = self.correlation.first, self.correlation.weights
         queries = []
         for s, buffers in zip(sums, self._buffers, strict=True):
+            buffers[:] = [b.to(s.device) for b in buffers]  # a checkpoint gives them back on the CPU
             query = s * first
             for weight, buffer in zip(weights, buffers, strict=True):
                 query.sub_(buffer, alpha=std * weight)

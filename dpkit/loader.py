@@ -19,11 +19,14 @@ from torch.utils.data import DataLoader, default_collate
 
 from . import randomness
 from .collating import Collates
-from .errors import SamplingError, UnfinishedStepError
+from .errors import CheckpointError, SamplingError, UnfinishedStepError
+from .fingerprint import marks_of
+from .paced import RepeatedOrder
 from .ranks import Ranks
-from .sampling import Sampling
+from .sampling import FixedBatches, Sampling
 from .seeds import scramble, unforeseeable
 from .shares import mark_of, shared
+from .state import refuse_others
 from .trees import tree_map
 from .units import UnitIndex, Units
 
@@ -80,6 +83,8 @@ class _PhysicalBatches:
         self.log: deque[Draw] = deque()
         self.start, self.served = (0, 0), 0
         self.resumed: int | None = None  # the limit of the logical batch that a resumed pass starts in
+        self.order: int | None = None  # tells the order of a pass from others, where what a pass costs rests on it
+        self._drawn: Iterator[list[list[int]]] | None = None  # the pass, until somebody begins to go through it
 
     @property
     def limit(self) -> int | None:
@@ -90,14 +95,23 @@ class _PhysicalBatches:
     def __len__(self) -> int:
         return self.sampling.steps
 
+    def begin(self) -> None:
+        """Draw a pass, once: torch's iterators ask for the batches once or twice, by what workers there are."""
+        draws, self.order = self.sampling.draws(self.generator), None
+        if isinstance(self.sampling, FixedBatches | RepeatedOrder):
+            batches = list(draws)
+            draws, self.order = iter(batches), mark_of(batches)
+        self._drawn = self._rows(draws)
+
+    def _rows(self, draws: Iterator[list[int]]) -> Iterator[list[list[int]]]:
+        return (self.units.drawn(k, self.generator) for k in draws)
+
     def __iter__(self) -> Iterator[list[int]]:
         self.log = deque()
-        drawn = (self.units.drawn(k, self.generator) for k in self.sampling.draws(self.generator))
-        return self._serve(self.log, drawn, *self.start, self.served)
+        return self._serve(self.log, *self.start, self.served)
 
-    def _serve(
-        self, log: deque[Draw], draws: Iterator[list[list[int]]], logical: int, part: int, number: int
-    ) -> Iterator[list[int]]:
+    def _serve(self, log: deque[Draw], logical: int, part: int, number: int) -> Iterator[list[int]]:
+        draws, self._drawn = self._drawn or self._rows(self.sampling.draws(self.generator)), None
         for k, drawn in enumerate(islice(draws, logical, None), logical):
             limit = self.resumed if k == logical and self.resumed is not None else self.limit
             parts, count = shared(drawn, limit, self.ranks)
@@ -155,6 +169,10 @@ class PrivateDataLoader(DataLoader[Any]):
         self._latest: Draw | None = None
         self._place, self._served = (0, 0), 0  # where a resumed pass goes on, after how many batches with records
         self._origin: dict[str, torch.Tensor] = {}  # the generators when this pass began
+        self._order: int | None = None  # of the pass that is gone on with
+        self._rows = len(loader.dataset)  # type: ignore[arg-type]
+        self._marks: dict[str, Any] | None = None
+        self._owned: int | None = None
         self._fetched: Draw | None = None
         self._chance = randomness.Chance()  # outside the engine, before that one was fetched
         self._resumed: dict[str, Any] | None = None  # chance at the moment of the checkpoint, until the pass goes on
@@ -313,6 +331,7 @@ class PrivateDataLoader(DataLoader[Any]):
     def _begin(self, listener: Listener) -> Iterator[Any]:
         """A new pass, or the rest of an interrupted one."""
         chance, self._resumed = self._resumed, None
+        self._refuse_other_length()
         if chance is None:
             listener.begin_pass()
             if self._process != os.getpid() and not self.seeded:  # forked: the other process draws from here, too
@@ -331,10 +350,32 @@ class PrivateDataLoader(DataLoader[Any]):
             self._workers.first = self._served
         seed = torch.empty((), dtype=torch.int64).random_(generator=self._given)  # in every pass, as torch does itself
         self.generator.manual_seed((int(seed) + self._batches.ranks.rank) % (1 << 63))
+        self._batches.begin()
         inner = super().__iter__()
         if own is not None:
             randomness.restore(own)
+        self._refuse_other_order()
         return inner
+
+    def _refuse_other_length(self) -> None:
+        rows = len(self.dataset)  # type: ignore[arg-type]
+        if rows != self._rows:
+            raise SamplingError(
+                f"the data set has {rows} rows now, and had {self._rows} when the model was made private",
+                why="who is drawn, and with which rate, was settled then: new records would never be, or others twice.",
+                cure="engine.detach(), and make_private again: what was spent is added up.",
+            )
+
+    def _refuse_other_order(self) -> None:
+        order, self._order = self._order, None
+        if order is not None and order != self._batches.order:
+            self.inside = False
+            raise CheckpointError(
+                "the pass that was interrupted cannot be gone on with: its batches come out in another order now",
+                why="a record would take part a second time in a pass that was paid for once.",
+                cure="make the data loader (shuffle, generator) as in the run that was saved, with the same torch; or "
+                "load the checkpoint with replay=False: the rest of the pass is paid for anew.",
+            )
 
     def _ranks_origin(self) -> dict[str, torch.Tensor]:
         """The generators that a pass is drawn from, in the state that they have on rank 0."""
@@ -359,7 +400,23 @@ class PrivateDataLoader(DataLoader[Any]):
             "unit_reduction": "mean" if units.averaged else "sum",
             "max_physical_batch_size": "auto" if callable(self._batches.given) else self._batches.given,
             **{name: value for name, value in fields.items() if isinstance(value, int | float | str)},
+            **({} if units.rows is None else {"units' rows": self._owners()}),
+            **(self._data() if sampling.by_place else {}),
         }
+
+    def _data(self) -> dict[str, Any]:
+        """Some rows of the data set, for what rests on its records keeping their places."""
+        if self._marks is None:
+            marks = marks_of(self.dataset)
+            self._marks = {f"data set's {name}": mark for name, mark in marks.items() if mark is not None}
+        return self._marks
+
+    def _owners(self) -> int:
+        """Tells which rows are whose."""
+        if self._owned is None:
+            rows = self._batches.units.rows or ()
+            self._owned = mark_of([[len(r), *r] for r in rows])
+        return self._owned
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the pass, the generators that its draws repeat from, and the chance outside the engine."""
@@ -379,19 +436,25 @@ class PrivateDataLoader(DataLoader[Any]):
             "inside": self.inside,
             "place": list(place if self._batches.ranks.size == 1 else (place[0], 0)),
             "limit": self._limit_at(place),
+            "data": self._data() if place[1] and self._batches.ranks.size == 1 else None,
             "served": self._served if self._fetched is None else self._fetched.number + self._fetched.done,
             "origin": self._origin if self.inside else {"draws": draws, "torch": torch.get_rng_state()},
+            "order": (self._order if self._resumed is not None else self._batches.order) if self.inside else None,
             "chance": chance,
             "then": then,
         }
 
     def _limit_at(self, place: tuple[int, int]) -> int | None:
         """What the parts of the logical batch there are, or will be, cut by."""
+        if self._resumed is not None:
+            return self._batches.resumed
         drawn = [d for d in (self._latest, *self._batches.log) if d is not None and d.logical == place[0]]
         return drawn[0].limit if self.inside and drawn else self._batches.limit
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there: where a pass was under way, the next one iterated is its rest."""
+        if state["data"] is not None:  # a part of the logical batch is summed up
+            refuse_others(self._data(), state["data"])
         self._passes += 1  # an iterator that is still about belongs to another life
         self.completed, self.inside = state["completed"], state["inside"]
         ranks = self._batches.ranks
@@ -399,6 +462,7 @@ class PrivateDataLoader(DataLoader[Any]):
         self._place = tuple(state["place"]) if ranks.size == 1 else (state["place"][0], 0)
         self._served = state["served"]
         self._latest, self._fetched, self._origin = None, None, state["origin"]
+        self._order = state["order"]
         self._batches.resumed = state["limit"]
         self._batches.generator.set_state(state["origin"]["draws"])
         chance = state["chance"] if ranks.first else randomness.apart(state["chance"], ranks.rank)
@@ -408,7 +472,7 @@ class PrivateDataLoader(DataLoader[Any]):
 
     def reseed(self) -> None:
         """Draw anew, by nobody's seed, from the current logical batch on; its parts that were served are forgotten."""
-        self._place = (self._place[0], 0)
+        self._place, self._order = (self._place[0], 0), None
         generator = self._batches.ranks.share(scramble(self._batches.generator))
         self._origin = {**self._origin, "draws": generator.get_state()}
 

@@ -62,6 +62,7 @@ class CyclicPoisson:
     bands: int
     groups: Tensor = field(repr=False)
     name: str = "cyclic Poisson sampling"
+    by_place = True
 
     def __post_init__(self) -> None:
         self._turn = 0
@@ -131,6 +132,7 @@ class RepeatedOrder:
     correlation: Correlation = field(repr=False)
     sample_rate: float = 1.0
     name: str = "fixed batches in a fixed order"
+    by_place = True
 
     def __post_init__(self) -> None:
         self._passes = 0  # complete ones of this mechanism

@@ -3,6 +3,7 @@
 A sampling is a frozen value with ``draws(generator)`` (one pass over the data: the units of each logical batch)
 and ``event(inner, first)`` (what a step of it costs, given the noise's event). All of its chance comes from the
 generator, and from torch's global one at the moment when ``draws`` is called: put them back, and the pass repeats.
+``by_place``: whether what it costs rests on each record keeping its place in the data set throughout a run.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ class Sampling(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def by_place(self) -> bool: ...
+
     def draws(self, generator: torch.Generator) -> Iterator[list[int]]: ...
 
     def event(self, inner: Event, *, first: bool) -> Event | None: ...
@@ -66,6 +70,7 @@ class PoissonSampling:
     expected_batch_size: float
     steps: int
     name: str = "Poisson sampling"
+    by_place = False
 
     @property
     def sample_rate(self) -> float:
@@ -115,6 +120,7 @@ class FixedBatches:
     steps: int
     sample_rate: float = 1.0
     name: str = "fixed batches"
+    by_place = True
 
     def draws(self, generator: torch.Generator) -> Iterator[list[int]]:
         return iter(list(self.batches))  # at once: the sampler's randomness is then used up before any user code runs
@@ -153,7 +159,7 @@ def checked(loader: DataLoader[Any], ranks: Ranks | None = None) -> DataLoader[A
         )
     sampler: Any = batches.sampler
     records = len(loader.dataset)  # type: ignore[arg-type]
-    plain = type(sampler) is SequentialSampler or (
+    plain = (type(sampler) is SequentialSampler and len(sampler) == records) or (
         type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == records
     )
     if type(sampler) is DistributedSampler and ranks is not None and ranks.size > 1:

@@ -80,21 +80,31 @@ def refuse_others(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_unsafe(value: Any, path: str = "state") -> None:
-    """Raise unless ``value`` can be read back without running code: tensors, numbers, strings, None, and lists, tuples
-    and dicts of them."""
-    if value is None or isinstance(value, bool | int | float | str) or type(value) is Tensor:
-        return
+def plain(value: Any, path: str = "state") -> Any:
+    """The same in values that can be read back without running code: tensors, numbers, strings, None, and lists, tuples
+    and dicts of them. Numbers and strings of other kinds (numpy's floats, members of an enum) become Python's own.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    if value is None or type(value) in (bool, int, float, str, Tensor):
+        return value
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return "".join(value) if isinstance(value, str) else kind(value)
     if type(value) in (list, tuple):
-        for k, item in enumerate(value):
-            refuse_unsafe(item, f"{path}[{k}]")
-    elif type(value) in (dict, OrderedDict, Counter):
-        for key, item in value.items():
-            refuse_unsafe(key, f"a key of {path}")
-            refuse_unsafe(item, f"{path}[{key!r}]")
-    else:
-        raise CheckpointError(
-            f"{path} is a {type(value).__name__}",
-            why="reading it back would run code from the file; checkpoints hold plain values only.",
-            cure="save it as tensors, numbers, strings, lists or dicts.",
-        )
+        items = [plain(item, f"{path}[{k}]") for k, item in enumerate(value)]
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
+    if type(value) in (dict, OrderedDict, Counter):
+        pairs = [(plain(k, f"a key of {path}"), plain(item, f"{path}[{k!r}]")) for k, item in value.items()]
+        if all(a is c and b is d for (a, b), (c, d) in zip(pairs, value.items(), strict=True)):
+            return value
+        made = type(value)(dict(pairs))
+        if type(value) is not dict:
+            vars(made).update(vars(value))  # a module's state has its version there
+        return made
+    raise CheckpointError(
+        f"{path} is a {type(value).__name__}",
+        why="reading it back would run code from the file; checkpoints hold plain values only.",
+        cure="save it as tensors, numbers, strings, lists or dicts.",
+    )

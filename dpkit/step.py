@@ -126,11 +126,17 @@ class PrivateStep:
         self.drop()
         self._charged = None
         if self._process != os.getpid():  # a copy of the process that made this: its noise may not be the other's
+            if self.noise.seeded:
+                raise ConfigurationError(
+                    "this process was forked from the one that called make_private with a noise_generator",
+                    why="both would add the same noise to different sums, and the difference of what they release has "
+                    "none.",
+                    cure="call make_private in the process that trains, or leave noise_generator out.",
+                )
             self._process = os.getpid()
-            if not self.noise.seeded:
-                self.noise.reseed()
-                if self._paced is not None:
-                    self._paced.restart()
+            self.noise.reseed()
+            if self._paced is not None:
+                self._paced.restart()
         self.ranks.refuse_change()
         self.ranks.agree("a pass over the data", releases=self.spending.released)
         self.ranks.done()

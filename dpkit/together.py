@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import random
-import sys
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import randomness
 from .errors import ConfigurationError
+from .fingerprint import marks_of
 from .ranks import Ranks
 from .sharded import Shards, holds_rows
 from .spending import Spending
-from .trees import leaves
 
 
 def begin_together(
@@ -65,39 +61,5 @@ def refuse_other_data(dataset: Any, ranks: Ranks) -> None:
     """
     if ranks.size == 1:
         return
-    n = len(dataset)
-    some = sorted({round(j * (n - 1) / (_LOOKED_AT - 1)) for j in range(_LOOKED_AT)})
-    chance = randomness.capture()
-    try:
-        once, twice = ([_mark(_row(dataset, k)) for k in some] for _ in range(2))
-    finally:
-        randomness.restore(chance)
-    marks = {f"row {k}": a if a == b else "chance" for k, a, b in zip(some, once, twice, strict=True)}
-    ranks.agree("the data set", rows=n, **marks)
+    ranks.agree("the data set", rows=len(dataset), **marks_of(dataset))
     ranks.done()
-
-
-_LOOKED_AT = 16
-
-
-def _row(dataset: Any, k: int) -> Any:
-    """Row k, read with chance that is the same on every rank."""
-    torch.manual_seed(k)
-    random.seed(k)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(k)
-    return dataset[k]
-
-
-def _mark(row: Any) -> int:
-    mark = 0
-    for leaf in leaves(row):
-        if isinstance(leaf, Tensor):
-            raw = leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        elif isinstance(leaf, bool | int | float | str | bytes):
-            raw = repr(leaf).encode()
-        else:  # arrays and pictures have bytes; of other objects the kind alone is compared
-            tobytes = getattr(leaf, "tobytes", None)
-            raw = tobytes() if callable(tobytes) else type(leaf).__name__.encode()
-        mark = zlib.crc32(raw, mark)
-    return mark

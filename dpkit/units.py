@@ -207,12 +207,16 @@ def refuse_reordering(dataset: Any, collate: Callable[[list[Any]], Any]) -> None
     rows = [dataset[k] for k in sorted({round(j * (n - 1) / (_LOOKED_AT - 1)) for j in range(_LOOKED_AT)})]
     with torch.random.fork_rng(devices=[]):
         try:
-            once, twice, reverse = collate(list(rows)), collate(list(rows)), collate(rows[::-1])
+            found = [collate(list(rows)), collate(list(rows)), collate(rows[::-1]), collate(rows[:-1] or rows)]
         except Exception:  # the user's own error will come where the user sees it
             return
-    for a, b, c in zip(leaves(once), leaves(twice), leaves(reverse), strict=False):
-        tensors = isinstance(a, Tensor) and isinstance(b, Tensor) and isinstance(c, Tensor)
-        if tensors and a.shape[:1] == (len(rows),) and torch.equal(a, b) and not torch.equal(a.flip(0), c):
+    for a, b, c, fewer in zip(*map(leaves, found), strict=False):
+        if not all(isinstance(v, Tensor) for v in (a, b, c, fewer)):
+            continue
+        dim = 0 if a.shape[:1] == (len(rows),) else 1
+        if dim == 1 and (a.shape[1:2] != (len(rows),) or fewer.shape[1:2] != (len(rows) - 1,)):
+            continue  # [t, n] is what has a column less for a row less
+        if torch.equal(a, b) and not torch.equal(a.flip(dim), c):
             raise SamplingError(
                 "collate_fn puts the rows into another order than that in which it is given them",
                 why="whose rows are whose is known by their order, and each unit's rows are clipped together.",

@@ -205,3 +205,11 @@ def test_few_questions() -> None:
     assert budget.most({}, STEP) == 1000
     assert budget.most({STEP: 999}, STEP) == 1
     assert budget.most({STEP: 1000}, STEP) == 0
+
+
+def test_other_events_in_the_same_number() -> None:
+    """What was spent on others is compared event by event."""
+    budget = Budget(3.0, 1e-5, kind="rdp", adjacency="add_or_remove_one", expected=5)
+    cheap, dear = Gaussian(1000.0), Gaussian(0.5)
+    assert budget.admits({cheap: 1}, STEP)
+    assert not budget.admits({dear: 1}, STEP)

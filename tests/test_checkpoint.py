@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import hashlib
 import io
 import os
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader
 
 import dpkit
 from dpkit import checkpoint as files
+from dpkit.state import plain
 from tests.lives import Life, Noisy, begin
 from tests.test_refusals import refused
 
@@ -200,6 +202,145 @@ def test_saved_again_before_going_on(tmp_path: Path) -> None:
     twice = begin()
     twice.load(tmp_path / "again")
     assert_same(twice.train(), whole)
+
+
+def test_saved_again_in_the_middle_of_a_logical_batch(tmp_path: Path) -> None:
+    """Its parts stay cut as they were when its sum was begun, whatever size another process finds: no record twice."""
+    options: dict[str, Any] = {"max_physical_batch_size": "auto", "batch_size": 20, "dataset": Noisy(40)}
+    begin(**options).train(lambda life: life.save(tmp_path / "c") or True)
+    life = begin(**options)
+    life.load(tmp_path / "c")
+    life.engine._loader._batches.given = lambda: 3
+    life.save(tmp_path / "again")
+    states = [files.load(tmp_path / name)["state"]["loader"] for name in ("c", "again")]
+    assert states[0]["place"] == states[1]["place"] == [0, 1]
+    assert states[0]["limit"] == states[1]["limit"] == 8
+
+
+def numbers(life: Life, steps: int | None = None) -> list[int]:
+    """Train for so many steps, or the rest of the pass; the records that were served, by their number."""
+    seen: list[int] = []
+    for k, (x, number) in enumerate(life.loader, 1):
+        life.optimizer.zero_grad()
+        life.loss(x, number[:, None].float()).backward()
+        life.optimizer.step()
+        seen += number.tolist()
+        if k == steps:
+            life.save(Path(os.environ["CHECKPOINT"]))
+            break
+    return seen
+
+
+class Numbered(Noisy):
+    """Records that say which they are."""
+
+    def __init__(self, order: list[int] | None = None) -> None:
+        super().__init__()
+        self.order = order or list(range(len(self)))
+
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
+        return self.x[self.order[k]], torch.tensor(self.order[k])
+
+
+ALL = list(range(20))
+AHEAD = {"num_workers": 2}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "passes"),
+    [({}, AHEAD, 0), (AHEAD, {}, 0), (*[{"num_workers": 1, "persistent_workers": True}] * 2, 1)],
+)
+@pytest.mark.parametrize("seeds", [True, False])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_a_shuffled_pass_takes_every_record_once(
+    seeds: bool, saved: dict[str, Any], loaded: dict[str, Any], passes: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Whatever workers the two lives have: a pass of fixed batches is paid for once."""
+    monkeypatch.setenv("CHECKPOINT", str(tmp_path / "c"))
+    options: dict[str, Any] = {"dataset": Numbered(), "poisson_sampling": False, "seeds": seeds}
+    life = begin(**options, loader={"shuffle": True, **saved})
+    for _ in range(passes):
+        assert sorted(numbers(life)) == ALL
+    served = numbers(life, 2)
+    other = begin(**options, loader={"shuffle": True, **loaded})
+    other.load(tmp_path / "c")
+    assert sorted(served + numbers(other)) == ALL
+    assert sum(n for _, n in other.engine.accountant.ledger) == passes + 1
+
+
+@pytest.mark.parametrize("loader", [{"shuffle": False}, {"generator": torch.Generator()}])
+def test_a_pass_in_another_order_does_not_go_on(
+    loader: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record would be in it twice; without replay the rest is another pass, and paid for."""
+    monkeypatch.setenv("CHECKPOINT", str(tmp_path / "c"))
+    options: dict[str, Any] = {"dataset": Numbered(), "poisson_sampling": False, "seeds": False}
+    numbers(begin(**options, loader={"shuffle": True}), 2)
+    life = begin(**options, loader={"shuffle": True, **loader})
+    life.load(tmp_path / "c")
+    life.save(tmp_path / "again")
+    life = begin(**options, loader={"shuffle": True, **loader})
+    life.load(tmp_path / "again")
+    with refused(dpkit.CheckpointError, "another order", "replay=False"):
+        numbers(life)
+    assert sorted(numbers(life)) == ALL  # a pass of its own
+    assert sum(n for _, n in life.engine.accountant.ledger) == 2
+    life = begin(**options, loader={"shuffle": True, **loader})
+    life.load(tmp_path / "c", replay=False)
+    assert len(numbers(life)) == 12
+    assert sum(n for _, n in life.engine.accountant.ledger) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"poisson_sampling": False},
+        {"poisson_sampling": False, "noise": dpkit.BufferedNoise(2)},
+        {"noise": dpkit.BandedNoise(2)},
+        {},
+    ],
+)
+def test_data_in_another_order(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where records take turns by their place, they have to keep it. Poisson draws do not ask."""
+    monkeypatch.setenv("CHECKPOINT", str(tmp_path / "c"))
+    numbers(begin(dataset=Numbered(), **options), 2)
+    life = begin(dataset=Numbered(ALL[::-1]), **options)
+    if options:
+        with refused(dpkit.CheckpointError, "data set's row 0"):
+            life.load(tmp_path / "c")
+    else:
+        life.load(tmp_path / "c")
+    life = begin(dataset=Numbered(), **options)
+    life.load(tmp_path / "c")
+    numbers(life)
+
+
+def test_data_in_another_order_within_a_logical_batch(tmp_path: Path) -> None:
+    """A record of the parts that are summed up could be in the others, too: it would be in one sum twice."""
+    options: dict[str, Any] = {"max_physical_batch_size": 2, "batch_size": 10}
+    for at in (1, 2):
+        life = begin(dataset=Numbered(), **options)
+        for k, (x, number) in enumerate(life.loader, 1):
+            life.loss(x, number[:, None].float()).backward()
+            life.optimizer.step()
+            if k == at:
+                life.save(tmp_path / "c")
+                break
+        assert life.engine.releases == 0
+        other = begin(dataset=Numbered(ALL[::-1]), **options)
+        with refused(dpkit.CheckpointError, "data set's row 0"):
+            other.load(tmp_path / "c")
+        begin(dataset=Numbered(), **options).load(tmp_path / "c")
+
+
+def test_rows_of_other_units(tmp_path: Path) -> None:
+    """As many units, of other rows: ε would be about somebody else."""
+    life = begin(privacy_unit=[k // 2 for k in range(20)])
+    life.train(lambda life: life.save(tmp_path / "c") or True)
+    with refused(dpkit.CheckpointError, "units' rows"):
+        begin(privacy_unit=[k % 10 for k in range(20)]).load(tmp_path / "c")
+    begin(privacy_unit=[str(k // 2) for k in range(20)]).load(tmp_path / "c")
 
 
 def test_state_dict_in_memory() -> None:
@@ -456,6 +597,39 @@ def test_only_plain_values(tmp_path: Path) -> None:
     back = life.engine.load_checkpoint(tmp_path / "c")
     assert back["a"] == (1, None, 2.5)
     assert torch.equal(back["b"]["c"], torch.ones(2))
+
+
+class Mode(str, enum.Enum):
+    QUICK = "quick"
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+def test_numbers_of_other_kinds(tmp_path: Path) -> None:
+    """numpy's floats are floats to isinstance, and code to a reader: a schedule in numpy, a mean in ``extra``."""
+
+    def scheduled() -> Life:
+        life = begin()
+        life.scheduler = torch.optim.lr_scheduler.LambdaLR(life.optimizer, lambda k: np.exp(-k / 10))
+        return life
+
+    life = scheduled()
+    whole = life.train(lambda life: life.steps == 4 and life.save(tmp_path / "c"))
+    assert type(whole.optimizer.param_groups[0]["lr"]) is np.float64
+    again = scheduled()
+    again.load(tmp_path / "c")
+    assert_same(again.train(), whole)
+    life = scheduled()
+    extra = {"loss": np.float64(0.1), "name": np.str_("x"), Mode.QUICK: [Mode.QUICK, Level.HIGH], "n": (np.float64(2),)}
+    life.engine.save_checkpoint(tmp_path / "c", extra=extra)
+    back = scheduled().engine.load_checkpoint(tmp_path / "c")
+    assert back == {"loss": 0.1, "name": "x", "quick": ["quick", 3], "n": (2.0,)}
+    assert [type(v) for v in (back["loss"], back["name"], *back["quick"], *back["n"])] == [float, str, str, int, float]
+    state = OrderedDict(a=np.float64(1.0))
+    state._metadata = {"version": 2}  # type: ignore[attr-defined]
+    assert vars(plain(state)) == {"_metadata": {"version": 2}}
 
 
 def test_the_file_is_its_owners(tmp_path: Path) -> None:

@@ -375,6 +375,19 @@ def test_states_of_another_noise_are_refused() -> None:
             where.load_state_dict(state.state_dict())  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("correlation", [BandedNoise(3), BufferedNoise(2)])
+def test_a_state_from_a_file_goes_on_where_the_model_is(correlation: Any) -> None:
+    """Checkpoints are read on the CPU; "meta" stands for an accelerator."""
+    noise = Correlated(correlation, Given(np.zeros((2, 4))))
+    noise.add_to([torch.zeros(4)], 1.0)
+    there = torch.zeros(4, device="meta")
+    with mock.patch.object(Given, "add_to"):
+        other = Correlated(correlation, Given(np.zeros((2, 4))))
+        other.load_state_dict(noise.state_dict())
+        other.add_to([there], 1.0)
+    assert {b.device.type for buffers in other._buffers for b in buffers} == {"meta"}
+
+
 @pytest.mark.parametrize("correlation", [BandedNoise(4), BufferedNoise(3)])
 def test_a_pass_after_one_that_was_left_is_another_mechanism(correlation: Any) -> None:
     """Fixed order: a record of the pass's beginning comes back too soon; its noise starts afresh and costs afresh."""

@@ -510,6 +510,7 @@ def test_fingerprints_see_every_bit() -> None:
     seen = {make(base)}
     assert make([t.clone() for t in base]) in seen
     assert make([t.contiguous() for t in base]) == Fingerprint().of(base)
+    assert make([torch.ones(2, dtype=torch.complex128)]) != make([torch.zeros(2, dtype=torch.complex128)])
     for k, at in ((0, 0), (0, 69_999), (0, 65_536), (1, 4), (2, 8)):
         other = [t.clone() for t in base]
         bits = other[k].view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[other[k].element_size()])

@@ -219,3 +219,27 @@ def test_forked_processes_have_noise_and_draws_of_their_own(inside: bool) -> Non
     assert other_refused == inside
     assert not (moved == others).any()
     assert sizes != other_sizes
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_seeded_noise_does_not_go_on_in_a_forked_process() -> None:
+    """Nobody but the engine knows that the other process adds the same noise, to a sum of other records."""
+    run = attach(mlp(), data(64), 8, noise_multiplier=1.0, noise_generator=torch.Generator().manual_seed(0))
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = "nothing"
+        try:
+            train(run)
+        except dpkit.PrivacyError as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(writer, said.encode())
+        os._exit(0)
+    train(run)  # the process that made it goes on
+    os.waitpid(child, 0)
+    said = os.read(reader, 1 << 16).decode()
+    os.close(reader)
+    os.close(writer)
+    assert said.startswith("ConfigurationError: this process was forked")
+    assert "noise_generator" in said

@@ -447,6 +447,7 @@ LOADERS: dict[str, tuple[Callable[[], Any], str]] = {
     "replacement": (lambda: DataLoader(data(), 4, sampler=RandomSampler(data(), replacement=True)), "RandomSampler"),
     "repeated": (lambda: DataLoader(data(), 4, sampler=RandomSampler(data(), num_samples=20)), "RandomSampler"),
     "own sampler": (lambda: DataLoader(data(), 4, sampler=[0, 1, 2, 3]), "list"),
+    "others": (lambda: DataLoader(data(), 4, sampler=SequentialSampler(range(6))), "SequentialSampler"),
     "stream": (lambda: DataLoader(Stream(), 4), "Stream"),
     "batch sampler": (lambda: DataLoader(data(), batch_sampler=OddBatches(SEQUENCE, 4, False)), "OddBatches"),
     "no batches": (lambda: DataLoader(data(), batch_size=None), "NoneType"),

@@ -264,6 +264,20 @@ def test_empty_draws_never_reach_the_user() -> None:
     assert events(run) == [(PoissonSampled(0.02, Gaussian(1.0)), 50)]
 
 
+@pytest.mark.parametrize("rows", [6, 10])
+@pytest.mark.parametrize("poisson", [True, False])
+def test_a_data_set_that_changed_its_length(poisson: bool, rows: int) -> None:
+    """Who is drawn was settled with the length that it had: the next pass is refused, and costs nothing."""
+    rows_now = list(data(8))
+    run = attach(mlp(), rows_now, 4, poisson_sampling=poisson, noise_multiplier=1.0)  # type: ignore[arg-type]
+    train(run)
+    spent = events(run)
+    rows_now[:] = list(data(rows))
+    with pytest.raises(dpkit.SamplingError, match=f"{rows} rows now, and had 8"):
+        train(run)
+    assert events(run) == spent
+
+
 # --- leaving the loop ---
 
 

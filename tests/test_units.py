@@ -387,6 +387,17 @@ def test_collate_that_reorders_rows() -> None:
         attach(mlp(), lengths, 4, augmentations=2, loader={"collate_fn": sort_by_length})  # type: ignore[arg-type]
     attach(mlp(), lengths, 4, loader={"collate_fn": sort_by_length})  # type: ignore[arg-type]
 
+    def columns(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return pad_sequence(sorted(rows, key=len)), torch.ones(2, len(lengths))
+
+    with pytest.raises(dpkit.SamplingError, match="another order"):  # [t, n]
+        attach(mlp(), lengths, 4, privacy_unit=OWNERS, loader={"collate_fn": columns}, batch_first=False)  # type: ignore[arg-type]
+
+    def kept_columns(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return pad_sequence(rows), torch.arange(2.0 * len(lengths)).view(2, -1)
+
+    attach(mlp(), lengths, 4, privacy_unit=OWNERS, loader={"collate_fn": kept_columns}, batch_first=False)  # type: ignore[arg-type]
+
     def kept(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
         return pad_sequence(rows, batch_first=True), torch.rand(len(rows))
 

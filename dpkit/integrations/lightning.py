@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
 
 from dpkit.engine import PrivacyEngine
-from dpkit.errors import ConfigurationError
+from dpkit.errors import CheckpointError, ConfigurationError
 from dpkit.loader import PrivateDataLoader
 
 from .settings import options_of
@@ -39,7 +40,18 @@ class PrivacyCallback(Callback):
         self._privacy = options_of(privacy, also_fixed=frozenset(["max_physical_batch_size", "memory_budget"]))
         self.engine = PrivacyEngine() if engine is None else engine
         self._planned: int | None = None
+        self._attached = self._resuming = False
         self._held: dict[str, Any] | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Raise before a Tuner's trials, in which no callback but its own takes part."""
+        for callback in trainer.callbacks:
+            if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+                raise ConfigurationError(
+                    f"{type(callback).__name__} beside PrivacyCallback",
+                    why="it trains on the private data without noise, and what it chooses by that is not counted.",
+                    cure="choose the learning rate, and the batch size, by hand or on public data.",
+                )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Raise for what would break the guarantee before anything is drawn."""
@@ -63,7 +75,7 @@ class PrivacyCallback(Callback):
                 cure="leave limit_train_batches and overfit_batches out, count units in the batch size, and set "
                 "max_steps to end early.",
             )
-        self._planned = planned if isinstance(planned, int) else None
+        self._attached, self._planned = True, planned if isinstance(planned, int) else None
         loop._combined_loader.flattened = [_Steps(private, optimizer, self.engine)]
         iter(loop._data_fetcher)
         if self._held is not None:
@@ -79,12 +91,23 @@ class PrivacyCallback(Callback):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        """The engine's state, for Lightning's checkpoints."""
-        return self.engine.state_dict(weights=False)
+        """The engine's state, for Lightning's checkpoints; nothing before the training."""
+        return self.engine.state_dict(weights=False) if self._attached else {}
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Raise where training would go on from weights of which nobody knows what they have cost."""
+        self._resuming = trainer.state.fn == "fit"
+        if self._resuming and not checkpoint["callbacks"].get(self.state_key):
+            raise CheckpointError(
+                f"{trainer.ckpt_path} holds no engine's state",
+                why="it was saved without PrivacyCallback: what its weights have cost would be forgotten.",
+                cure="go on from a checkpoint that was saved with it. Weights of a training on public data are loaded "
+                "before fit: module.load_state_dict(torch.load(path)['state_dict']).",
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until the engine is attached; Lightning has restored model and optimizer by then."""
-        self._held = state_dict
+        self._held = state_dict if self._resuming else None  # else somebody looks at the weights: test(ckpt_path=...)
 
 
 class _Steps:

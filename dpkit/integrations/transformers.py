@@ -7,6 +7,7 @@ takes the engine's strict door. The Trainer's own sampler, batch-averaged loss a
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -243,15 +244,20 @@ class PrivateMixin:
             logs["epsilon"] = self.engine.get_epsilon()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As the Trainer's; True resumes from the last checkpoint that was saved as a whole."""
-        if resume_from_checkpoint is True:  # the last one may be what a crash left of it
-            whole = [p.parent for p in Path(self.args.output_dir).glob(f"checkpoint-*/{ENGINE}")]
-            steps = {int(p.name.rpartition("-")[2]): str(p) for p in whole if p.name.rpartition("-")[2].isdigit()}
-            if steps:
-                resume_from_checkpoint = steps[max(steps)]
-        self._resumed = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        _refuse_settings(self)  # they may have been changed
+        folder: Any = resume_from_checkpoint
+        if folder is True:  # the last one may be what a crash left of it
+            held = [p for p in Path(self.args.output_dir).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+            whole = [p for p in held if (p / ENGINE).is_file()]
+            folder = max(whole or held, key=lambda p: int(p.name.rpartition("-")[2]), default=True)
+        elif folder is not None and folder is not False:
+            folder = Path(folder)
+        self._resumed = folder if isinstance(folder, Path) else None
+        return super().train(folder if self._resumed is None else str(folder), *args, **kwargs)  # type: ignore[misc]
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: every trial spends, and choosing among them by private data is not counted."""

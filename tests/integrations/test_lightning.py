@@ -183,6 +183,41 @@ def test_resumed_bit_for_bit(batch_size: int, tmp_path: Path) -> None:
         assert other.engine.accountant.ledger == callback.engine.accountant.ledger
 
 
+def test_weights_of_unknown_cost(tmp_path: Path) -> None:
+    """A checkpoint without the engine's state does not go on; one is saved before the training, too, and is none."""
+    plain = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=str(tmp_path), enable_checkpointing=False,
+    )  # fmt: skip
+    plain.fit(Fitted(), _loader(4))
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    callback = PrivacyCallback(PRIVACY)
+    trainer = pl.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=str(tmp_path), enable_checkpointing=False, callbacks=[callback],
+    )  # fmt: skip
+    trainer.validate(Fitted(), DataLoader(data(5), 5), verbose=False)
+    trainer.save_checkpoint(tmp_path / "early.ckpt")
+    for name in ("plain", "early"):
+        with refused(dpkit.CheckpointError, "no engine's state", "forgotten"):
+            trainer.fit(Fitted(), _loader(4), ckpt_path=tmp_path / f"{name}.ckpt")
+    assert callback.engine.releases == 0
+
+
+def test_looking_at_a_checkpoint_is_not_resuming(tmp_path: Path) -> None:
+    """fit, validate an older checkpoint, and fit on: what was spent adds up."""
+    callback, module = PrivacyCallback(PRIVACY), Fitted()
+    trainer = fit(tmp_path, module, callback)
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, _loader(4))
+    trainer.validate(module, DataLoader(data(5), 5), verbose=False, ckpt_path=tmp_path / "c.ckpt")
+    trainer.fit_loop.max_epochs = 5
+    trainer.fit(module, _loader(4))
+    assert callback.engine.releases == 25
+    assert sum(n for _, n in callback.engine.accountant.ledger) == 25
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -195,6 +230,22 @@ def test_resumed_bit_for_bit(batch_size: int, tmp_path: Path) -> None:
 def test_refused_settings(options: dict[str, Any], words: tuple[str, ...], tmp_path: Path) -> None:
     with refused(dpkit.ConfigurationError, *words):
         fit(tmp_path, Fitted(), PrivacyCallback(PRIVACY), **options)
+
+
+def test_tuners_are_refused(tmp_path: Path) -> None:
+    """They train without the callback, and choose by what they see."""
+    module = Fitted()
+    module.lr, module.batch_size = 0.1, 4
+    module.train_dataloader = lambda: _loader(module.batch_size)
+    module.val_dataloader = lambda: DataLoader(data(5), 5)
+    for finder in (pl.callbacks.LearningRateFinder(), pl.callbacks.BatchSizeFinder()):
+        callbacks = [PrivacyCallback(PRIVACY), finder]
+        trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=callbacks, default_root_dir=str(tmp_path))
+        with refused(dpkit.ConfigurationError, type(finder).__name__, "not counted"):
+            trainer.fit(module)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[PrivacyCallback(PRIVACY)])
+    with refused(dpkit.ConfigurationError, "LearningRateFinder", "not counted"):
+        pl.tuner.Tuner(trainer).lr_find(module)
 
 
 def test_refused_arguments() -> None:

@@ -307,6 +307,42 @@ def test_resuming_what_is_not_whole(tmp_path: Path) -> None:
         trainer(tmp_path, llama(), rows(tokens(VOCAB)), **options).train(resume_from_checkpoint=str(tmp_path / "other"))
 
 
+@pytest.mark.parametrize("saved", ["by a plain Trainer", "as a model only"])
+def test_weights_of_unknown_cost(saved: str, tmp_path: Path) -> None:
+    """True takes the last folder that there is; without the engine's state it is refused, not gone on from."""
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
+    if saved == "as a model only":
+        trainer(tmp_path, llama(), rows(tokens(VOCAB)), save_only_model=True, **options).train()
+    else:
+        args = arguments(tmp_path, **options)
+        transformers.Trainer(model=llama(), args=args, train_dataset=rows(tokens(VOCAB))).train()
+    with refused(dpkit.CheckpointError, "checkpoint-10", "spent"):
+        trainer(tmp_path, llama(), rows(tokens(VOCAB)), sgd=False, **options).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_by_its_path(tmp_path: Path) -> None:
+    """A Path is a name, too."""
+    options: dict[str, Any] = {
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "privacy": {**SEEDED, "noise_multiplier": 1.0},
+    }
+    whole = trainer(tmp_path, llama(), rows(tokens(VOCAB)), **options)
+    whole.train()
+    again = trainer(tmp_path, llama(), rows(tokens(VOCAB)), **options)
+    again.train(resume_from_checkpoint=tmp_path / "checkpoint-4")
+    assert again.engine.releases == whole.engine.releases == 10
+    assert again.engine.accountant.ledger == whole.engine.accountant.ledger
+    assert torch.equal(flat(again.model), flat(whole.model))
+
+
+def test_settings_that_are_changed_later(tmp_path: Path) -> None:
+    private = trainer(tmp_path, llama(), rows(tokens(VOCAB)))
+    private.args.neftune_noise_alpha = 5.0
+    with refused(dpkit.ConfigurationError, "neftune"):
+        private.train()
+
+
 # --- losses ---
 
 
