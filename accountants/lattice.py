@@ -74,9 +74,11 @@ def choose_edges(
     marks = marks[np.concatenate([[True], np.diff(marks) > 1e-14 * (1.0 + np.abs(marks[1:]))])]
     width = np.diff(marks)
     density = np.full(len(width), 1e-300)
+    with np.errstate(divide="ignore"):
+        log_mass = np.log(mass)
     for theta in thetas:
-        exponent = theta * loss
-        cumulative = np.cumsum(mass * np.exp(exponent - exponent.max()))
+        power = theta * loss + log_mass
+        cumulative = np.cumsum(np.exp(power - power.max()))
         share = np.diff(np.interp(marks, loss, cumulative / cumulative[-1])) / width
         density = np.maximum(density, share)
     density = np.maximum(density, np.maximum(np.roll(density, 1), np.roll(density, -1)))
