@@ -74,9 +74,11 @@ def choose_edges(
     marks = marks[np.concatenate([[True], np.diff(marks) > 1e-14 * (1.0 + np.abs(marks[1:]))])]
     width = np.diff(marks)
     density = np.full(len(width), 1e-300)
+    with np.errstate(divide="ignore"):
+        log_mass = np.log(mass)
     for theta in thetas:
-        exponent = theta * loss
-        cumulative = np.cumsum(mass * np.exp(exponent - exponent.max()))
+        power = theta * loss + log_mass
+        cumulative = np.cumsum(np.exp(power - power.max()))
         share = np.diff(np.interp(marks, loss, cumulative / cumulative[-1])) / width
         density = np.maximum(density, share)
     density = np.maximum(density, np.maximum(np.roll(density, 1), np.roll(density, -1)))
@@ -232,19 +234,20 @@ def _below(q: Array, low: Array, high: Array, pinned: Array, points: Array, slac
     n = len(q)
     width = np.expm1(np.diff(points))
     full = width / (1.0 + width)
-    share = np.divide(low, q * width, out=np.zeros(n), where=q > 0.0)
-    rest = np.divide(high, q * width, out=np.ones(n), where=q > 0.0)
+    share = np.divide(low, q * width, out=np.zeros(n), where=q * width > 0.0)
+    rest = np.divide(high, q * width, out=np.ones(n), where=q * width > 0.0)
     g = low * rest * (1.0 + slack)
     q_all, high_all = q + pinned[:-1], high + pinned[:-1] * width
     log_calls, log_puts = _log_tails(q_all, low, high_all, points)
+    calls, puts = np.exp(np.minimum(log_calls, 700.0)), np.exp(np.minimum(log_puts, 700.0))
     halves = g / (rest**2 + share**2)
     left, right = halves * rest, halves * share
     # no more than a quarter of the tail beyond is taken from it; the near edge bears the rest
     upper = log_calls[1:] < log_puts[1:]
-    capped = np.where(upper, np.minimum(right, 0.25 * np.exp(log_calls[1:])), right)
+    capped = np.where(upper, np.minimum(right, 0.25 * calls[1:]), right)
     left = np.where(capped < right, (g - share * capped) / rest * (1.0 + slack), left)
     right = capped
-    capped = np.where(upper, left, np.minimum(left, 0.25 * np.exp(log_puts[:-1])))
+    capped = np.where(upper, left, np.minimum(left, 0.25 * puts[:-1]))
     right = np.where(capped < left, (g - rest * capped) / np.maximum(share, 1e-300) * (1.0 + slack), right)
     d = np.append(capped, 0.0)
     d[1:] = np.maximum(d[1:], right)

@@ -168,8 +168,10 @@ def _poisson(event: PoissonSampled, adjacency: str) -> Judged:
         return NOTHING
     if q == 1.0:
         return judge(inner, adjacency)
-    if isinstance(inner, Gaussian) and 0.0 < inner.noise_multiplier < _LEAST:
-        return Judged(terms=judge(PoissonSampled(q, Gaussian(0.0)), adjacency).terms, reached=())
+    if _hardly_noisy(inner):
+        return _as_without_noise(event, adjacency)
+    if q < _RAREST:
+        return Judged(terms=judge(replace(event, sample_rate=_RAREST), adjacency).terms, reached=())
     if adjacency == "replace_one":
         if isinstance(inner, Gaussian) and inner.noise_multiplier > 0.0:
             pair = exchange_pair(1, q, inner.noise_multiplier)
@@ -192,6 +194,19 @@ _LEAST = 2e-3
 """A sampled Gaussian of less noise counts as one without: its quadrature has of the order of 10 / σ² points, which at
 1e-4 would take all of a machine's memory."""
 
+_RAREST = 1e-10
+"""A smaller rate counts as this one: of losses so small double precision keeps too few digits."""
+
+
+def _hardly_noisy(event: Event) -> bool:
+    return isinstance(event, Gaussian) and 0.0 < event.noise_multiplier < _LEAST
+
+
+def _as_without_noise(event: Event, adjacency: str) -> Judged:
+    """Whoever is in the batch is seen: an upper bound; no lower one is given."""
+    bare = replace(event, event=Gaussian(0.0))  # type: ignore[call-arg]
+    return Judged(terms=judge(bare, adjacency).terms, reached=())
+
 
 def _truncated(event: TruncatedPoissonSampled, adjacency: str) -> Judged:
     """Given how many others were drawn, either Poisson sampling, or an exchange at the rate of staying in the batch.
@@ -212,6 +227,8 @@ def _truncated(event: TruncatedPoissonSampled, adjacency: str) -> Judged:
         raise unsupported(event, adjacency, "the exchange within a full batch is worked out for Gaussians.")
     if q == 1.0:
         return judge(SampledWithoutReplacement(cap, n, inner), adjacency)
+    if _hardly_noisy(inner):
+        return _as_without_noise(event, adjacency)
     from scipy.special import bdtrc  # here, not above: it triples the import time
 
     cut = min(1.0, float(bdtrc(cap - 1, n - 1, q)) * (1.0 + 1e-9))
@@ -233,6 +250,8 @@ def _without_replacement(event: SampledWithoutReplacement, adjacency: str) -> Ju
         return NOTHING
     if event.batch_size == event.dataset_size:
         return judge(event.event, adjacency)
+    if _hardly_noisy(event.event):
+        return _as_without_noise(event, adjacency)
     judged = _fixed_size(event.batch_size / event.dataset_size, event.event, adjacency)
     if not judged.terms and judged.mu_squared == 0.0:
         raise unsupported(event, adjacency, "it is not known how it acts on a batch with another record in its place.")
@@ -274,6 +293,8 @@ def _allocation(event: RandomAllocation, adjacency: str) -> Judged:
         return NOTHING
     if event.selected == event.steps:
         return _repeated(judge(event.event, adjacency), event.steps)
+    if _hardly_noisy(event.event):
+        return _as_without_noise(event, adjacency)
     if base.infinite == 1.0:  # no noise: the round with the record shows it
         return both(base, base)
     cut = blocks(event.steps, event.selected)
@@ -316,9 +337,20 @@ def _group(event: GroupOf, adjacency: str) -> Judged:
         q, sigma = inner.sample_rate, inner.event.noise_multiplier
         if q in (0.0, 1.0):
             return NOTHING if q == 0.0 else judge(GroupOf(size, inner.event), adjacency)
-        if sigma > 0.0:
-            if adjacency == "replace_one":
-                pair = exchange_pair(size, q, sigma)
-                return both(pair, pair)
-            return both(group_pair(size, q, sigma), group_pair(size, q, sigma, flipped=True))
+        if sigma < _LEAST * size:  # the group is seen if any of it is in the batch
+            return _seen(-math.expm1(size * math.log1p(-q)) * (1.0 + 1e-12), adjacency)
+        if adjacency == "replace_one":
+            pair = exchange_pair(size, q, sigma)
+            return both(pair, pair)
+        return both(group_pair(size, q, sigma), group_pair(size, q, sigma, flipped=True))
     raise unsupported(event, adjacency)
+
+
+def _seen(rate: float, adjacency: str) -> Judged:
+    """With this probability all is told, else nothing."""
+    told = DiscretePair((), (), 1.0, 1.0)
+    if rate >= 1.0:
+        return Judged(terms=(Term(told, told),), reached=())
+    two = _two_sided(told, rate)
+    one_sided = Term(_sampled(told, rate), _sampled(told, rate, flipped=True))
+    return Judged(terms=(Term(two, two) if adjacency == "replace_one" else one_sided,), reached=())

@@ -27,6 +27,7 @@ from .pairs import _LOG_2PI, Array, Atoms, Pair, SmoothPair, U
 Mixture = tuple[tuple[float, float], ...]
 """(weight, mean) of the components, all of the same standard deviation."""
 _NEWTON = 12
+_AT_A_TIME = 1 << 20  # terms
 
 
 def _log_sum(terms: Array) -> Array:
@@ -34,6 +35,11 @@ def _log_sum(terms: Array) -> Array:
     top = terms.max(axis=-1)
     out: Array = top + np.log(np.exp(terms - top[..., None]).sum(axis=-1))
     return out
+
+
+def _pieces(points: Array, components: int) -> list[Array]:
+    """The points in pieces of so many that a term for each component fits in little memory: groups have many."""
+    return np.array_split(points, max(1, -(-points.size * components // _AT_A_TIME)))
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,16 @@ class GaussianMixturePair(SmoothPair):
         out: Array = np.log(weight) + mean * (y[..., None] / self.sigma) - 0.5 * (mean / self.sigma) ** 2
         return out
 
+    def _log_density(self, mixture: Mixture, y: Array) -> Array:
+        """log of the mixture's density at y over that of N(0, 1)."""
+        out: Array = np.concatenate([_log_sum(self._terms(mixture, piece)) for piece in _pieces(y, len(mixture))])
+        return out
+
     def log_ratio(self, y: Array) -> Array:
-        return _log_sum(self._terms(self.with_record, y)) - _log_sum(self._terms(self.without, y))
+        return self._log_density(self.with_record, y) - self._log_density(self.without, y)
 
     def log_base(self, y: Array) -> Array:
-        out: Array = _log_sum(self._terms(self.without, y)) - 0.5 * (y * y + _LOG_2PI)
+        out: Array = self._log_density(self.without, y) - 0.5 * (y * y + _LOG_2PI)
         return out
 
     def _means(self) -> tuple[float, float]:
@@ -75,6 +86,11 @@ class GaussianMixturePair(SmoothPair):
         low, high = self.y_span(-745.0, -745.0)
         ys = np.linspace(low - 1.0 if self.start == -math.inf else low, high + 1.0, 1024)
         ratios = np.maximum.accumulate(self.log_ratio(ys))
+        pieces = _pieces(loss, max(len(self.with_record), len(self.without)))
+        return np.concatenate([self._between(ys, ratios, piece) for piece in pieces])
+
+    def _between(self, ys: Array, ratios: Array, loss: Array) -> Array:
+        """The inverse, given the ratios at some y."""
         place = np.clip(np.searchsorted(ratios, loss), 1, len(ys) - 1)
         a, b = ys[place - 1], ys[place]
         y = 0.5 * (a + b)

@@ -16,6 +16,8 @@ from .pairs import DiscretePair, GaussianPair, Pair
 from .spectrum import Spectrum
 
 Counts = tuple[int, ...]
+_FAINT = -500.0
+"""log of a delta that nobody asks for; far below it masses underflow."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,10 @@ class Direction:
                     return answer
         room = self._room(counts) if upper else counts
         rough = make_plan(self.pairs, room, log_delta=-60.0, epsilon=epsilon)
+        if rough.log_delta < _FAINT:  # delta falls with epsilon: what it is where it can still be told bounds it
+            nearer = make_plan(self.pairs, room, log_delta=_FAINT).epsilon
+            if nearer < 0.99 * epsilon:
+                return self.log_delta(counts, nearer, tolerance, upper=True) if upper else -math.inf
         plan = make_plan(self.pairs, room, log_delta=min(rough.log_delta, -1.0) - 2.0, epsilon=max(epsilon, 1e-9))
         answers = []
         for _ in range(2):
@@ -255,7 +261,9 @@ class Direction:
             answers.append(built.spectrum.log_delta(epsilon, counts))
             value, error, _, _ = built.spectrum.bracket(epsilon, counts)
             self._store(_Built(built.spectrum, plan, built.cost, error / value if value > 0.0 else math.inf))
-            if value > 0.0 and error <= 1e-5 * value and answers[-1] > plan.log_delta - 10.0:
+            if math.isinf(answers[-1]) or (
+                value > 0.0 and error <= 1e-5 * value and answers[-1] > plan.log_delta - 10.0
+            ):
                 break
             plan = make_plan(self.pairs, room, log_delta=answers[-1] - 2.0, epsilon=max(epsilon, 1e-9))
         return min(answers) if upper else max(answers)

@@ -12,7 +12,7 @@ from dpkit.accountants.lattice import Lattice, dominated, dominating
 from dpkit.accountants.mechanisms import Judged, Term, judge
 from dpkit.accountants.mixtures import MixedPair, TwoSidedPair, exchange_pair, group_pair, zeroed_pair
 from dpkit.accountants.morepairs import LaplacePair, SampledPair
-from dpkit.accountants.pairs import GaussianPair, Pair
+from dpkit.accountants.pairs import GaussianPair, Pair, SmoothPair
 from dpkit.accountants.spectrum import Spectrum
 from scipy.special import ndtr
 
@@ -27,9 +27,12 @@ from dpkit.accountants import (
     Laplace,
     PLDAccountant,
     PoissonSampled,
+    RandomAllocation,
     RandomizedResponse,
     RDPAccountant,
+    SampledWithoutReplacement,
     TradeOff,
+    TruncatedPoissonSampled,
     UnsupportedEventError,
     compose,
     dpsgd,
@@ -475,14 +478,73 @@ def test_epsilon_is_zero_only_within_the_total_variation() -> None:
     assert PLDAccountant().compose(dpsgd(sigma, q, 2)).epsilon(1.2 * whole) == 0.0
 
 
-@pytest.mark.parametrize("adjacency", ["add_or_remove_one", "zero_out", "replace_one"])
-def test_hardly_any_noise_is_answered_at_once(adjacency: str) -> None:
+def hardly_noisy(adjacency: str) -> list[Event]:
+    """Every kind of sampling, of a Gaussian with σ 10⁻⁴ for one record."""
+    noise = Gaussian(1e-4)
+    found: list[Event] = [
+        PoissonSampled(0.1, noise),
+        SampledWithoutReplacement(10, 100, noise),
+        TruncatedPoissonSampled(0.1, 100, 15, noise),
+        GroupOf(3, PoissonSampled(0.1, noise)),
+        GroupOf(1000, PoissonSampled(0.1, Gaussian(0.1))),
+    ]
+    return found if adjacency == "replace_one" else [*found, RandomAllocation(10, noise)]
+
+
+@pytest.mark.parametrize(
+    ("adjacency", "step"),
+    [(a, step) for a in ("add_or_remove_one", "zero_out", "replace_one") for step in hardly_noisy(a)],
+    ids=str,
+)
+def test_hardly_any_noise_is_answered_at_once(adjacency: str, step: Event) -> None:
     """As none at all: quadrature would take all of a machine's memory. The lower bound claims nothing."""
-    step = PoissonSampled(0.1, Gaussian(1e-4))
+
+    def smooth(pair: Pair) -> bool:
+        inside = [part for _, part in pair.parts] if isinstance(pair, MixedPair) else []
+        inside += [pair.positive, pair.negative] if isinstance(pair, TwoSidedPair) else []
+        return isinstance(pair, SmoothPair) or any(map(smooth, inside))
+
     pairs = [pair for term in judge(step, adjacency).terms for pair in (term.add, term.remove)]
     assert pairs
-    assert not any(isinstance(pair, GaussianPair) for pair in pairs)
+    assert not any(map(smooth, pairs))
     assert PLDAccountant(adjacency).compose(step, 10).epsilon(1e-6) == math.inf
     low, high = PLDAccountant(adjacency).compose(step, 10).compose(dpsgd(1.0, 0.1, 10)).epsilon_bounds(1e-6)
     known = PLDAccountant(adjacency).compose(dpsgd(1.0, 0.1, 10)).epsilon(1e-6)
     assert 0.0 < low <= known < high == math.inf
+
+
+@pytest.mark.parametrize("rate", [1e-9, 1e-12, 1e-15, 1e-30, 5e-324])
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 10.0])
+def test_rates_too_small_for_double_precision(rate: float, sigma: float) -> None:
+    """They raised ValueError, OverflowError or numpy's warnings; a delta may be loose."""
+    for steps in (100, 10**8):
+        acc = PLDAccountant().compose(dpsgd(sigma, rate, steps))
+        more = PLDAccountant().compose(dpsgd(sigma, 1e-8, steps))
+        for delta in (1e-6, 1e-12):
+            low, high = acc.epsilon_bounds(delta)
+            assert 0.0 <= low <= high <= more.epsilon(delta)
+        for eps in (0.01, 0.5):
+            low, high = acc.delta_bounds(eps)
+            assert 0.0 <= low <= high <= 1.0
+
+
+@pytest.mark.parametrize(("sigma", "rate", "steps"), [(10.0, 0.01, 100), (10.0, 1e-3, 10**4), (1.0, 1e-5, 100)])
+def test_a_delta_too_small_to_be_told(sigma: float, rate: float, steps: int) -> None:
+    acc = PLDAccountant().compose(dpsgd(sigma, rate, steps))
+    for eps in (0.5, 4.0, 50.0):
+        low, high = acc.delta_bounds(eps)
+        assert 0.0 <= low <= high < 1e-20
+
+
+def test_a_delta_of_almost_one() -> None:
+    """Its lower bound may claim nothing; it raised OverflowError."""
+    low, high = PLDAccountant().compose(dpsgd(0.3, 0.01, 10**6)).delta_bounds(0.5)
+    assert 0.0 <= low <= high == 1.0
+
+
+@pytest.mark.parametrize("adjacency", ["add_or_remove_one", "zero_out", "replace_one"])
+def test_a_group_without_noise(adjacency: str) -> None:
+    """It is seen unless all of it stays out: delta is 1 − (1−q)^(size·n)."""
+    acc = PLDAccountant(adjacency).compose(GroupOf(3, dpsgd(0.0, 0.1, 4)))
+    assert acc.delta(1.0) == pytest.approx(1.0 - 0.9**12, rel=1e-9)
+    assert acc.delta(1.0) >= 1.0 - 0.9**12
