@@ -477,7 +477,7 @@ class Tape:
                 checks.refuse_bypassed(self._paths)
                 for t, d in zip(tensors, dims, strict=True):
                     if d is not None and t.grad_fn is not None and self.shards is None:
-                        refuse_mixed(self, batch, t, d)
+                        refuse_mixed(batch, t, d)
                 plan = examine_any(self, module, args, kwargs, dims, batch.n)
                 if batch.n > 2 or plan.gives_records:  # one record, which others are left with, says little
                     self._plans[key] = plan
