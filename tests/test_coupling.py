@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils.data import TensorDataset
 import dpkit
 from tests.oracle import clipped_sum
 from tests.test_loops import C, N, error, moved
-from tests.training import attach, drawing, train
+from tests.training import attach, drawing, train, work
 
 
 class Mixes(nn.Module):
@@ -442,19 +443,42 @@ def test_a_mean_loss_in_a_row_of_one() -> None:
 class Remembers(nn.Module):
     """Shifts by a mean of earlier batches, which is not saved; or only keeps it."""
 
-    def __init__(self, use: bool) -> None:
+    def __init__(self, use: bool, where: str = "buffer", slow: float = 0.9) -> None:
         super().__init__()
-        self.layer, self.use = nn.Linear(4, 1), use
-        self.register_buffer("mean", torch.zeros(4), persistent=False)
+        self.layer, self.use, self.where, self.slow = nn.Linear(4, 1), use, where, slow
+        self.steps = 0
+        if where == "buffer":
+            self.register_buffer("mean", torch.zeros(4), persistent=False)
+        elif where == "attribute":
+            self.mean = torch.zeros(4)
+        elif where == "later":
+            self.mean = None
+        else:
+            self.means = deque([torch.zeros(4)], 2) if where == "deque" else [torch.zeros(4)]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.layer(x - self.mean if self.use else x)
-        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        many = self.where in ("list", "deque")
+        mean = self.means[-1] if many else self.mean if self.mean is not None else torch.zeros(4)
+        y = self.layer(x - mean if self.use else x) * (1 + self.steps)
+        self.steps += 1  # a schedule is no memory of records
+        mean = self.slow * mean + (1 - self.slow) * x.mean(0)
+        if many:
+            self.means.append(mean)
+        else:
+            self.mean = mean
         return y
 
 
-def test_what_is_remembered_from_batch_to_batch() -> None:
-    """A record acts in later steps then, by whatever the buffer does; that it is not saved changes nothing."""
-    train(attach(Remembers(False)), 2)
-    with pytest.raises(dpkit.UnsupportedModuleError, match="buffer mean, and uses it"):
-        train(attach(Remembers(True)))
+@pytest.mark.parametrize("slow", [0.9, 0.9999])
+@pytest.mark.parametrize("where", ["buffer", "attribute", "later", "list", "deque"])
+def test_what_is_remembered_from_batch_to_batch(where: str, slow: float) -> None:
+    """A record acts in later steps then, wherever it is kept, and however little it does; that it is not saved changes
+    nothing. What is kept and not used is nobody's business, and is as it was before the model was examined."""
+    model = Remembers(False, where, slow)
+    run = attach(model)
+    work(run, next(iter(run.loader)))
+    assert model.steps == 1
+    assert where not in ("list", "deque") or len(model.means) == 2
+    train(run, 2)
+    with pytest.raises(dpkit.UnsupportedModuleError, match=r"into means?, and uses it"):
+        train(attach(Remembers(True, where, slow)))
