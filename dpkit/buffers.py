@@ -90,7 +90,8 @@ class Buffers:
         """The names of those (that are released, or not) which ``taint`` says hold what is computed from the batch."""
         found = {path for path, home, name, r in self._places if r == released and taint.has(home.get(name))}
         for path, own, _ in self._attributes if not released else ():
-            found |= {_joined(path, k) for k, v in own.items() if k not in _MODULES and _holds(v) and taint.has(_inside(v))}
+            held = {k: v for k, v in own.items() if k not in _MODULES and _holds(v)}
+            found |= {_joined(path, k) for k, v in held.items() if taint.has(_inside(v))}
         return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import probe, randomness
 from .buffers import Buffers, differing, refuse_remembered, refuse_written
-from .errors import PrivacyError, UncoveredParameterError
+from .errors import CoupledRecordsError, PrivacyError, UncoveredParameterError
 from .joined import joined
 from .live import Live
 from .methods import Kept
@@ -238,7 +238,7 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
         where = [_where(a, b, n, m) for a, b in zip(full, part, strict=False)]
         plan.gives_records = n > 1 and any(r is not None for r in where)
         with torch.enable_grad():
-            _attribute(tape, run, probe.cut(arguments, dims, n, n), where, plan, n)
+            _attribute(tape, run, probe.cut(arguments, dims, n, n), where, plan, n, repeats=not chance_stays)
     return plan
 
 
@@ -286,7 +286,7 @@ def look_again(tape: Tape, module: nn.Module, args: Any, kwargs: Any, plan: prob
         whole = probe.cut(arguments, dims, n, n)
         added = _added_up(run, whole, n) if plan.by_chance else None
         out = run.plain(whole)
-        part, alone = run.plain(probe.cut(arguments, dims, n, n - 1)), run.plain(probe.last(arguments, dims, n))
+        part, alone = run.plain(probe.cut(arguments, dims, n, n - 1)), run.plain(probe.alone(arguments, dims, n - 1))
         full = within(out), within(part), within(alone)
         plan.losses |= probe.mixed_losses(*full, n, _keys(out), kwargs.get("labels"), added, plan.by_chance)
 
@@ -338,36 +338,33 @@ def _refuse_unseen(path: str, outputs: list[Any]) -> None:
 def _alone(run: _Run, arguments: Any, dims: list[int | None], n: int, full: list[Any]) -> list[Any] | None:
     """The outputs for the last record alone. Some models cannot run on one record; that matters for a loss only."""
     try:
-        return run.recorded(probe.last(arguments, dims, n), 1)[0]
+        return run.recorded(probe.alone(arguments, dims, n - 1), 1)[0]
     except Exception:
         if any(isinstance(v, Tensor) and v.ndim == 0 and v.is_floating_point() for v in full):
             raise
         return None
 
 
-def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None], plan: probe.Plan, n: int) -> None:
+def _attribute(
+    tape: Tape, run: _Run, arguments: Any, where: list[Records | None], plan: probe.Plan, n: int, *, repeats: bool
+) -> None:
     """Every record's gradient is where it belongs: shown for all of them by one weighted sum.
 
     Each record has a loss of its own, made of its outputs. Autograd differentiates the sum of w[i] times loss i; the
     forms are those of the unweighted sum, and their sum with the weights w must be the same. The weights are random, so
     what is credited to another record changes the result (a sum with equal weights would not show it).
+
+    And where the model ``repeats`` itself (no chance is in it), a record's gradient is the same without the others.
     """
     trainable = [p for p in tape.names if p.requires_grad]
     device = next((v.device for v in leaves(arguments) if isinstance(v, Tensor)), torch.device("cpu"))
     weights = (0.5 + torch.rand(n, device=device)) * torch.where(torch.rand(n, device=device) < 0.5, -1.0, 1.0)
 
-    def losses(out: Any) -> Tensor | None:
+    def losses(out: Any, n: int = n) -> Tensor | None:
         terms = []
-        for k, (v, r) in enumerate(zip(within(out), where, strict=False)):
-            if not isinstance(v, Tensor) or not v.requires_grad:
-                continue
-            if r is not None:
-                rows = r.split(v).flatten(1)
-            elif probe.paired(v, plan.crossed.get(k), n):
-                rows = v.diagonal(0, *plan.crossed[k]).movedim(-1, 0).reshape(n, -1)
-            else:
-                continue
-            terms.append((rows * torch.linspace(-1.0, 1.3, rows.shape[1], device=v.device).cos()).sum(1))
+        for v, rows in zip(within(out), _rows(out, where, plan, n), strict=True):
+            if rows is not None:
+                terms.append((rows * torch.linspace(-1.0, 1.3, rows.shape[1], device=v.device).cos()).sum(1))
         return torch.stack([t.to(terms[0].dtype) for t in terms]).sum(0) if terms else None
 
     chance = randomness.capture()  # dropout that is no module (of attention weights) is the same draw in both runs
@@ -402,6 +399,7 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
         ours = losses(out)
         if ours is not None:
             torch.autograd.grad(ours.sum(), tape.anchors(), allow_unused=True)
+        alone = _without_the_others(run, arguments, where, plan, plain, losses, trainable, n) if repeats else []
     except RuntimeError as error:
         if "checkpoint" in str(error):  # reentrant checkpointing allows .backward() only
             return
@@ -428,6 +426,82 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
                 if any(not rule.built_in for rule in tape.rules_of(p)):  # a wrong rule is not to be hidden
                     raise
                 raise _Lost(refusal, p) from refusal
+        for whose, grads in alone:
+            _refuse_acting(tape, trial, whose, dict(zip(trainable, grads, strict=True)))
+
+
+def _rows(out: Any, where: list[Records | None], plan: probe.Plan, n: int) -> list[Tensor | None]:
+    """What each record has of each output [n, ·]; None for what is no record's."""
+    found: list[Tensor | None] = []
+    for k, v in enumerate(within(out)):
+        r = where[k] if k < len(where) else None
+        rows = None
+        if isinstance(v, Tensor) and v.requires_grad:
+            if r is not None:
+                rows = r.split(v).flatten(1)
+            elif probe.paired(v, plan.crossed.get(k), n):
+                rows = v.diagonal(0, *plan.crossed[k]).movedim(-1, 0).reshape(n, -1)
+        found.append(rows)
+    return found
+
+
+def _without_the_others(
+    run: _Run,
+    arguments: Any,
+    where: list[Records | None],
+    plan: probe.Plan,
+    whole: Any,
+    losses: Callable[[Any, int], Tensor | None],
+    trainable: list[nn.Parameter],
+    n: int,
+) -> list[tuple[list[int], Sequence[Tensor | None]]]:
+    """The gradients of the last record's loss, and of the first one's, with all others left out; where a model cannot
+    run on one record, of all others' without the last. Each with whose they are."""
+    found: list[tuple[list[int], Sequence[Tensor | None]]] = []
+    sizes = [None if rows is None else rows.shape[1:] for rows in _rows(whole, where, plan, n)]
+    for kept in ([n - 1], [0], list(range(n - 1))) if n > 1 else ():
+        if len(kept) > 1 and found:
+            break
+        if len(kept) == 1:
+            some = probe.alone(arguments, run.dims, kept[0])
+        else:
+            some = probe.cut(arguments, run.dims, n, n - 1)
+        try:
+            out = run.plain(some)
+            rows = _rows(out, where, plan, len(kept))
+            if [None if r is None else r.shape for r in rows] != [s and torch.Size([len(kept), *s]) for s in sizes]:
+                continue  # the longest record was left out, or a dimension of one is gone
+            own = losses(out, len(kept))
+            if own is not None:
+                found.append((kept, torch.autograd.grad(own.sum(), trainable, allow_unused=True)))
+        except Exception:  # as for the outputs: some models cannot run on one record
+            continue
+    return found
+
+
+def _refuse_acting(tape: Tape, trial: Batch, kept: list[int], alone: Mapping[nn.Parameter, Tensor | None]) -> None:
+    """Raise where the gradient of these records is another one than without the others, though the outputs are the
+    same."""
+    which, found = torch.zeros(trial.n), {}
+    which[kept] = 1.0
+    for p, grad in alone.items():
+        if p in trial.forms:
+            ours = joined(trial.forms[p]).weighted_sum(which.to(p.device))
+            found[p] = ours, torch.zeros_like(ours) if grad is None else grad.to_dense().to(ours).flatten()
+    scale = max((float(theirs.norm()) for _, theirs in found.values()), default=0.0)
+    for p, (ours, theirs) in found.items():
+        # kernels for few records may round otherwise than those for many: on a GPU in ten bits
+        tolerance = 4 * trial.tolerance if trial.tolerance > 1e-2 or p.device.type == "cpu" else 2e-2
+        gap, size = float((ours - theirs).norm()), float(theirs.norm())
+        if scale < float("inf") and gap > tolerance * max(size, 10 * tolerance * scale):
+            raise CoupledRecordsError(
+                f"{tape.name(p)}: a record's gradient changed by {gap:.3g} (of {size:.3g}) when others were left out "
+                "of the batch, though what the model returns did not",
+                why="a record then acts through the other records' gradients too, which clipping its own does not "
+                "bound.",
+                cure="let no factor of a gradient depend on the batch, or on its size: in the backward of an "
+                "autograd.Function, in a hook, behind detach().",
+            )
 
 
 def _refuse_another_function(tape: Tape, run: _Run, arguments: Any, plain: Any, out: Any) -> None:

@@ -348,15 +348,15 @@ def cut(tree: Any, dims: list[int | None], n: int, m: int) -> Any:
     return tree_map(one, tree)
 
 
-def last(tree: Any, dims: list[int | None], n: int) -> Any:
-    """The arguments with the last record alone."""
+def alone(tree: Any, dims: list[int | None], i: int) -> Any:
+    """The arguments with record i alone."""
     found = iter(dims)
 
     def one(v: Any) -> Any:
         if not isinstance(v, Tensor):
             return v
         d = next(found)
-        return v.detach().clone() if d is None else v.detach().narrow(d, n - 1, 1).clone()
+        return v.detach().clone() if d is None else v.detach().narrow(d, i, 1).clone()
 
     return tree_map(one, tree)
 

@@ -437,6 +437,64 @@ def test_a_mean_loss_in_a_row_of_one() -> None:
         run.optimizer.step()
 
 
+# --- the backward ---
+
+
+class Factor(torch.autograd.Function):
+    """Identity whose gradient is scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, how: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(y)
+        ctx.how = how
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * ctx.how(*ctx.saved_tensors), None
+
+
+class Scaled(nn.Module):
+    """A factor ``how(hidden)`` in the backward, by one of three ways."""
+
+    def __init__(self, how: Callable[[Tensor], Tensor], way: str) -> None:
+        super().__init__()
+        self.first, self.second, self.how, self.way = nn.Linear(4, 6), nn.Linear(6, 1), how, way
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.way == "function":
+            y = Factor.apply(y, self.how)
+        elif self.way == "detach":
+            y = y.detach() + self.how(y.detach()) * (y - y.detach())
+        elif y.requires_grad:
+            factor = self.how(y.detach())
+            y.register_hook(lambda grad: grad * factor)
+        z: Tensor = self.second(y)
+        return z
+
+
+OF_THE_BATCH: dict[str, Callable[[Tensor], Tensor]] = {
+    "size": lambda y: torch.tensor(y.numel() ** -0.5),
+    "mean": lambda y: y.abs().mean(),
+    "largest": lambda y: y.abs().amax(0),
+}
+
+
+@pytest.mark.parametrize("way", ["function", "detach", "hook"])
+@pytest.mark.parametrize("what", OF_THE_BATCH)
+def test_acting_through_the_backward_alone(what: str, way: str) -> None:
+    """No output tells: a record scales the others' gradients. LSQ, which quantises, scales by the tensor's size."""
+    with pytest.raises(dpkit.CoupledRecordsError, match=r"first.weight: a record's gradient changed"):
+        train(attach(Scaled(OF_THE_BATCH[what], way)))
+
+
+@pytest.mark.parametrize("way", ["function", "detach", "hook"])
+def test_factors_of_a_records_own(way: str) -> None:
+    """They are the record's own affair."""
+    train(attach(Scaled(lambda y: 0.3 + y.abs().amax(1, keepdim=True), way)))
+
+
 # --- memory ---
 
 
