@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from . import probe, randomness
 from .buffers import Buffers, differing, refuse_remembered, refuse_written
@@ -22,6 +23,7 @@ from .live import Live
 from .methods import Kept
 from .outputs import finished
 from .records import Records, place
+from .standin import forget_cached
 from .taps import Batch
 from .trees import holders, leaves, tree_map, within
 
@@ -41,7 +43,7 @@ class _Lost(Exception):
 
 def examine_any(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[int | None], n: int) -> probe.Plan:
     """Examine; where the model cannot run on fewer records, one argument may only happen to be as long as the batch
-    (positions [t] or a mask [t, t] with t = n). Then each is tried as carrying no records.
+    (positions [t] or a mask [t, t] with t = n), or hold them in another dimension. Then the others are tried.
 
     A refusal is final: only a crash is followed by another try, and a try counts only if outputs carry records.
     """
@@ -49,17 +51,41 @@ def examine_any(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: lis
         return examine(tape, module, args, kwargs, dims, n)
     except PrivacyError:
         raise
-    except Exception:
-        matching = [k for k, d in enumerate(dims) if d is not None]
-        for k in reversed(matching if len(matching) > 1 else []):
-            others = [None if j == k else d for j, d in enumerate(dims)]
+    except Exception as crash:
+        for others in _other_places(args, kwargs, dims, n):
             try:
                 plan = examine(tape, module, args, kwargs, others, n)
             except Exception:  # the first crash is the one to tell
                 continue
             if plan.gives_records:
                 return plan
+        _refuse_lists(tape.path(module), args, kwargs, n, crash)
         raise
+
+
+def _other_places(args: Any, kwargs: Any, dims: list[int | None], n: int) -> Iterator[list[int | None]]:
+    """Where else the records may be: in the second dimension of some arguments (states of recurrent layers, [layers, n,
+    h]), or not in one that happens to be as long as the batch."""
+    tensors = [v for v in leaves((args, kwargs)) if isinstance(v, Tensor)]
+    second = [k for k, v in enumerate(tensors) if dims[k] != 1 and v.ndim > 1 and v.shape[1] == n]
+    for moved in ([k for k in second if dims[k] is None], second):
+        if moved:
+            yield [1 if k in moved and tensors[k].ndim > 2 else d for k, d in enumerate(dims)]
+    matching = [k for k, d in enumerate(dims) if d is not None]
+    for k in reversed(matching if len(matching) > 1 else []):
+        yield [None if j == k else d for j, d in enumerate(dims)]
+
+
+def _refuse_lists(path: str, args: Any, kwargs: Any, n: int, crash: Exception) -> None:
+    """Raise where the crash is likely to come from a list with a value for each record: it was as long as before."""
+    for v in (*args, *kwargs.values()):
+        if isinstance(v, list | tuple) and len(v) == n and all(isinstance(x, int | float | str) for x in v):
+            raise UncoveredParameterError(
+                f"{path} is called on a {type(v).__name__} of {n} values, as many as there are records, and fails when "
+                f"a record is left out ({crash})",
+                why="which record a value belongs to is measured by leaving records out, of tensors.",
+                cure="pass them as a tensor [n], and make the list inside: lengths.tolist().",
+            ) from crash
 
 
 def examine(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[int | None], n: int) -> probe.Plan:
@@ -128,6 +154,7 @@ class _Run:
     def routed(self, router: probe.Recorder | Live, what: Any) -> Any:
         tape = self.tape
         self.buffers.put_back()
+        forget_cached()
         tape.router = router
         try:
             frame = tape.push(self.module)
@@ -144,6 +171,7 @@ class _Run:
         """With the buffers as they were, but these: as the run before has left them."""
         args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, what)
         self.buffers.put_back(but=but)
+        forget_cached()
         self.tape.push(self.module)
         try:
             return self.module.forward(*args, **kwargs)
@@ -381,7 +409,8 @@ def _attribute(
     tape.latest = plan
     randomness.restore(chance)
     try:
-        out = run.routed(router, tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, arguments))
+        with tape.taking(trial):
+            out = run.routed(router, tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, arguments))
         router.verify(plan)
         out = finished(tape, router, out)
     except PrivacyError as refusal:
@@ -395,11 +424,19 @@ def _attribute(
         raise _Lost(cannot, router.culprit) from crash
     try:
         weighted = (theirs * weights.to(theirs.dtype)).sum()
-        expected = torch.autograd.grad(weighted, trainable, allow_unused=True)
+        with tape.taking(None):
+            expected = torch.autograd.grad(weighted, trainable, allow_unused=True)
         ours = losses(out)
         if ours is not None:
-            torch.autograd.grad(ours.sum(), tape.anchors(), allow_unused=True)
+            with tape.taking(trial):
+                torch.autograd.grad(ours.sum(), tape.anchors(), allow_unused=True)
         alone = _without_the_others(run, arguments, where, plan, plain, losses, trainable, n) if repeats else []
+    except CheckpointError as error:
+        raise UncoveredParameterError(
+            f"{tape.path(run.module)}: a function is checkpointed that uses parameters by itself",
+            why="when it is computed again, in the backward, parameters are followed inside of modules only.",
+            cure="checkpoint a module, checkpoint(self.block, x), or a function that calls modules.",
+        ) from error
     except RuntimeError as error:
         if "checkpoint" in str(error):  # reentrant checkpointing allows .backward() only
             return
@@ -473,7 +510,8 @@ def _without_the_others(
                 continue  # the longest record was left out, or a dimension of one is gone
             own = losses(out, len(kept))
             if own is not None:
-                found.append((kept, torch.autograd.grad(own.sum(), trainable, allow_unused=True)))
+                with run.tape.taking(None):
+                    found.append((kept, torch.autograd.grad(own.sum(), trainable, allow_unused=True)))
         except Exception:  # as for the outputs: some models cannot run on one record
             continue
     return found

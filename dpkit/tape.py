@@ -31,7 +31,7 @@ from .moves import Taint
 from .outputs import finished, tapped
 from .rules import Rule, rule_for, trains
 from .sharded import Shards, holds_rows
-from .standin import StandIn
+from .standin import StandIn, forget_cached
 from .taps import Batch
 from .trees import leaves, signature, tree_map
 
@@ -256,6 +256,16 @@ class Tape:
             batch.closed = True
         return batch
 
+    @contextlib.contextmanager
+    def taking(self, batch: Batch | None) -> Iterator[None]:
+        """Within, what is computed again in a backward pass (activation checkpointing) is of this batch, or private to
+        none."""
+        before, self.batch = self.batch, batch
+        try:
+            yield
+        finally:
+            self.batch = before
+
     def detach(self) -> None:
         """Remove every hook."""
         self.close()
@@ -269,6 +279,8 @@ class Tape:
         """Put parameters back that an interrupted forward (KeyboardInterrupt) left replaced."""
         while self.stack:
             self.pop()
+        if self.router is not None:
+            forget_cached()
         self.router = None
         self._unwatch()
 
@@ -411,6 +423,8 @@ class Tape:
                 self.pop()
             router = self.router
             if frame.outermost:
+                if router is not None:
+                    forget_cached()
                 self.router = None
                 self._unwatch()
         if frame.outermost and isinstance(router, Live) and output is not None:
@@ -495,6 +509,7 @@ class Tape:
             if plan.used & (plan.used - 1) == 0 and plan.used > 1:
                 look_again(self, module, args, kwargs, plan, batch.n)
         self.latest = plan
+        forget_cached()
         self.router = Live(self, plan, batch, rows.pop())
         self._watching = self.router.watch((args, kwargs))
         if self._watching is not None:
