@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import checks, probe
 from .apart import brings_back, packed_in
@@ -112,6 +113,8 @@ class Tape:
         self.latest: probe.Plan | None = None
         self.router: Live | probe.Recorder | None = None
         self._watching: Taint | None = None
+        self._returned: list[StorageWeakRef] = []  # the memory of what forwards in this batch gave
+        self._earlier: list[StorageWeakRef] = []  # of batches before, as long as somebody holds it
         self._anchors: dict[torch.device, Anchor] = {}
         self.strangers = Strangers(self.names)
         self.losses = Losses(self)
@@ -249,6 +252,8 @@ class Tape:
         """End the batch and return what its backward passes brought."""
         self.restore()
         batch, self.batch, self.given = self.batch, None, None
+        self._earlier = [held for held in (*self._earlier, *self._returned) if not held.expired()]
+        self._returned = []
         for watch in self._watches:
             watch.remove()
         self._watches.clear()
@@ -435,6 +440,9 @@ class Tape:
                     probe.extend(router.plan, measured)
                     self.latest = router.plan
             output = finished(self, router, output)
+            self._returned += [  # what requires no gradient may be an argument that is passed on, the same each time
+                StorageWeakRef(v.untyped_storage()) for v in leaves(output) if isinstance(v, Tensor) and v.requires_grad
+            ]
         return output
 
     def leave(self, frame: Frame, args: Any, kwargs: Any, output: Any) -> Any:
@@ -475,6 +483,8 @@ class Tape:
         key = (module, self._modes(), signature((args, kwargs)))
         plan = self._plans.get(key)
         tensors = [v for v in leaves((args, kwargs)) if isinstance(v, Tensor)]
+        if self._earlier:
+            checks.refuse_returned(self.path(module), tensors, {held.cdata for held in self._earlier})
         with self._whole(plan is None):
             if plan is None:
                 checks.refuse_packed(self.path(module), (*args, *kwargs.values()))

@@ -540,3 +540,30 @@ def test_what_is_remembered_from_batch_to_batch(where: str, slow: float) -> None
     train(run, 2)
     with pytest.raises(dpkit.UnsupportedModuleError, match=r"into means?, and uses it"):
         train(attach(Remembers(True, where, slow)))
+
+
+class Carries(nn.Module):
+    """A recurrent layer that takes a state and gives one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(4, 3, batch_first=True)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, last = self.layer(x, state)
+        return y, last
+
+
+@pytest.mark.parametrize("carry", [lambda h: h, lambda h: h.detach(), lambda h: h.data, lambda h: h.detach()[:, :]])
+def test_states_that_are_carried_over(carry: Callable[[Tensor], Tensor]) -> None:
+    """Within a batch it is the records' own; from batch to batch it is others'."""
+    run = attach(Carries(), TensorDataset(torch.randn(6, 5, 4)))
+    for _ in range(2):
+        (x,) = next(iter(run.loader))
+        y, state = run.model(x)
+        z, state = run.model(x, state.detach())
+        (y + z).square().mean().backward()
+        run.optimizer.step()
+    (x,) = next(iter(run.loader))
+    with pytest.raises(dpkit.CoupledRecordsError, match="carried over"):
+        run.model(x, carry(state))
