@@ -28,7 +28,7 @@ class Buffers:
     def __init__(self, model: nn.Module) -> None:
         self._places: list[tuple[str, dict[str, Tensor | None], str, bool]] = []
         self._kept: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
-        self._numbers: list[tuple[dict[str, Any], str, Any]] = []
+        self._numbers: list[tuple[str, dict[str, Any], str, Any]] = []
         self._generators: list[tuple[Any, Any]] = []
         self._attributes = [
             (path, vars(m), {k: _Kept(v) for k, v in vars(m).items() if k not in _MODULES and _holds(v)})
@@ -43,7 +43,7 @@ class Buffers:
                     self._kept.append((module._buffers, name, b, b.detach().clone()))
             for name, v in vars(module).items():
                 if type(v) in (int, float, bool) and name != "training":
-                    self._numbers.append((vars(module), name, v))
+                    self._numbers.append((_joined(path, name), vars(module), name, v))
                 elif isinstance(v, torch.Generator | random.Random) or _numpys(v):
                     self._generators.append((v, _state(v)))
 
@@ -63,8 +63,9 @@ class Buffers:
                 for name, one in kept.items():
                     if _joined(path, name) not in but:
                         own[name] = one.put_back()
-        for attributes, name, number in self._numbers:
-            attributes[name] = number
+        for path, attributes, name, number in self._numbers:
+            if path not in but:
+                attributes[name] = number
         for generator, state in self._generators:
             _restore(generator, state)
 
@@ -85,6 +86,16 @@ class Buffers:
         """Copies of what the buffers that are released hold now, by their names."""
         found = ((path, home.get(name)) for path, home, name, released in self._places if released)
         return {path: b.detach().clone() for path, b in found if b is not None}
+
+    def others(self) -> dict[str, Any]:
+        """What else is remembered, as `released`: buffers that are not, tensors and numbers that are attributes."""
+        found: dict[str, Any] = {path: own.get(name) for path, own, name, _ in self._numbers}
+        for path, home, name, released in self._places:
+            if not released:
+                found[path] = [home.get(name)]
+        for path, own, _ in self._attributes:
+            found |= {_joined(path, k): _inside(v) for k, v in own.items() if k not in _MODULES and _holds(v)}
+        return {k: [_copied(x) for x in v] if isinstance(v, list) else v for k, v in found.items()}
 
     def reached(self, taint: Any, *, released: bool = True) -> set[str]:
         """The names of those (that are released, or not) which ``taint`` says hold what is computed from the batch."""
@@ -161,7 +172,7 @@ def _same(one: Any, other: Any) -> bool:
     return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
 
 
-def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
+def differing(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
     """The names of the buffers that differ."""
     both = one.keys() & other.keys()
     return (one.keys() ^ other.keys()) | {path for path in both if not _equal(one[path], other[path])}
@@ -188,5 +199,16 @@ def refuse_remembered(paths: set[str]) -> None:
     )
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other))
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other))
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return one is other or (type(one) is type(other) and type(one) in (int, float, bool, str) and one == other)
+
+
+def _copied(v: Any) -> Any:
+    """A leaf as it is now; what is no tensor and no number says nothing."""
+    if _is_memory(v) and v.numel() <= _LARGE:
+        return v.detach().clone()
+    return v if type(v) in (int, float, bool, str) else None

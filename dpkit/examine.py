@@ -208,12 +208,14 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
         own_chance = buffers.drawn  # which is put back before each run, so that no other run tells
         by_chance = own_chance or randomness.drawn_since(chance)
         written, held = buffers.reached(seen_full.taint), buffers.released()
-        remembered = buffers.reached(seen_full.taint, released=False)
+        remembered, others = buffers.reached(seen_full.taint, released=False), buffers.others()
         part, seen_part = run.recorded(probe.cut(arguments, dims, n, m), m)
         changed = differing(held, buffers.released()) - written
-        if changed:
+        noted = differing(others, buffers.others()) - remembered  # numbers that were taken out of tensors
+        if changed or noted:
             run.recorded(probe.cut(arguments, dims, n, n), n)
             written |= changed - differing(held, buffers.released())  # the rest changes by chance
+            remembered |= noted - differing(others, buffers.others())
         refuse_written(written)
         if remembered:
             _refuse_remembered(run, probe.cut(arguments, dims, n, n), remembered)

@@ -509,6 +509,8 @@ class Remembers(nn.Module):
             self.register_buffer("mean", torch.zeros(4), persistent=False)
         elif where == "attribute":
             self.mean = torch.zeros(4)
+        elif where == "number":
+            self.mean = 0.0
         elif where == "later":
             self.mean = None
         else:
@@ -519,7 +521,7 @@ class Remembers(nn.Module):
         mean = self.means[-1] if many else self.mean if self.mean is not None else torch.zeros(4)
         y = self.layer(x - mean if self.use else x) * (1 + self.steps)
         self.steps += 1  # a schedule is no memory of records
-        mean = self.slow * mean + (1 - self.slow) * x.mean(0)
+        mean = self.slow * mean + (1 - self.slow) * (float(x.mean()) if self.where == "number" else x.mean(0))
         if many:
             self.means.append(mean)
         else:
@@ -528,7 +530,7 @@ class Remembers(nn.Module):
 
 
 @pytest.mark.parametrize("slow", [0.9, 0.9999])
-@pytest.mark.parametrize("where", ["buffer", "attribute", "later", "list", "deque"])
+@pytest.mark.parametrize("where", ["buffer", "attribute", "later", "number", "list", "deque"])
 def test_what_is_remembered_from_batch_to_batch(where: str, slow: float) -> None:
     """A record acts in later steps then, wherever it is kept, and however little it does; that it is not saved changes
     nothing. What is kept and not used is nobody's business, and is as it was before the model was examined."""
