@@ -97,9 +97,10 @@ def test_rows_of_another_number_later() -> None:
         steps(Pick(), data([2, 2, 2, 2, 4, 4]), [0, 1, 2, 3], [4, 5, 0, 1])
 
 
-@pytest.mark.parametrize("gate", [0.0, 0.3])
+@pytest.mark.parametrize("gate", [0.0, 0.3, 1e-4, -1e-6])
 def test_coupling_behind_a_gate_that_starts_at_zero(gate: float) -> None:
-    """The mean over the batch enters with weight 0: outputs and gradients look independent until the gate opens."""
+    """The mean over the batch enters with weight 0, or with next to nothing (LayerScale): outputs and gradients look
+    independent until the gate opens."""
 
     class Leaky(nn.Module):
         def __init__(self) -> None:
