@@ -480,7 +480,7 @@ class Tape:
             return
         checks.refuse_problems(self._watched)
         checks.refuse_inside_wrapper(self.path(module))
-        key = (module, self._modes(), signature((args, kwargs)))
+        key = (module, self._modes(), signature(args, kwargs))
         plan = self._plans.get(key)
         tensors = [v for v in leaves((args, kwargs)) if isinstance(v, Tensor)]
         if self._earlier:

@@ -569,3 +569,40 @@ def test_states_that_are_carried_over(carry: Callable[[Tensor], Tensor]) -> None
     (x,) = next(iter(run.loader))
     with pytest.raises(dpkit.CoupledRecordsError, match="carried over"):
         run.model(x, carry(state))
+
+
+class Switched(nn.Module):
+    """Another function with another argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, mix: Any = None, other: Tensor | None = None, also: Tensor | None = None) -> Tensor:
+        y = self.layer(x)
+        if mix in (True, "mix", 1, 0.5) or also is not None:
+            y = y + y.mean(0)
+        z: Tensor = self.head(y)
+        return z
+
+
+@pytest.mark.parametrize(
+    ("before", "then"),
+    [
+        ({"mix": False}, {"mix": True}),
+        ({"mix": "no"}, {"mix": "mix"}),
+        ({"mix": 0}, {"mix": 1}),
+        ({"mix": 0.0}, {"mix": 0.5}),
+        ({"other": torch.ones(4)}, {"also": torch.ones(4)}),
+    ],
+    ids=str,
+)
+def test_coupling_that_an_argument_switches_on(before: dict[str, Any], then: dict[str, Any]) -> None:
+    """With other flags, and other names of what is given, a model is examined anew."""
+    run = attach(Switched())
+    for x, _ in run.loader:
+        run.model(x, **before).square().mean().backward()
+        run.optimizer.step()
+    x, _ = next(iter(run.loader))
+    with pytest.raises(dpkit.CoupledRecordsError, match="left out"):
+        run.model(x, **then)
