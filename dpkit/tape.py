@@ -34,7 +34,7 @@ from .rules import Rule, rule_for, trains
 from .sharded import Shards, holds_rows
 from .standin import StandIn, forget_cached
 from .taps import Batch
-from .trees import leaves, signature, tree_map
+from .trees import flag, leaves, signature, tree_map
 
 
 class _Hook:
@@ -108,6 +108,7 @@ class Tape:
         self._owned: list[nn.Parameter] = []  # what each of them owned
         self._plans: dict[Any, probe.Plan] = {}
         self._modules: list[nn.Module] = []
+        self._flags: list[tuple[dict[str, Any], str]] = []  # attributes that may choose another function
         self._training: list[bool] = []  # which parameters did in the forward before
         self._attributed: set[nn.Parameter] = set()  # those that did when each of the plans was made
         self.latest: probe.Plan | None = None
@@ -128,6 +129,9 @@ class Tape:
     def _attach(self) -> None:
         self._watched = checks.with_problems_in_training(self.model)
         self._modules = list(self.model.modules())
+        users = [vars(m) for m in self._modules if not type(m).__module__.startswith("torch.")]
+        kinds = (bool, str, int, float)
+        self._flags = [(at, name) for at in users for name, v in at.items() if type(v) in kinds and name != "training"]
         for path, module in self.model.named_modules():
             self._paths[module] = path or type(module).__name__
             own = [(name, p) for name, p in module._parameters.items() if p is not None]
@@ -525,16 +529,17 @@ class Tape:
         if self._watching is not None:
             self._watching.__enter__()
 
-    def _modes(self) -> tuple[bool, ...]:
-        """The modules' train flags: with others the model is another function, and is examined anew. So it is where a
-        parameter trains now of which no record's share has been shown."""
+    def _modes(self) -> tuple[Any, ...]:
+        """The modules' train flags, and flags of their own (of a number: whether it is zero): with others the model is
+        another function, and is examined anew. So it is where a parameter trains now of which no record's share has
+        been shown."""
         training = [p.requires_grad for p in self.names]
         if training != self._training:
             self._training, now = training, {p for p in self.names if p.requires_grad}
             if not now <= self._attributed:
                 self._attributed = now
                 self._plans.clear()
-        return tuple([m.training for m in self._modules])
+        return (*[m.training for m in self._modules], *[flag(at.get(name), among=0) for at, name in self._flags])
 
     @contextlib.contextmanager
     def _whole(self, needed: bool) -> Iterator[None]:

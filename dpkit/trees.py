@@ -87,20 +87,24 @@ def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ..
     flags, modes and small numbers are, since they may choose another function."""
     found: list[Any] = []
     for v in args:
-        found.append(_flag(v) if isinstance(v, str | int | float) else None)
+        found.append(flag(v))
         _describe(v, found)
     for name, v in kwargs.items():
-        found += [name, _flag(v) if isinstance(v, str | int | float) else None]
+        found += [name, flag(v)]
         _describe(v, found)
     return tuple(found)
 
 
-def _flag(v: str | float) -> Any:
-    if isinstance(v, bool):
+def flag(v: Any, among: int = 16) -> Any:
+    """What may choose another function: a bool, a short name, a number below ``among``; of others whether it is 0."""
+    kind = type(v)
+    if kind is bool:
         return v
-    if isinstance(v, str):
+    if kind is str:
         return v if len(v) <= 32 else None
-    return v if isinstance(v, int) and -1 <= v < 16 else v == 0
+    if kind is int and 0 <= v < among:
+        return v
+    return v == 0 if kind in (int, float) else None
 
 
 def _describe(v: Any, found: list[Any]) -> None:

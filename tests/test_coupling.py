@@ -576,11 +576,11 @@ class Switched(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 1)
+        self.layer, self.head, self.mix = nn.Linear(4, 4), nn.Linear(4, 1), None
 
     def forward(self, x: Tensor, mix: Any = None, other: Tensor | None = None, also: Tensor | None = None) -> Tensor:
         y = self.layer(x)
-        if mix in (True, "mix", 1, 0.5) or also is not None:
+        if mix in (True, "mix", 1, 0.5) or also is not None or self.mix in (True, "mix", 1, 0.5):
             y = y + y.mean(0)
         z: Tensor = self.head(y)
         return z
@@ -606,3 +606,15 @@ def test_coupling_that_an_argument_switches_on(before: dict[str, Any], then: dic
     x, _ = next(iter(run.loader))
     with pytest.raises(dpkit.CoupledRecordsError, match="left out"):
         run.model(x, **then)
+
+
+@pytest.mark.parametrize(("before", "then"), [(False, True), ("no", "mix"), (0, 1), (0.0, 0.5)])
+def test_coupling_that_an_attribute_switches_on(before: Any, then: Any) -> None:
+    """As a schedule does that begins with nothing."""
+    model = Switched()
+    model.mix = before
+    run = attach(model)
+    train(run, 2)
+    model.mix = then
+    with pytest.raises(dpkit.CoupledRecordsError, match="left out"):
+        train(run)
