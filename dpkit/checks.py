@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from dpkit.layers import problems, validate
 
-from .errors import ConfigurationError, FoldedBatchError, UnsupportedModuleError
+from .errors import ConfigurationError, CoupledRecordsError, FoldedBatchError, UnsupportedModuleError
 from .trees import leaves
 
 
@@ -38,6 +39,16 @@ def refuse_packed(path: str, arguments: Iterable[object]) -> None:
             why="it holds as many rows for each record as the record is long; whose they are cannot be measured by "
             "leaving records out.",
             cure="give the model the padded batch and the lengths, and call pack_padded_sequence in its forward.",
+        )
+
+
+def refuse_returned(path: str, arguments: list[Tensor], earlier: Container[int]) -> None:
+    """Raise if a model is given what it gave for an earlier batch, detached or not: ``earlier``, its memory."""
+    if any(v.layout == torch.strided and v.untyped_storage()._cdata in earlier for v in arguments):
+        raise CoupledRecordsError(
+            f"{path} is given what a forward on an earlier batch returned (a state that is carried over?)",
+            why="a record would act in steps that it was not drawn for, through the other records' gradients.",
+            cure="begin every batch with a state of its own (zeros, a parameter); what belongs together is one record.",
         )
 
 

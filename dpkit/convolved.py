@@ -165,9 +165,9 @@ class Convolved(Form):
         for some in (slice(k, k + each) for k in range(0, self.n, each)):
             gg = (g[some].transpose(-1, -2) @ g[some]).flatten(2)  # [n, G, t·t]
             aa = self._patch_products(x[some], grad.shape[2:])
-            norms[some] = torch.bmm(gg.flatten(1)[:, None], aa.flatten(1)[:, :, None]).flatten()
-            diagonals = gg[..., :: t + 1] * aa[..., :: t + 1]
-            lengths[some] = diagonals.clamp_min(0).sqrt().sum((1, 2))
+            products = gg.mul_(aa)  # added up in pairs: a dot product of so many that are alike loses digits
+            norms[some] = products.flatten(1).sum(1)
+            lengths[some] = products[..., :: t + 1].clamp_min(0).sqrt().sum((1, 2))
         return norms, lengths
 
     def _patch_products(self, x: Tensor, spatial: torch.Size) -> Tensor:

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from . import probe, randomness
 from .buffers import Buffers, differing, refuse_remembered, refuse_written
-from .errors import PrivacyError, UncoveredParameterError
+from .errors import CoupledRecordsError, PrivacyError, UncoveredParameterError
 from .joined import joined
 from .live import Live
 from .methods import Kept
 from .outputs import finished
 from .records import Records, place
+from .standin import forget_cached
 from .taps import Batch
 from .trees import holders, leaves, tree_map, within
 
@@ -41,7 +43,7 @@ class _Lost(Exception):
 
 def examine_any(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[int | None], n: int) -> probe.Plan:
     """Examine; where the model cannot run on fewer records, one argument may only happen to be as long as the batch
-    (positions [t] or a mask [t, t] with t = n). Then each is tried as carrying no records.
+    (positions [t] or a mask [t, t] with t = n), or hold them in another dimension. Then the others are tried.
 
     A refusal is final: only a crash is followed by another try, and a try counts only if outputs carry records.
     """
@@ -49,17 +51,41 @@ def examine_any(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: lis
         return examine(tape, module, args, kwargs, dims, n)
     except PrivacyError:
         raise
-    except Exception:
-        matching = [k for k, d in enumerate(dims) if d is not None]
-        for k in reversed(matching if len(matching) > 1 else []):
-            others = [None if j == k else d for j, d in enumerate(dims)]
+    except Exception as crash:
+        for others in _other_places(args, kwargs, dims, n):
             try:
                 plan = examine(tape, module, args, kwargs, others, n)
             except Exception:  # the first crash is the one to tell
                 continue
             if plan.gives_records:
                 return plan
+        _refuse_lists(tape.path(module), args, kwargs, n, crash)
         raise
+
+
+def _other_places(args: Any, kwargs: Any, dims: list[int | None], n: int) -> Iterator[list[int | None]]:
+    """Where else the records may be: in the second dimension of some arguments (states of recurrent layers, [layers, n,
+    h]), or not in one that happens to be as long as the batch."""
+    tensors = [v for v in leaves((args, kwargs)) if isinstance(v, Tensor)]
+    second = [k for k, v in enumerate(tensors) if dims[k] != 1 and v.ndim > 1 and v.shape[1] == n]
+    for moved in ([k for k in second if dims[k] is None], second):
+        if moved:
+            yield [1 if k in moved and tensors[k].ndim > 2 else d for k, d in enumerate(dims)]
+    matching = [k for k, d in enumerate(dims) if d is not None]
+    for k in reversed(matching if len(matching) > 1 else []):
+        yield [None if j == k else d for j, d in enumerate(dims)]
+
+
+def _refuse_lists(path: str, args: Any, kwargs: Any, n: int, crash: Exception) -> None:
+    """Raise where the crash is likely to come from a list with a value for each record: it was as long as before."""
+    for v in (*args, *kwargs.values()):
+        if isinstance(v, list | tuple) and len(v) == n and all(isinstance(x, int | float | str) for x in v):
+            raise UncoveredParameterError(
+                f"{path} is called on a {type(v).__name__} of {n} values, as many as there are records, and fails when "
+                f"a record is left out ({crash})",
+                why="which record a value belongs to is measured by leaving records out, of tensors.",
+                cure="pass them as a tensor [n], and make the list inside: lengths.tolist().",
+            ) from crash
 
 
 def examine(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[int | None], n: int) -> probe.Plan:
@@ -128,6 +154,7 @@ class _Run:
     def routed(self, router: probe.Recorder | Live, what: Any) -> Any:
         tape = self.tape
         self.buffers.put_back()
+        forget_cached()
         tape.router = router
         try:
             frame = tape.push(self.module)
@@ -140,11 +167,11 @@ class _Run:
         finally:
             tape.restore()
 
-    def plain(self, what: Any, *, fresh: bool = True) -> Any:
-        """``fresh``: with the buffers as they were, not as the run before has left them."""
+    def plain(self, what: Any, *, but: Collection[str] = ()) -> Any:
+        """With the buffers as they were, but these: as the run before has left them."""
         args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, what)
-        if fresh:
-            self.buffers.put_back()
+        self.buffers.put_back(but=but)
+        forget_cached()
         self.tape.push(self.module)
         try:
             return self.module.forward(*args, **kwargs)
@@ -181,12 +208,14 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
         own_chance = buffers.drawn  # which is put back before each run, so that no other run tells
         by_chance = own_chance or randomness.drawn_since(chance)
         written, held = buffers.reached(seen_full.taint), buffers.released()
-        remembered = buffers.reached(seen_full.taint, released=False)
+        remembered, others = buffers.reached(seen_full.taint, released=False), buffers.others()
         part, seen_part = run.recorded(probe.cut(arguments, dims, n, m), m)
         changed = differing(held, buffers.released()) - written
-        if changed:
+        noted = differing(others, buffers.others()) - remembered  # numbers that were taken out of tensors
+        if changed or noted:
             run.recorded(probe.cut(arguments, dims, n, n), n)
             written |= changed - differing(held, buffers.released())  # the rest changes by chance
+            remembered |= noted - differing(others, buffers.others())
         refuse_written(written)
         if remembered:
             _refuse_remembered(run, probe.cut(arguments, dims, n, n), remembered)
@@ -239,7 +268,7 @@ def _measure(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[i
         where = [_where(a, b, n, m) for a, b in zip(full, part, strict=False)]
         plan.gives_records = n > 1 and any(r is not None for r in where)
         with torch.enable_grad():
-            _attribute(tape, run, probe.cut(arguments, dims, n, n), where, plan, n)
+            _attribute(tape, run, probe.cut(arguments, dims, n, n), where, plan, n, repeats=not chance_stays)
     return plan
 
 
@@ -287,7 +316,7 @@ def look_again(tape: Tape, module: nn.Module, args: Any, kwargs: Any, plan: prob
         whole = probe.cut(arguments, dims, n, n)
         added = _added_up(run, whole, n) if plan.by_chance else None
         out = run.plain(whole)
-        part, alone = run.plain(probe.cut(arguments, dims, n, n - 1)), run.plain(probe.last(arguments, dims, n))
+        part, alone = run.plain(probe.cut(arguments, dims, n, n - 1)), run.plain(probe.alone(arguments, dims, n - 1))
         full = within(out), within(part), within(alone)
         plan.losses |= probe.mixed_losses(*full, n, _keys(out), kwargs.get("labels"), added, plan.by_chance)
 
@@ -310,11 +339,16 @@ _DRAWS = 6
 
 
 def _refuse_remembered(run: _Run, arguments: Any, buffers: set[str]) -> None:
-    """Raise if outputs follow from what the batch before has left in buffers that are not saved."""
-    chance = randomness.capture()
-    one = run.plain(arguments)
-    randomness.restore(chance)
-    if _differ(one, run.plain(arguments, fresh=False)):
+    """Raise if outputs follow from what the batch before has left in buffers that are not saved, or in attributes.
+
+    A slow average moves them by little: so not a bit of them may change, where a repeated run changes none.
+    """
+    chance, found = randomness.capture(), []
+    for but in ((), (), buffers):
+        randomness.restore(chance)
+        found.append(run.plain(arguments, but=but))
+    one, again, then = found
+    if _differ(one, then) or (_equal(one, again) and not _equal(one, then)):
         refuse_remembered(buffers)
 
 
@@ -334,36 +368,33 @@ def _refuse_unseen(path: str, outputs: list[Any]) -> None:
 def _alone(run: _Run, arguments: Any, dims: list[int | None], n: int, full: list[Any]) -> list[Any] | None:
     """The outputs for the last record alone. Some models cannot run on one record; that matters for a loss only."""
     try:
-        return run.recorded(probe.last(arguments, dims, n), 1)[0]
+        return run.recorded(probe.alone(arguments, dims, n - 1), 1)[0]
     except Exception:
         if any(isinstance(v, Tensor) and v.ndim == 0 and v.is_floating_point() for v in full):
             raise
         return None
 
 
-def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None], plan: probe.Plan, n: int) -> None:
+def _attribute(
+    tape: Tape, run: _Run, arguments: Any, where: list[Records | None], plan: probe.Plan, n: int, *, repeats: bool
+) -> None:
     """Every record's gradient is where it belongs: shown for all of them by one weighted sum.
 
     Each record has a loss of its own, made of its outputs. Autograd differentiates the sum of w[i] times loss i; the
     forms are those of the unweighted sum, and their sum with the weights w must be the same. The weights are random, so
     what is credited to another record changes the result (a sum with equal weights would not show it).
+
+    And where the model ``repeats`` itself (no chance is in it), a record's gradient is the same without the others.
     """
     trainable = [p for p in tape.names if p.requires_grad]
     device = next((v.device for v in leaves(arguments) if isinstance(v, Tensor)), torch.device("cpu"))
     weights = (0.5 + torch.rand(n, device=device)) * torch.where(torch.rand(n, device=device) < 0.5, -1.0, 1.0)
 
-    def losses(out: Any) -> Tensor | None:
+    def losses(out: Any, n: int = n) -> Tensor | None:
         terms = []
-        for k, (v, r) in enumerate(zip(within(out), where, strict=False)):
-            if not isinstance(v, Tensor) or not v.requires_grad:
-                continue
-            if r is not None:
-                rows = r.split(v).flatten(1)
-            elif probe.paired(v, plan.crossed.get(k), n):
-                rows = v.diagonal(0, *plan.crossed[k]).movedim(-1, 0).reshape(n, -1)
-            else:
-                continue
-            terms.append((rows * torch.linspace(-1.0, 1.3, rows.shape[1], device=v.device).cos()).sum(1))
+        for v, rows in zip(within(out), _rows(out, where, plan, n), strict=True):
+            if rows is not None:
+                terms.append((rows * torch.linspace(-1.0, 1.3, rows.shape[1], device=v.device).cos()).sum(1))
         return torch.stack([t.to(terms[0].dtype) for t in terms]).sum(0) if terms else None
 
     chance = randomness.capture()  # dropout that is no module (of attention weights) is the same draw in both runs
@@ -380,7 +411,8 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
     tape.latest = plan
     randomness.restore(chance)
     try:
-        out = run.routed(router, tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, arguments))
+        with tape.taking(trial):
+            out = run.routed(router, tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, arguments))
         router.verify(plan)
         out = finished(tape, router, out)
     except PrivacyError as refusal:
@@ -394,10 +426,19 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
         raise _Lost(cannot, router.culprit) from crash
     try:
         weighted = (theirs * weights.to(theirs.dtype)).sum()
-        expected = torch.autograd.grad(weighted, trainable, allow_unused=True)
+        with tape.taking(None):
+            expected = torch.autograd.grad(weighted, trainable, allow_unused=True)
         ours = losses(out)
         if ours is not None:
-            torch.autograd.grad(ours.sum(), tape.anchors(), allow_unused=True)
+            with tape.taking(trial):
+                torch.autograd.grad(ours.sum(), tape.anchors(), allow_unused=True)
+        alone = _without_the_others(run, arguments, where, plan, plain, losses, trainable, n) if repeats else []
+    except CheckpointError as error:
+        raise UncoveredParameterError(
+            f"{tape.path(run.module)}: a function is checkpointed that uses parameters by itself",
+            why="when it is computed again, in the backward, parameters are followed inside of modules only.",
+            cure="checkpoint a module, checkpoint(self.block, x), or a function that calls modules.",
+        ) from error
     except RuntimeError as error:
         if "checkpoint" in str(error):  # reentrant checkpointing allows .backward() only
             return
@@ -408,11 +449,12 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
         _refuse_another_function(tape, run, arguments, plain, out)
         largest = max((float(g.to_dense().norm()) for g in expected if g is not None), default=0.0)
         tolerance = trial.tolerance
+        floor = largest * (1e-3 if tolerance < 1e-2 else 2e-2)  # an attention key's bias gets rounding alone
         for p, grad in zip(trainable, expected, strict=True):
             try:
                 if p in trial.forms:
                     form = joined(trial.forms[p])
-                    probe.refuse_misattributed(tape.name(p), form, grad, weights, 1e-3 * largest, tolerance)
+                    probe.refuse_misattributed(tape.name(p), form, grad, weights, floor, tolerance)
                 elif grad is not None and float(grad.to_dense().norm()) > tolerance * largest:
                     raise UncoveredParameterError(
                         f"{tape.name(p)} {list(p.shape)} has a gradient in ordinary training and none in a private one",
@@ -424,6 +466,83 @@ def _attribute(tape: Tape, run: _Run, arguments: Any, where: list[Records | None
                 if any(not rule.built_in for rule in tape.rules_of(p)):  # a wrong rule is not to be hidden
                     raise
                 raise _Lost(refusal, p) from refusal
+        for whose, grads in alone:
+            _refuse_acting(tape, trial, whose, dict(zip(trainable, grads, strict=True)))
+
+
+def _rows(out: Any, where: list[Records | None], plan: probe.Plan, n: int) -> list[Tensor | None]:
+    """What each record has of each output [n, ·]; None for what is no record's."""
+    found: list[Tensor | None] = []
+    for k, v in enumerate(within(out)):
+        r = where[k] if k < len(where) else None
+        rows = None
+        if isinstance(v, Tensor) and v.requires_grad:
+            if r is not None:
+                rows = r.split(v).flatten(1)
+            elif probe.paired(v, plan.crossed.get(k), n):
+                rows = v.diagonal(0, *plan.crossed[k]).movedim(-1, 0).reshape(n, -1)
+        found.append(rows)
+    return found
+
+
+def _without_the_others(
+    run: _Run,
+    arguments: Any,
+    where: list[Records | None],
+    plan: probe.Plan,
+    whole: Any,
+    losses: Callable[[Any, int], Tensor | None],
+    trainable: list[nn.Parameter],
+    n: int,
+) -> list[tuple[list[int], Sequence[Tensor | None]]]:
+    """The gradients of the last record's loss, and of the first one's, with all others left out; where a model cannot
+    run on one record, of all others' without the last. Each with whose they are."""
+    found: list[tuple[list[int], Sequence[Tensor | None]]] = []
+    sizes = [None if rows is None else rows.shape[1:] for rows in _rows(whole, where, plan, n)]
+    for kept in ([n - 1], [0], list(range(n - 1))) if n > 1 else ():
+        if len(kept) > 1 and found:
+            break
+        if len(kept) == 1:
+            some = probe.alone(arguments, run.dims, kept[0])
+        else:
+            some = probe.cut(arguments, run.dims, n, n - 1)
+        try:
+            out = run.plain(some)
+            rows = _rows(out, where, plan, len(kept))
+            if [None if r is None else r.shape for r in rows] != [s and torch.Size([len(kept), *s]) for s in sizes]:
+                continue  # the longest record was left out, or a dimension of one is gone
+            own = losses(out, len(kept))
+            if own is not None:
+                with run.tape.taking(None):
+                    found.append((kept, torch.autograd.grad(own.sum(), trainable, allow_unused=True)))
+        except Exception:  # as for the outputs: some models cannot run on one record
+            continue
+    return found
+
+
+def _refuse_acting(tape: Tape, trial: Batch, kept: list[int], alone: Mapping[nn.Parameter, Tensor | None]) -> None:
+    """Raise where the gradient of these records is another one than without the others, though the outputs are the
+    same."""
+    which, found = torch.zeros(trial.n), {}
+    which[kept] = 1.0
+    for p, grad in alone.items():
+        if p in trial.forms:
+            ours = joined(trial.forms[p]).weighted_sum(which.to(p.device))
+            found[p] = ours, torch.zeros_like(ours) if grad is None else grad.to_dense().to(ours).flatten()
+    scale = max((float(theirs.norm()) for _, theirs in found.values()), default=0.0)
+    for p, (ours, theirs) in found.items():
+        # kernels for few records may round otherwise than those for many: on a GPU in ten bits
+        tolerance = 4 * trial.tolerance if trial.tolerance > 1e-2 or p.device.type == "cpu" else 2e-2
+        gap, size = float((ours - theirs).norm()), float(theirs.norm())
+        if scale < float("inf") and gap > tolerance * max(size, 10 * tolerance * scale):
+            raise CoupledRecordsError(
+                f"{tape.name(p)}: a record's gradient changed by {gap:.3g} (of {size:.3g}) when others were left out "
+                "of the batch, though what the model returns did not",
+                why="a record then acts through the other records' gradients too, which clipping its own does not "
+                "bound.",
+                cure="let no factor of a gradient depend on the batch, or on its size: in the backward of an "
+                "autograd.Function, in a hook, behind detach().",
+            )
 
 
 def _refuse_another_function(tape: Tape, run: _Run, arguments: Any, plain: Any, out: Any) -> None:
@@ -448,6 +567,12 @@ def _where(a: Any, b: Any, n: int, m: int) -> Records | None:
 def _keys(out: Any) -> list[str]:
     """The outputs' names, where they have some."""
     return [str(key) for key, v in out.items() for _ in leaves(v)] if isinstance(out, Mapping) else []
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two runs gave the same outputs to the last bit."""
+    pairs = [(a, b) for a, b in zip(within(one), within(other), strict=False) if isinstance(a, Tensor)]
+    return all(torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True) for a, b in pairs if a.shape == b.shape)
 
 
 def _differ(one: Any, other: Any) -> bool:

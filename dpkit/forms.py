@@ -40,6 +40,24 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def norms(x: Tensor) -> Tensor:
+    """Euclidean norms along the last dimension.
+
+    On a CPU torch adds up a row's squares one after the other in a few lanes: where a million or more are alike, up to
+    percents are rounded away. So long rows are taken in blocks.
+    """
+    if x.shape[-1] <= 2 * _BLOCK or x.device.type != "cpu":
+        found: Tensor = torch.linalg.vector_norm(x, dim=-1)
+        return found
+    whole = x.shape[-1] // _BLOCK * _BLOCK
+    of_blocks = norms(torch.linalg.vector_norm(x[..., :whole].unflatten(-1, (-1, _BLOCK)), dim=-1))
+    rest = x[..., whole:]
+    return of_blocks.hypot(torch.linalg.vector_norm(rest, dim=-1)) if rest.shape[-1] else of_blocks
+
+
+_BLOCK = 1024
+
+
 def rounded(size: int) -> int:
     """The least power of two that is not below."""
     return 1 << max(size - 1, 0).bit_length()
@@ -172,8 +190,7 @@ class Dense(Form):
         return v.reshape(self.n, v.shape[1:].numel())  # n may be 0, so -1 would say nothing
 
     def sq_norm(self) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(self._flat(self._order()), dim=1)
-        return norms.square_()
+        return norms(self._flat(self._order())).square_()
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         order = self._order()
@@ -249,13 +266,13 @@ class Outer(Form):
         g, a = self._wide()
         if g.ndim > 2 and g.shape[-2] > 1:
             return _gram(g, a)
-        products: Tensor = torch.linalg.vector_norm(g, dim=-1) * torch.linalg.vector_norm(a, dim=-1)
+        products = norms(g) * norms(a)
         squares = products.square_()
         return squares if squares.ndim == 1 else squares.flatten(1).sum(1)
 
     def lengths(self) -> Tensor:
         g, a = self._wide()
-        products: Tensor = torch.linalg.vector_norm(g, dim=-1) * torch.linalg.vector_norm(a, dim=-1)
+        products = norms(g) * norms(a)
         return products if products.ndim == 1 else products.flatten(1).sum(1)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
@@ -293,10 +310,10 @@ def _gram(g: Tensor, a: Tensor) -> Tensor:
     g, a = g.flatten(0, -3), a.flatten(0, -3)
     block = t if t < 64 else -(-t // 2) if t < 128 else max(64, -(-t // 4))
     each = max(1, SCRATCH // (block * t))
-    norms, lengths = g.new_empty(len(g)), g.new_zeros(len(g))
+    squares, lengths = g.new_empty(len(g)), g.new_zeros(len(g))
     for some in (slice(k, k + each) for k in range(0, len(g), each)):
-        norms[some], lengths[some] = _symmetric(g[some], a[some], block)
-    return not_below(norms.view(n, members).sum(1), lengths.view(n, members).sum(1).square())
+        squares[some], lengths[some] = _symmetric(g[some], a[some], block)
+    return not_below(squares.view(n, members).sum(1), lengths.view(n, members).sum(1).square())
 
 
 def _symmetric(g: Tensor, a: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -370,16 +387,15 @@ class Rows(Form):
 
     def sq_norm(self) -> Tensor:
         g = wide(self.g).flatten(0, 1)
-        squares: Tensor = torch.linalg.vector_norm(g, dim=1).square_()
+        squares = norms(g).square_()
         again, row, first = self._repeats()
         if len(again):
             sums = g[first].index_add_(0, row, g[again])
-            squares[first], squares[again] = torch.linalg.vector_norm(sums, dim=1).square_(), 0.0
+            squares[first], squares[again] = norms(sums).square_(), 0.0
         return squares.view(self.index.shape).sum(1)
 
     def lengths(self) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(wide(self.g), dim=-1)
-        return norms.sum(1)
+        return norms(wide(self.g)).sum(1)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         g = wide(self.g)
@@ -467,7 +483,7 @@ class Routed(Form):
 
     def lengths(self) -> Tensor:
         g, a = self._wide()
-        products: Tensor = torch.linalg.vector_norm(g, dim=-1) * torch.linalg.vector_norm(a, dim=-1)
+        products = norms(g) * norms(a)
         return products.sum(1)
 
     def weighted_sum(self, w: Tensor) -> Tensor:

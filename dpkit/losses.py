@@ -68,7 +68,7 @@ class Losses:
         """Raise if a record acts through another one's gradient in what is about to be back-propagated.
 
         A kind of loss that was not met before is differentiated for it, the others again ever more seldom; hooks of its
-        tensors run then, too.
+        tensors run then, too. Those in the model do not: the passes end where the model's last layers gave something.
 
         Args:
             roots, grads: as `torch.autograd.backward` was given them.
@@ -88,7 +88,7 @@ class Losses:
         new = kind not in self._met and len(self._met) < _KINDS
         seldom = new or self._looks & (self._looks - 1) == 0
         if new or (seldom and kind in self._met):  # the same operations may run along other dimensions now
-            apart = self._apart(batch, roots, grads)
+            apart = _apart(batch, ends, roots, grads)
             if apart is not None:
                 self._met[kind] = apart and self._met.get(kind, True)
         for k, node in enumerate(nodes):
@@ -99,92 +99,17 @@ class Losses:
                 self._refuse_changing_divisor(kind, k, node, batch.n)
             if seldom or (kind, k) not in self._cleared:
                 for edge, cotangent, seen in rule(node, batch.n, seldom):
-                    if self._several(batch, edge, cotangent):
+                    if _several(batch, ends, edge, cotangent):
                         _refuse(seen)
                     self._cleared.add((kind, k))
         then, squares = self._pairs.get(kind, (batch.n, []))
         if new:
             squares = list(_squares(nodes, batch.n))
             self._pairs[kind] = batch.n, [square for square in squares if not square.sure]
-            self._refuse_pairs(batch, nodes, [square for square in squares if square.sure], roots, grads)
+            _refuse_pairs(batch, ends, nodes, [square for square in squares if square.sure], roots, grads)
         elif squares and then != batch.n:
             self._pairs[kind] = batch.n, []
-            self._refuse_pairs(batch, nodes, [s for s in squares if s.there(nodes, batch.n)], roots, grads)
-
-    def _apart(self, batch: Batch, roots: Sequence[Tensor], grads: Any) -> bool | None:
-        """Raise if the gradient at some records' rows changes with the rows of others; whether that could be told.
-
-        None where some are not finite: other batches may tell.
-        """
-        anchors = self._tape.anchors()
-        found: list[tuple[Tensor, int]] = []
-
-        def gather(rows: Tensor, factor: int) -> bool:
-            if rows.requires_grad:
-                found.append((rows, factor))
-            return False
-
-        try:
-            with batch.looked_at_by(gather):
-                torch.autograd.grad(roots, anchors, grads, create_graph=True, allow_unused=True)
-            rows = [v for v, _ in found]
-            for one in _halves(batch) if found else ():
-                weights = [_pattern(v) * _mask(one, v, factor) for v, factor in found]
-                with batch.looked_at_by(_refuse_any(~one, _ACTS)):
-                    torch.autograd.grad(rows, anchors, weights, retain_graph=True, allow_unused=True)
-        except PrivacyError:
-            raise
-        except RuntimeError:  # an operation without second derivatives, or reentrant checkpointing
-            return False
-        return all(bool(torch.isfinite(v).all()) for v in (*roots, *rows)) or None
-
-    def _several(self, batch: Batch, edge: GradientEdge, cotangent: Tensor) -> bool:
-        """Whether what is at an edge of the graph comes from more than one unit.
-
-        Where it cannot be followed (reentrant checkpointing), one value for all of the batch does.
-        """
-        try:
-            reached = self._reached(batch, edge, cotangent)
-        except RuntimeError:
-            return cotangent.numel() == 1
-        return len(_owners(batch)[reached].unique()) > 1
-
-    def _reached(self, batch: Batch, edge: GradientEdge, cotangent: Tensor) -> Tensor:
-        """[n]: which records' rows a gradient at an edge of the graph comes to."""
-        reached = torch.zeros(batch.n, dtype=torch.bool)
-
-        def gather(rows: Tensor, factor: int) -> bool:
-            touched = (rows != 0) & torch.isfinite(rows)  # 0 times what is not finite says nothing
-            reached.logical_or_(touched.reshape(batch.n, -1).any(1).cpu())
-            return False
-
-        with batch.looked_at_by(gather):
-            torch.autograd.grad([edge], self._tape.anchors(), [cotangent], retain_graph=True, allow_unused=True)
-        return reached
-
-    def _refuse_pairs(
-        self, batch: Batch, nodes: list[Any], squares: list[_Square], roots: Sequence[Tensor], grads: Any
-    ) -> None:
-        """Raise if in one of these, [n, n], the values of two units count."""
-        owners = _owners(batch)
-        for square in squares:
-            edge = GradientEdge(nodes[square.node], square.output)
-            grad = torch.autograd.grad(roots, [edge], grads, retain_graph=True, allow_unused=True)[0]
-            if grad is None:
-                continue
-            apart = (owners[:, None] != owners).to(grad)
-            shape = [batch.n if d in square.dims else 1 for d in range(grad.ndim)]
-            between = grad * apart.view(shape)
-            try:
-                counts = bool(self._reached(batch, edge, between).any())
-            except RuntimeError:  # reentrant checkpointing
-                counts = bool(between.any())
-            if counts:
-                _refuse(
-                    f"the loss is made of a value for each pair of records, {list(grad.shape)} for {batch.n} of them",
-                    "bring outputs and targets to the same shape ([n] and [n], not [n, 1] and [n]); contrast views "
-                    "within one record.",
-                )
+            _refuse_pairs(batch, ends, nodes, [s for s in squares if s.there(nodes, batch.n)], roots, grads)
 
     def _refuse_changing_divisor(self, kind: Any, k: int, node: Any, n: int) -> None:
         """Raise if a sum over the records is divided by a number that changes, and not as their number does."""
@@ -196,22 +121,104 @@ class Losses:
             _refuse(f"the sum of the losses is divided by {by:g} for {n} records, and was by {before:g} for {then}")
 
 
-def refuse_mixed(tape: Tape, batch: Batch, values: Tensor, dim: int) -> None:
+# ---- passes that end where the model's last layers gave something
+
+
+def _brought(batch: Batch, ends: list[Any], outputs: Any, grads: Any, **how: Any) -> list[tuple[Tensor, int]]:
+    """What a backward pass brings to nodes of the tape's, rows [n·k, ...] and k. It does not go below them: a hook of
+    the user's there would see another pass than his."""
+    with batch.looked_at_by(lambda rows, factor: False):  # where one is below another
+        found = torch.autograd.grad(outputs, [GradientEdge(end, 0) for end in ends], grads, allow_unused=True, **how)
+    there = [_records(end) for end in ends]
+    return [(r.lead(grad), r.factor) for r, grad in zip(there, found, strict=True) if grad is not None]
+
+
+def _apart(batch: Batch, ends: list[Any], roots: Sequence[Tensor], grads: Any) -> bool | None:
+    """Raise if the gradient at some records' rows changes with the rows of others; whether that could be told.
+
+    None where some are not finite: other batches may tell.
+    """
+    try:
+        found = [v for v in _brought(batch, ends, roots, grads, create_graph=True) if v[0].requires_grad]
+        rows = [v for v, _ in found]
+        for one in _halves(batch) if found else ():
+            weights = [_pattern(v) * _mask(one, v, factor) for v, factor in found]
+            for v, factor in _brought(batch, ends, rows, weights, retain_graph=True):
+                _refuse_any(v, factor, ~one, _ACTS)
+    except PrivacyError:
+        raise
+    except _UNTOLD:
+        return False
+    return all(bool(torch.isfinite(v).all()) for v in (*roots, *rows)) or None
+
+
+def _several(batch: Batch, ends: list[Any], edge: GradientEdge, cotangent: Tensor) -> bool:
+    """Whether what is at an edge of the graph comes from more than one unit.
+
+    Where it cannot be followed, one value for all of the batch does.
+    """
+    try:
+        reached = _reached(batch, ends, edge, cotangent)
+    except _UNTOLD:
+        return cotangent.numel() == 1
+    return len(_owners(batch)[reached].unique()) > 1
+
+
+def _reached(batch: Batch, ends: list[Any], edge: GradientEdge, cotangent: Tensor) -> Tensor:
+    """[n]: which records' rows a gradient at an edge of the graph comes to."""
+    reached = torch.zeros(batch.n, dtype=torch.bool)
+    for rows, _ in _brought(batch, ends, [edge], [cotangent], retain_graph=True):
+        touched = (rows != 0) & torch.isfinite(rows)  # 0 times what is not finite says nothing
+        reached.logical_or_(touched.reshape(batch.n, -1).any(1).cpu())
+    return reached
+
+
+_UNTOLD = (RuntimeError, AttributeError, TypeError)
+"""What a pass that is not the user's may meet: an operation without second derivatives, reentrant checkpointing; a hook
+that asks a gradient's norm where there is none."""
+
+
+def _refuse_pairs(
+    batch: Batch, ends: list[Any], nodes: list[Any], squares: list[_Square], roots: Sequence[Tensor], grads: Any
+) -> None:
+    """Raise if in one of these, [n, n], the values of two units count."""
+    owners = _owners(batch)
+    for square in squares:
+        edge = GradientEdge(nodes[square.node], square.output)
+        grad = torch.autograd.grad(roots, [edge], grads, retain_graph=True, allow_unused=True)[0]
+        if grad is None:
+            continue
+        apart = (owners[:, None] != owners).to(grad)
+        shape = [batch.n if d in square.dims else 1 for d in range(grad.ndim)]
+        between = grad * apart.view(shape)
+        try:
+            counts = bool(_reached(batch, ends, edge, between).any())
+        except _UNTOLD:
+            counts = bool(between.any())
+        if counts:
+            _refuse(
+                f"the loss is made of a value for each pair of records, {list(grad.shape)} for {batch.n} of them",
+                "bring outputs and targets to the same shape ([n] and [n], not [n, 1] and [n]); contrast views "
+                "within one record.",
+            )
+
+
+def refuse_mixed(batch: Batch, values: Tensor, dim: int) -> None:
     """Raise if what a module of the model is called on mixes the records that other modules of it gave.
 
     Args:
         values: an argument that was computed from earlier outputs, with the records in dimension ``dim``.
     """
-    anchors = tape.anchors()
-    for one in _halves(batch) if anchors else ():
+    ends = [node for node in _above([values]) if _is_end(node) and node.batch is batch]
+    for one in _halves(batch) if ends else ():
         cotangent = _pattern(values) * _mask(one, values.movedim(dim, 0), 1).movedim(0, dim)
         seen = "between two modules of the model a record's values were computed from another record's"
         try:
-            with batch.looked_at_by(_refuse_any(~one, seen)):
-                torch.autograd.grad([values], anchors, [cotangent], retain_graph=True, allow_unused=True)
+            for rows, factor in _brought(batch, ends, [values], [cotangent], retain_graph=True):
+                _refuse_any(rows, factor, ~one, seen)
         except PrivacyError:
             raise
-        except RuntimeError:  # reentrant checkpointing
+        except _UNTOLD:
             return
 
 
@@ -269,10 +276,14 @@ def _is_end(node: Any) -> bool:
     return isinstance(node, _ENDS)
 
 
+def _records(end: Any) -> Records:
+    """Where they are in what a node of the tape's gave: in copies and rows that were picked, they lead."""
+    return getattr(end, "y_records", None) or Records(0)
+
+
 def _fits(end: Any, n: int) -> bool:
     """Whether n records were at a node of the tape's; what is to be said where they were not, others say."""
-    shape = tuple(end._input_metadata[0].shape)
-    there = getattr(end, "y_records", None) or Records(0)
+    shape, there = tuple(end._input_metadata[0].shape), _records(end)
     return len(shape) > there.dim and shape[there.dim] == n * there.factor
 
 
@@ -427,12 +438,9 @@ def _pattern(like: Tensor) -> Tensor:
     return torch.arange(1, like.numel() + 1, device=like.device).cos().view(like.shape).to(like.dtype)
 
 
-def _refuse_any(records: Tensor, seen: str) -> Callable[[Tensor, int], bool]:
-    def look(rows: Tensor, factor: int) -> bool:
-        refuse_reached(rows, _mask(records, rows, factor).flatten() != 0, f"in the loss, {seen}", _ONE_EACH)
-        return False
-
-    return look
+def _refuse_any(rows: Tensor, factor: int, records: Tensor, seen: str) -> None:
+    """Raise where a gradient's rows [n·k, ...] reach some of these records [n]."""
+    refuse_reached(rows, _mask(records, rows, factor).flatten() != 0, f"in the loss, {seen}", _ONE_EACH)
 
 
 def _refuse(seen: str, cure: str = _ONE_EACH) -> NoReturn:

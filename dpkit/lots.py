@@ -101,7 +101,7 @@ class _Drawing:
         self.flat, self.before, self.used = flat, stream.state(), 0
         self._stream = stream
         self._error: BaseException | None = None
-        self._claim, self._done = threading.Lock(), threading.Event()
+        self._claim, self._done = threading.RLock(), threading.Event()
 
     def begin(self) -> None:
         """In a thread, if that pays."""
@@ -109,9 +109,10 @@ class _Drawing:
             _thread.start_new_thread(self._draw, ())  # threading.Thread waits until it runs: a tenth of a millisecond
 
     def _draw(self) -> None:
-        if not self._claim.acquire(blocking=False):
+        if not self._claim.acquire(blocking=False) or self._done.is_set():
             return  # somebody does it, or did
-        try:
+        try:  # who was interrupted before this line has the lock, and begins anew when he waits again
+            self.before = self._stream.state()
             self._stream.fill(self.flat)
         except BaseException as error:  # it is raised where the numbers are asked for
             self._error = error

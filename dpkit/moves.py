@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import CoupledRecordsError
+from .errors import CoupledRecordsError, UncoveredParameterError
 from .records import Folded, Place, Records
 from .trees import leaves
 
@@ -231,4 +231,11 @@ class Taint(TorchDispatchMode):
 
 
 def _address(v: Any) -> int:
-    return v.untyped_storage()._cdata if isinstance(v, Tensor) and v.layout == torch.strided else 0
+    try:
+        return v.untyped_storage()._cdata if isinstance(v, Tensor) and v.layout == torch.strided else 0
+    except NotImplementedError as error:
+        raise UncoveredParameterError(
+            f"a function of torch.func (vmap, grad) calls a layer, or uses a parameter, in the forward ({error})",
+            why="inside it the records are not seen.",
+            cure="call the layer on the batch itself; what uses no parameter may stay in there.",
+        ) from error

@@ -348,15 +348,15 @@ def cut(tree: Any, dims: list[int | None], n: int, m: int) -> Any:
     return tree_map(one, tree)
 
 
-def last(tree: Any, dims: list[int | None], n: int) -> Any:
-    """The arguments with the last record alone."""
+def alone(tree: Any, dims: list[int | None], i: int) -> Any:
+    """The arguments with record i alone."""
     found = iter(dims)
 
     def one(v: Any) -> Any:
         if not isinstance(v, Tensor):
             return v
         d = next(found)
-        return v.detach().clone() if d is None else v.detach().narrow(d, n - 1, 1).clone()
+        return v.detach().clone() if d is None else v.detach().narrow(d, i, 1).clone()
 
     return tree_map(one, tree)
 
@@ -397,18 +397,27 @@ def undisturbed(model: nn.Module) -> Iterator[Buffers]:
 @contextlib.contextmanager
 def opened(model: nn.Module) -> Iterator[None]:
     """Shake the parameters, and put them back: what a zero hides (a gate, an adapter, a residual branch that starts at
-    zero) would pass every test unseen and open later. Signs are kept. Autocast must not remember the shaken weights."""
+    zero, or at 10⁻⁵) would pass every test unseen and open later. Signs are kept. Autocast must not remember the shaken
+    weights."""
     kept = [(p, p.data) for p in model.parameters() if p.is_floating_point() and p.layout == torch.strided]
     try:
         for p, value in kept:
             noise = torch.randn_like(value)
-            p.data = torch.where(value == 0, 0.01 + 0.02 * noise.abs(), value * (1 + 0.05 * noise.clamp(-2, 2)))
+            ajar = 0.01 + 0.02 * noise.abs()
+            shut = (
+                value == 0 if not value.numel() or bool(value.abs().amax() >= _SHUT) else torch.ones_like(value).bool()
+            )
+            p.data = torch.where(shut, ajar.copysign(value), value * (1 + 0.05 * noise.clamp(-2, 2)))
         torch.clear_autocast_cache()
         yield
     finally:
         for p, value in kept:
             p.data = value
         torch.clear_autocast_cache()
+
+
+_SHUT = 0.01
+"""A parameter without a larger entry is taken for a gate that is all but shut."""
 
 
 def without_dropout(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .apart import TAKEN_APART, is_packed, take_apart
 from .records import Records
@@ -33,6 +34,11 @@ _METADATA = frozenset(
 )
 _COMPUTED_ATTRIBUTES = frozenset(["T", "mT", "H", "mH", "real", "imag"])
 _CONSTANTS = frozenset(["detach", "data"])
+
+
+def forget_cached() -> None:
+    """What stand-ins gave is one forward's, where parametrisations are cached (``parametrize.cached``)."""
+    parametrize._cache.clear()
 
 
 class Router(Protocol):

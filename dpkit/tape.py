@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import checks, probe
 from .apart import brings_back, packed_in
@@ -31,9 +32,9 @@ from .moves import Taint
 from .outputs import finished, tapped
 from .rules import Rule, rule_for, trains
 from .sharded import Shards, holds_rows
-from .standin import StandIn
+from .standin import StandIn, forget_cached
 from .taps import Batch
-from .trees import leaves, signature, tree_map
+from .trees import flag, leaves, signature, tree_map
 
 
 class _Hook:
@@ -107,11 +108,14 @@ class Tape:
         self._owned: list[nn.Parameter] = []  # what each of them owned
         self._plans: dict[Any, probe.Plan] = {}
         self._modules: list[nn.Module] = []
+        self._flags: list[tuple[dict[str, Any], str]] = []  # attributes that may choose another function
         self._training: list[bool] = []  # which parameters did in the forward before
         self._attributed: set[nn.Parameter] = set()  # those that did when each of the plans was made
         self.latest: probe.Plan | None = None
         self.router: Live | probe.Recorder | None = None
         self._watching: Taint | None = None
+        self._returned: list[StorageWeakRef] = []  # the memory of what forwards in this batch gave
+        self._earlier: list[StorageWeakRef] = []  # of batches before, as long as somebody holds it
         self._anchors: dict[torch.device, Anchor] = {}
         self.strangers = Strangers(self.names)
         self.losses = Losses(self)
@@ -125,6 +129,9 @@ class Tape:
     def _attach(self) -> None:
         self._watched = checks.with_problems_in_training(self.model)
         self._modules = list(self.model.modules())
+        users = [vars(m) for m in self._modules if not type(m).__module__.startswith("torch.")]
+        kinds = (bool, str, int, float)
+        self._flags = [(at, name) for at in users for name, v in at.items() if type(v) in kinds and name != "training"]
         for path, module in self.model.named_modules():
             self._paths[module] = path or type(module).__name__
             own = [(name, p) for name, p in module._parameters.items() if p is not None]
@@ -249,12 +256,24 @@ class Tape:
         """End the batch and return what its backward passes brought."""
         self.restore()
         batch, self.batch, self.given = self.batch, None, None
+        self._earlier = [held for held in (*self._earlier, *self._returned) if not held.expired()]
+        self._returned = []
         for watch in self._watches:
             watch.remove()
         self._watches.clear()
         if batch is not None:
             batch.closed = True
         return batch
+
+    @contextlib.contextmanager
+    def taking(self, batch: Batch | None) -> Iterator[None]:
+        """Within, what is computed again in a backward pass (activation checkpointing) is of this batch, or private to
+        none."""
+        before, self.batch = self.batch, batch
+        try:
+            yield
+        finally:
+            self.batch = before
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -269,6 +288,8 @@ class Tape:
         """Put parameters back that an interrupted forward (KeyboardInterrupt) left replaced."""
         while self.stack:
             self.pop()
+        if self.router is not None:
+            forget_cached()
         self.router = None
         self._unwatch()
 
@@ -411,6 +432,8 @@ class Tape:
                 self.pop()
             router = self.router
             if frame.outermost:
+                if router is not None:
+                    forget_cached()
                 self.router = None
                 self._unwatch()
         if frame.outermost and isinstance(router, Live) and output is not None:
@@ -421,6 +444,9 @@ class Tape:
                     probe.extend(router.plan, measured)
                     self.latest = router.plan
             output = finished(self, router, output)
+            self._returned += [  # what requires no gradient may be an argument that is passed on, the same each time
+                StorageWeakRef(v.untyped_storage()) for v in leaves(output) if isinstance(v, Tensor) and v.requires_grad
+            ]
         return output
 
     def leave(self, frame: Frame, args: Any, kwargs: Any, output: Any) -> Any:
@@ -458,9 +484,11 @@ class Tape:
             return
         checks.refuse_problems(self._watched)
         checks.refuse_inside_wrapper(self.path(module))
-        key = (module, self._modes(), signature((args, kwargs)))
+        key = (module, self._modes(), signature(args, kwargs))
         plan = self._plans.get(key)
         tensors = [v for v in leaves((args, kwargs)) if isinstance(v, Tensor)]
+        if self._earlier:
+            checks.refuse_returned(self.path(module), tensors, {held.cdata for held in self._earlier})
         with self._whole(plan is None):
             if plan is None:
                 checks.refuse_packed(self.path(module), (*args, *kwargs.values()))
@@ -477,7 +505,7 @@ class Tape:
                 checks.refuse_bypassed(self._paths)
                 for t, d in zip(tensors, dims, strict=True):
                     if d is not None and t.grad_fn is not None and self.shards is None:
-                        refuse_mixed(self, batch, t, d)
+                        refuse_mixed(batch, t, d)
                 plan = examine_any(self, module, args, kwargs, dims, batch.n)
                 if batch.n > 2 or plan.gives_records:  # one record, which others are left with, says little
                     self._plans[key] = plan
@@ -495,21 +523,23 @@ class Tape:
             if plan.used & (plan.used - 1) == 0 and plan.used > 1:
                 look_again(self, module, args, kwargs, plan, batch.n)
         self.latest = plan
+        forget_cached()
         self.router = Live(self, plan, batch, rows.pop())
         self._watching = self.router.watch((args, kwargs))
         if self._watching is not None:
             self._watching.__enter__()
 
-    def _modes(self) -> tuple[bool, ...]:
-        """The modules' train flags: with others the model is another function, and is examined anew. So it is where a
-        parameter trains now of which no record's share has been shown."""
+    def _modes(self) -> tuple[Any, ...]:
+        """The modules' train flags, and flags of their own (of a number: whether it is zero): with others the model is
+        another function, and is examined anew. So it is where a parameter trains now of which no record's share has
+        been shown."""
         training = [p.requires_grad for p in self.names]
         if training != self._training:
             self._training, now = training, {p for p in self.names if p.requires_grad}
             if not now <= self._attributed:
                 self._attributed = now
                 self._plans.clear()
-        return tuple([m.training for m in self._modules])
+        return (*[m.training for m in self._modules], *[flag(at.get(name), among=0) for at, name in self._flags])
 
     @contextlib.contextmanager
     def _whole(self, needed: bool) -> Iterator[None]:

@@ -55,7 +55,7 @@ class Tap(torch.autograd.Function):
             inputs = ctx.saved_tensors
             rows, factor = ctx.y_records.lead(grad), ctx.y_records.factor
             if ctx.batch.look is not None:
-                grad = grad if ctx.batch.look(rows, factor) else None
+                grad = grad if ctx.batch.look(rows, factor) else torch.zeros_like(grad)  # hooks below expect a tensor
             else:
                 led = tuple(
                     x.detach() if r is None else r.lead(x.detach()) for x, r in zip(inputs, ctx.x_records, strict=True)

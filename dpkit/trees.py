@@ -82,9 +82,47 @@ def within(tree: Any) -> list[Any]:
     return leaves([tree, *(list(attributes.values()) for attributes in holders(tree))])
 
 
-def signature(tree: Any) -> tuple[Any, ...]:
-    """What two calls must share for one plan to serve both: the kinds and ranks of their leaves."""
-    return tuple((type(v).__name__, v.ndim) if isinstance(v, Tensor) else type(v).__name__ for v in leaves(tree))
+def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two calls must share for one plan to serve both: names, kinds and ranks of what they are given; and what
+    flags, modes and small numbers are, since they may choose another function."""
+    found: list[Any] = []
+    for v in args:
+        found.append(flag(v))
+        _describe(v, found)
+    for name, v in kwargs.items():
+        found += [name, flag(v)]
+        _describe(v, found)
+    return tuple(found)
+
+
+def flag(v: Any, among: int = 16) -> Any:
+    """What may choose another function: a bool, a short name, a number below ``among``; of others whether it is 0."""
+    kind = type(v)
+    if kind is bool:
+        return v
+    if kind is str:
+        return v if len(v) <= 32 else None
+    if kind is int and 0 <= v < among:
+        return v
+    return v == 0 if kind in (int, float) else None
+
+
+def _describe(v: Any, found: list[Any]) -> None:
+    if isinstance(v, Tensor):
+        found.append((type(v).__name__, v.ndim))
+    elif isinstance(v, list | tuple):
+        for one in v:
+            _describe(one, found)
+    elif isinstance(v, Mapping):
+        for name, one in v.items():
+            found.append(name)
+            _describe(one, found)
+    elif dataclasses.is_dataclass(v) and not isinstance(v, type):
+        for f in dataclasses.fields(v):
+            if f.init:
+                _describe(getattr(v, f.name), found)
+    else:
+        found.append(v if isinstance(v, bool) else type(v).__name__)
 
 
 def row_bytes(x: Tensor) -> list[bytes]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils.data import TensorDataset
 import dpkit
 from tests.oracle import clipped_sum
 from tests.test_loops import C, N, error, moved
-from tests.training import attach, drawing, train
+from tests.training import attach, drawing, train, work
 
 
 class Mixes(nn.Module):
@@ -436,25 +437,184 @@ def test_a_mean_loss_in_a_row_of_one() -> None:
         run.optimizer.step()
 
 
+# --- the backward ---
+
+
+class Factor(torch.autograd.Function):
+    """Identity whose gradient is scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, how: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(y)
+        ctx.how = how
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * ctx.how(*ctx.saved_tensors), None
+
+
+class Scaled(nn.Module):
+    """A factor ``how(hidden)`` in the backward, by one of three ways."""
+
+    def __init__(self, how: Callable[[Tensor], Tensor], way: str) -> None:
+        super().__init__()
+        self.first, self.second, self.how, self.way = nn.Linear(4, 6), nn.Linear(6, 1), how, way
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.way == "function":
+            y = Factor.apply(y, self.how)
+        elif self.way == "detach":
+            y = y.detach() + self.how(y.detach()) * (y - y.detach())
+        elif y.requires_grad:
+            factor = self.how(y.detach())
+            y.register_hook(lambda grad: grad * factor)
+        z: Tensor = self.second(y)
+        return z
+
+
+OF_THE_BATCH: dict[str, Callable[[Tensor], Tensor]] = {
+    "size": lambda y: torch.tensor(y.numel() ** -0.5),
+    "mean": lambda y: y.abs().mean(),
+    "largest": lambda y: y.abs().amax(0),
+}
+
+
+@pytest.mark.parametrize("way", ["function", "detach", "hook"])
+@pytest.mark.parametrize("what", OF_THE_BATCH)
+def test_acting_through_the_backward_alone(what: str, way: str) -> None:
+    """No output tells: a record scales the others' gradients. LSQ, which quantises, scales by the tensor's size."""
+    with pytest.raises(dpkit.CoupledRecordsError, match=r"first.weight: a record's gradient changed"):
+        train(attach(Scaled(OF_THE_BATCH[what], way)))
+
+
+@pytest.mark.parametrize("way", ["function", "detach", "hook"])
+def test_factors_of_a_records_own(way: str) -> None:
+    """They are the record's own affair."""
+    train(attach(Scaled(lambda y: 0.3 + y.abs().amax(1, keepdim=True), way)))
+
+
 # --- memory ---
 
 
 class Remembers(nn.Module):
     """Shifts by a mean of earlier batches, which is not saved; or only keeps it."""
 
-    def __init__(self, use: bool) -> None:
+    def __init__(self, use: bool, where: str = "buffer", slow: float = 0.9) -> None:
         super().__init__()
-        self.layer, self.use = nn.Linear(4, 1), use
-        self.register_buffer("mean", torch.zeros(4), persistent=False)
+        self.layer, self.use, self.where, self.slow = nn.Linear(4, 1), use, where, slow
+        self.steps = 0
+        if where == "buffer":
+            self.register_buffer("mean", torch.zeros(4), persistent=False)
+        elif where == "attribute":
+            self.mean = torch.zeros(4)
+        elif where == "number":
+            self.mean = 0.0
+        elif where == "later":
+            self.mean = None
+        else:
+            self.means = deque([torch.zeros(4)], 2) if where == "deque" else [torch.zeros(4)]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.layer(x - self.mean if self.use else x)
-        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        many = self.where in ("list", "deque")
+        mean = self.means[-1] if many else self.mean if self.mean is not None else torch.zeros(4)
+        y = self.layer(x - mean if self.use else x) * (1 + self.steps)
+        self.steps += 1  # a schedule is no memory of records
+        mean = self.slow * mean + (1 - self.slow) * (float(x.mean()) if self.where == "number" else x.mean(0))
+        if many:
+            self.means.append(mean)
+        else:
+            self.mean = mean
         return y
 
 
-def test_what_is_remembered_from_batch_to_batch() -> None:
-    """A record acts in later steps then, by whatever the buffer does; that it is not saved changes nothing."""
-    train(attach(Remembers(False)), 2)
-    with pytest.raises(dpkit.UnsupportedModuleError, match="buffer mean, and uses it"):
-        train(attach(Remembers(True)))
+@pytest.mark.parametrize("slow", [0.9, 0.9999])
+@pytest.mark.parametrize("where", ["buffer", "attribute", "later", "number", "list", "deque"])
+def test_what_is_remembered_from_batch_to_batch(where: str, slow: float) -> None:
+    """A record acts in later steps then, wherever it is kept, and however little it does; that it is not saved changes
+    nothing. What is kept and not used is nobody's business, and is as it was before the model was examined."""
+    model = Remembers(False, where, slow)
+    run = attach(model)
+    work(run, next(iter(run.loader)))
+    assert model.steps == 1
+    assert where not in ("list", "deque") or len(model.means) == 2
+    train(run, 2)
+    with pytest.raises(dpkit.UnsupportedModuleError, match=r"into means?, and uses it"):
+        train(attach(Remembers(True, where, slow)))
+
+
+class Carries(nn.Module):
+    """A recurrent layer that takes a state and gives one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(4, 3, batch_first=True)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, last = self.layer(x, state)
+        return y, last
+
+
+@pytest.mark.parametrize("carry", [lambda h: h, lambda h: h.detach(), lambda h: h.data, lambda h: h.detach()[:, :]])
+def test_states_that_are_carried_over(carry: Callable[[Tensor], Tensor]) -> None:
+    """Within a batch it is the records' own; from batch to batch it is others'."""
+    run = attach(Carries(), TensorDataset(torch.randn(6, 5, 4)))
+    for _ in range(2):
+        (x,) = next(iter(run.loader))
+        y, state = run.model(x)
+        z, state = run.model(x, state.detach())
+        (y + z).square().mean().backward()
+        run.optimizer.step()
+    (x,) = next(iter(run.loader))
+    with pytest.raises(dpkit.CoupledRecordsError, match="carried over"):
+        run.model(x, carry(state))
+
+
+class Switched(nn.Module):
+    """Another function with another argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head, self.mix = nn.Linear(4, 4), nn.Linear(4, 1), None
+
+    def forward(self, x: Tensor, mix: Any = None, other: Tensor | None = None, also: Tensor | None = None) -> Tensor:
+        y = self.layer(x)
+        if mix in (True, "mix", 1, 0.5) or also is not None or self.mix in (True, "mix", 1, 0.5):
+            y = y + y.mean(0)
+        z: Tensor = self.head(y)
+        return z
+
+
+@pytest.mark.parametrize(
+    ("before", "then"),
+    [
+        ({"mix": False}, {"mix": True}),
+        ({"mix": "no"}, {"mix": "mix"}),
+        ({"mix": 0}, {"mix": 1}),
+        ({"mix": 0.0}, {"mix": 0.5}),
+        ({"other": torch.ones(4)}, {"also": torch.ones(4)}),
+    ],
+    ids=str,
+)
+def test_coupling_that_an_argument_switches_on(before: dict[str, Any], then: dict[str, Any]) -> None:
+    """With other flags, and other names of what is given, a model is examined anew."""
+    run = attach(Switched())
+    for x, _ in run.loader:
+        run.model(x, **before).square().mean().backward()
+        run.optimizer.step()
+    x, _ = next(iter(run.loader))
+    with pytest.raises(dpkit.CoupledRecordsError, match="left out"):
+        run.model(x, **then)
+
+
+@pytest.mark.parametrize(("before", "then"), [(False, True), ("no", "mix"), (0, 1), (0.0, 0.5)])
+def test_coupling_that_an_attribute_switches_on(before: Any, then: Any) -> None:
+    """As a schedule does that begins with nothing."""
+    model = Switched()
+    model.mix = before
+    run = attach(model)
+    train(run, 2)
+    model.mix = then
+    with pytest.raises(dpkit.CoupledRecordsError, match="left out"):
+        train(run)

@@ -5,6 +5,7 @@ gradient are refused before anything is released; those that only look like it a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -409,6 +410,39 @@ def test_looking_leaves_no_trace() -> None:
             run.optimizer.step()
         steps.append((torch.rand(3), *run.model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*steps, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("kind", ["module", "before", "tensor"])
+@pytest.mark.parametrize("build", [classifier, Residual])
+def test_hooks_in_the_model(build: Callable[[], nn.Module], kind: str) -> None:
+    """What watches gradients below the last layer finds a tensor wherever ordinary training has one; where no other way
+    leads there, it sees the user's passes alone."""
+    model, seen = build(), list[float]()
+
+    def watch(*given: Any) -> None:
+        grad = given[-1]
+        seen.append(float((grad[0] if isinstance(grad, tuple) else grad).detach().norm()))
+
+    def hold(module: nn.Module, given: Any, y: Tensor) -> None:
+        if y.requires_grad:
+            y.register_hook(watch)
+
+    watched = list(model.children())[:-1]
+    for m in watched:
+        if kind == "tensor":
+            m.register_forward_hook(hold)
+        else:
+            (m.register_full_backward_hook if kind == "module" else m.register_full_backward_pre_hook)(watch)
+    run = attach(model, TensorDataset(*records()))
+    for _ in range(3):
+        for x, y in run.loader:
+            loss = F.cross_entropy(run.model(x), y)
+            seen.clear()  # what the examination has brought
+            loss.backward()
+            assert len(seen) == len(watched) or build is Residual
+            assert seen[-1] > 0
+            run.optimizer.step()
 
 
 def test_what_the_statement_says() -> None:

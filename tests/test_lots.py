@@ -301,6 +301,35 @@ def test_interrupted_while_it_waits(size: int, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(again._lots.take(size), expected[1])
 
 
+def test_interrupted_before_it_draws() -> None:
+    """Ctrl-C where nobody draws beside: the lot is somebody's already. It is drawn when it is waited for again."""
+    known = stream()
+    expected = known.fill(torch.empty(100))
+    found = Lots(stream(), 100)
+    found.prepare()
+    drawing = found._next
+    assert drawing is not None
+    claim = drawing._claim
+
+    class Interrupted:
+        def acquire(self, blocking: bool = True) -> bool:
+            claim.acquire(blocking=blocking)
+            raise KeyboardInterrupt
+
+    class Never(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert self.is_set(), "it would wait for ever"
+            return True
+
+    drawing._done = Never()
+    drawing._claim = Interrupted()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        found.take(10)
+    drawing._claim = claim
+    assert torch.equal(found.take(10), expected[:10])
+    assert not found._next
+
+
 @pytest.mark.parametrize(("size", "processors", "begun"), [(200_000, 2, 1), (200_000, 1, 0), (1000, 2, 0)])
 def test_a_thread_is_begun_where_it_pays(
     size: int, processors: int, begun: int, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 import dpkit
+from tests import models as m
 from tests.oracle import clipped_sum, norm
+from tests.training import attach
 
 N = 24
 
@@ -71,6 +73,19 @@ def test_half_precision_norms_are_in_float32() -> None:
     form = dpkit.Dense(torch.full((1, 1000), 1.0, dtype=torch.bfloat16) + torch.rand(1, 1000).bfloat16())
     assert form.sq_norm().dtype == torch.float32
     torch.testing.assert_close(form.sq_norm(), form.value.double().square().sum(1).float())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_that_are_rounding_alone(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    """An attention key's bias changes nothing: in half precision its gradient is what rounding leaves of nothing."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 6), m.Block(6), nn.Flatten(), nn.Linear(24, 2))
+    run = attach(model, TensorDataset(torch.randn(11, 4, 6), torch.arange(11) % 2))
+    for x, y in run.loader:
+        with torch.autocast("cpu", torch.bfloat16):
+            F.cross_entropy(model(x), y).backward()
+        run.optimizer.step()
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("meddle", ["clip", "zero"])

@@ -97,9 +97,10 @@ def test_rows_of_another_number_later() -> None:
         steps(Pick(), data([2, 2, 2, 2, 4, 4]), [0, 1, 2, 3], [4, 5, 0, 1])
 
 
-@pytest.mark.parametrize("gate", [0.0, 0.3])
+@pytest.mark.parametrize("gate", [0.0, 0.3, 1e-4, -1e-6])
 def test_coupling_behind_a_gate_that_starts_at_zero(gate: float) -> None:
-    """The mean over the batch enters with weight 0: outputs and gradients look independent until the gate opens."""
+    """The mean over the batch enters with weight 0, or with next to nothing (LayerScale): outputs and gradients look
+    independent until the gate opens."""
 
     class Leaky(nn.Module):
         def __init__(self) -> None:
@@ -303,12 +304,12 @@ class Moving(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale, self.head, self.shift = nn.Parameter(torch.ones(4)), nn.Linear(4, 1), 0
+        self.scale, self.head, self.shift = nn.Parameter(torch.ones(4)), nn.Linear(4, 1), [0]
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1) * self.scale
         chosen = (x.flatten(0, 1)[:, 0] > 0).nonzero()[:, 0]
-        rows = rows.index_add(0, (chosen + self.shift) % len(rows), rows[chosen])
+        rows = rows.index_add(0, (chosen + self.shift[0]) % len(rows), rows[chosen])
         return self.head(torch.tanh(rows).view(x.shape)).mean(1)
 
 
@@ -317,7 +318,7 @@ def test_chosen_rows_that_go_elsewhere_later() -> None:
     model, dataset = Moving(), data([1, 3, 0, 2])
     run = attach(model, dataset, loss_reduction="sum", max_grad_norm=0.3)
     for shift in (0, 4):
-        model.shift = shift
+        model.shift[0] = shift  # no flag, after which it would be examined anew
         before = {k: p.detach().clone() for k, p in model.named_parameters()}
         oracle = copy.deepcopy(model)
         total = clipped_sum(oracle, losses, dataset.tensors, 4, 0.3)  # each record by itself

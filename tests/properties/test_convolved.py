@@ -138,6 +138,16 @@ def test_gram_blocks(t: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(form.sq_norm(), expected)
 
 
+@pytest.mark.parametrize("size", [7, 14, 28])
+@pytest.mark.parametrize("pixel", [0.3, 0.77])
+def test_ghost_norms_of_blank_images(pixel: float, size: int) -> None:
+    """All products are the same number, of which a long dot product loses more than is promised."""
+    x, grad = torch.full((2, 16, size, size), pixel), torch.full((2, 8, size, size), 0.013)
+    form = Convolved(x, grad, (8, 16, 1, 1), (1, 1), (0, 0), (1, 1), 1)
+    exact = size**4 * x[0].double().square().mean() * grad[0].double().square().mean() * 16 * 8
+    assert torch.allclose(form.sq_norm().double(), exact, rtol=1e-5)
+
+
 def test_half_precision() -> None:
     """In bfloat16 every way adds up in float32."""
     x, grad = torch.ones(2, 1, 64, 64, dtype=torch.bfloat16), torch.ones(2, 1, 64, 64, dtype=torch.bfloat16)

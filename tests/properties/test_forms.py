@@ -180,6 +180,17 @@ def test_half_precision_accumulates_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(total, torch.full((3,), 4096.0))
 
 
+@pytest.mark.parametrize("p", [5000, 65_537, 1 << 20, (1 << 22) + 7])
+@pytest.mark.parametrize("square", [0.1, 0.3, 0.7])
+def test_long_rows_of_numbers_that_are_alike(square: float, p: int) -> None:
+    """Their squares, added up one after the other in float32, lose percents: more than the bound may be exceeded by."""
+    row = torch.full((2, p), square**0.5)
+    exact = row[0, 0].double() ** 2 * p
+    assert torch.allclose(Dense(row).sq_norm().double(), exact, rtol=1e-5)
+    assert torch.allclose(Outer(row, row[:, :3]).sq_norm().double(), exact * 3 * square, rtol=1e-5)
+    assert torch.allclose(Rows(torch.tensor([[0], [1]]), row[:, None], 2).sq_norm().double(), exact, rtol=1e-5)
+
+
 def test_perfect_cancellation_is_bounded() -> None:
     """g ⊗ a − g ⊗ a is 0; its ghost norm may be reported as positive, never as NaN or negative."""
     g, a = torch.randn(2, 3, 40), torch.randn(2, 3, 40)
