@@ -1,4 +1,7 @@
-"""The training loop, the same with privacy and without; the two added lines are marked."""
+"""The training loop, the same with privacy and without; the two added lines are marked.
+
+How many units there are is taken to be public: the sampling rate and the number of steps follow from it.
+"""
 
 from __future__ import annotations
 
