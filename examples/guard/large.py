@@ -54,7 +54,9 @@ class Plan:
     limit: int | None = None
     begin: Recipe = field(default_factory=lambda: Recipe(epochs=30, batch_size=256, lr=2e-3, optimizer="adam"))
     tune: Recipe = field(
-        default_factory=lambda: Recipe(epochs=5, batch_size=640, lr=1e-3, optimizer="adam", max_grad_norm=0.25)
+        default_factory=lambda: Recipe(
+            epochs=5, batch_size=640, lr=1e-3, optimizer="adam", max_grad_norm=0.25, average=True
+        )
     )
 
 
@@ -85,7 +87,7 @@ class Frozen:
     it once, each message once; kept on disk if ``cache`` says where.
 
     Guarantee: what it makes of a message depends on the policy and that message alone. A batch has the shape that a
-    message's own length asks for, whoever else is in it: in bfloat16 another shape rounds otherwise, by half a percent.
+    message's own length asks for, whoever else is in it: in bfloat16 another shape rounds otherwise.
     """
 
     def __init__(self, model: Any, layers: int, cache: Path | None = None) -> None:

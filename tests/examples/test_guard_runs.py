@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -513,6 +514,25 @@ def test_the_last_token_alone_is_the_whole_model(smollm: str, method: str) -> No
         whole = score(model(input_ids=torch.tensor([row])).logits[:, -1], reader.safe, reader.unsafe)[0]
         torch.testing.assert_close(one, whole, atol=2e-3, rtol=0)  # kept in bfloat16
     assert len({round(p, 6) for p in found.tolist()}) > 6  # the policy and the message both count
+
+
+@pytest.mark.parametrize("privacy", [None, Privacy(8.0, 1e-2)])
+def test_a_run_can_end_with_the_mean_of_its_later_weights(privacy: Privacy | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.utils.data.TensorDataset(torch.randn(40, 3, generator=generator))
+    model, seen = torch.nn.Linear(3, 1), []
+
+    def squares(model: Any, x: torch.Tensor) -> torch.Tensor:
+        seen.append(model.weight.detach().clone())
+        return model(x).squeeze(1) ** 2
+
+    recipe, averaged = Recipe(3, 20, 0.1), copy.deepcopy(model)
+    train(model, rows, squares, recipe, privacy, seeds=(1, 2))
+    after = [*seen[1:], model.weight.detach()]
+    run = train(averaged, rows, squares, replace(recipe, average=True), privacy, seeds=(1, 2))
+    assert run.steps == len(after) == 6
+    torch.testing.assert_close(averaged.weight.detach(), torch.stack(after[3:]).mean(0))
+    assert not torch.allclose(averaged.weight, model.weight)
 
 
 def test_policies_are_drawn_without_the_data() -> None:
