@@ -118,9 +118,9 @@ class Encoder:
         batch = self.tokenizer(texts, second, truncation="longest_first", max_length=most)
         lengths = [len(ids) for ids in batch["input_ids"]]
         found = torch.zeros(len(texts), len(self.layers) * self.encoder.config.hidden_size)
-        for width, chunk in batches([n + 1 for n in lengths], ROWS):  # one more: a batch without padding is another way
-            filled = chunk + chunk[:1] * (ROWS - len(chunk))
-            chosen = {k: [v[i] for i in filled] for k, v in batch.items()}
+        for width, chunk in batches(lengths, ROWS - 1):  # and a short one: a batch without padding is rounded otherwise
+            chosen = {k: [v[i] for i in chunk] + [v[0][:2]] * (ROWS - len(chunk)) for k, v in batch.items()}
+            width = min(width, most)
             rows = self.tokenizer.pad(chosen, padding="max_length", max_length=width, return_tensors="pt")
             states = encoder(**rows, output_hidden_states=True).hidden_states
             counted = rows["attention_mask"] * (1 if second is None else rows["token_type_ids"])
