@@ -3,7 +3,9 @@
 Three changes, as Llama Guard's authors describe them (Inan et al., 2023): categories that are not violated are dropped
 at random; all violated ones are dropped, and the verdict becomes safe; and the order, and with it the codes, is
 shuffled. They change the policy and never add a conversation: the data set draws them when a conversation is read, and
-all readings of one conversation are one unit of privacy, whose gradient is clipped once. ε is what it is without them.
+all readings of one conversation are one unit of privacy, whose gradient is clipped once. ε is what it is without them,
+against those who do not know the draws: with a known seed, whoever takes part in a step decides under which policies
+those after it are read. As for the noise, a seed is for runs that are to be repeated; to release a model, give none.
 """
 
 from __future__ import annotations

@@ -93,7 +93,10 @@ def openai_moderation() -> Source:
 
 
 def thinned(records: Sequence[Record], limit: int | None) -> list[Record]:
-    """About ``limit`` of them, evenly spread: for a quick try."""
+    """About ``limit`` of them, evenly spread: for a quick try.
+
+    Their places decide, so ε is about the data set that is left, not about the one that it is taken from.
+    """
     return list(records[:: max(1, len(records) // limit)] if limit else records)
 
 

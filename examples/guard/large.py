@@ -5,6 +5,10 @@ model made of them. So each policy goes through it once, each message once, and 
 record. Only the decision is learned: the output layer is cut to the two words that it is read off from, as in Llama
 Guard 3 1B, whose output layer is cut to the tokens it ever emits. Training begins with public phrases, and reads under
 policies that were drawn before any data was seen.
+
+ε holds when a prompt is added or removed: which policy a prompt is read under depends on its own text alone, and so
+does what the frozen model makes of it, to the last bit. How many prompts there are is taken to be public (the sampling
+rate, the number of steps and δ follow from it), and so are the recipe and the validation prompts, which set thresholds.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from . import data, public
 from .data import Record
+from .encoder import batches
 from .language_model import Reader, Shots, choose_trained, load
 from .metrics import judge, threshold_at_fpr
 from .page import Part
@@ -33,6 +39,7 @@ from .taxonomy import Taxonomy
 from .train import Privacy, Recipe, Run, seeds_of, train
 
 FITTED = ("train", "val")  # what training and thresholds see
+ROWS = 16  # of a batch of the frozen model
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,9 @@ class Plan:
     limit: int | None = None
     begin: Recipe = field(default_factory=lambda: Recipe(epochs=30, batch_size=256, lr=2e-3, optimizer="adam"))
     tune: Recipe = field(
-        default_factory=lambda: Recipe(epochs=5, batch_size=640, lr=1e-3, optimizer="adam", max_grad_norm=0.25)
+        default_factory=lambda: Recipe(
+            epochs=5, batch_size=640, lr=1e-3, optimizer="adam", max_grad_norm=0.25, average=True
+        )
     )
 
 
@@ -76,6 +85,9 @@ class Frozen:
 
     That is the last token's state below them, and the keys and values of all tokens before it. Each policy goes through
     it once, each message once; kept on disk if ``cache`` says where.
+
+    Guarantee: what it makes of a message depends on the policy and that message alone. A batch has the shape that a
+    message's own length asks for, whoever else is in it: in bfloat16 another shape rounds otherwise.
     """
 
     def __init__(self, model: Any, layers: int, cache: Path | None = None) -> None:
@@ -95,7 +107,7 @@ class Frozen:
         held = None
         if self.cache is not None:
             found = self.weights.copy()
-            found.update(repr((self.layers, policy, messages)).encode())
+            found.update(repr((ROWS, self.layers, policy, messages)).encode())
             held = self.cache / f"{found.hexdigest()[:20]}.pt"
             if held.exists():
                 kept: tuple[Tensor, Tensor, Tensor] = torch.load(held, weights_only=True)
@@ -115,20 +127,21 @@ class Frozen:
         width = max(map(len, messages)) - 1
         last = torch.zeros(len(messages), self.base.config.hidden_size, dtype=torch.bfloat16)
         others = torch.zeros(len(messages), len(known), width, *known.shape[2:], dtype=torch.bfloat16)
-        chunks = torch.tensor([len(m) for m in messages]).argsort().split(32)
-        for k, chunk in enumerate(chunks):
+        chunks = batches([len(m) for m in messages], ROWS)
+        for k, (t, chunk) in enumerate(chunks):
             lengths = torch.tensor([len(messages[i]) for i in chunk])
-            t = int(lengths.max())
-            tokens = torch.tensor([messages[i] + [0] * (t - len(messages[i])) for i in chunk])
+            rows = [messages[i] for i in chunk] + [[0]] * (ROWS - len(chunk))
+            tokens = torch.tensor([row + [0] * (t - len(row)) for row in rows])
             cache = copy.deepcopy(first)
-            cache.batch_repeat_interleave(len(chunk))
-            mask = torch.ones(len(chunk), len(policy) + t, dtype=torch.long)  # causal: what is padded comes later
+            cache.batch_repeat_interleave(ROWS)
+            mask = torch.ones(ROWS, len(policy) + t, dtype=torch.long)  # causal: what is padded comes later
             found = self.base(
                 input_ids=tokens, attention_mask=mask, use_cache=True, output_hidden_states=True, **{self.name: cache}
             )
             below = found.hidden_states[len(self.base.layers) - self.layers]
             last[chunk] = below[torch.arange(len(chunk)), lengths - 1].to(last.dtype)
-            others[chunk, :, : t - 1] = self._upper(found.past_key_values, len(policy))[:, :, : t - 1].to(last.dtype)
+            before = self._upper(found.past_key_values, len(policy))[: len(chunk), :, :width]
+            others[chunk, :, : before.shape[2]] = before.to(last.dtype)
             if k % 20 == 19:
                 told(f"  frozen layers: {k + 1} of {len(chunks)} batches")
         return known, last, others
@@ -274,22 +287,67 @@ def drawn_policies(taxonomy: Taxonomy) -> list[Taxonomy]:
     return found
 
 
-def readings(records: Sequence[Record], policies: Sequence[Taxonomy]) -> tuple[list[int], list[bool]]:
-    """For each record the policy that its place draws, and whether it is unsafe under that one.
+def drawn(text: str, turn: int, n: int) -> int:
+    """A number below ``n`` that a text draws, in each turn another one: no other text has a say."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=f"turn {turn}".encode()).digest()
+    return int.from_bytes(digest, "big") % n
+
+
+def readings(records: Sequence[Record], policies: Sequence[Taxonomy], turn: int = 0) -> tuple[list[int], list[bool]]:
+    """For each record the policy that its text draws, and whether it is unsafe under that one.
 
     What is unsafe, but nobody said of which category, is always read under a whole policy: no other may judge it.
 
-    The place is the record's own: whoever leaves keeps it empty, or the others would be read under other policies.
+    Guarantee: whoever comes or leaves, the others are read as they were.
     """
-    generator = torch.Generator().manual_seed(1)
-    draws = torch.randint(2 * PARTIAL, (len(records),), generator=generator).tolist()  # half of them whole
     which, unsafe = [], []
-    for record, draw in zip(records, draws, strict=True):
+    for record in records:
+        draw = drawn(str(record.conversation), turn, 2 * PARTIAL)  # half of them whole
         unnamed = record.unsafe and not record.violates
         place = draw % WHOLE if unnamed or draw >= PARTIAL else WHOLE + draw
         which.append(place)
         unsafe.append(unnamed or any(name in policies[place].names for name in record.violates))
     return which, unsafe
+
+
+def read_under(
+    name: str,
+    policies: Sequence[Taxonomy],
+    records: Sequence[Record],
+    which: Sequence[int],
+    unsafe: Sequence[bool],
+    *,
+    reader: Reader,
+    frozen: Frozen,
+    most: int,
+    shots: Shots = (),
+    told: Callable[[str], None] = print,
+) -> Read:
+    """Each record's last ``most`` tokens under the policy that ``which`` names, and what is right under it."""
+    told(f"{name}: {len(records):,} messages under {len(policies)} policies")
+    states, last, others, lengths = [], [], [], torch.zeros(len(records), dtype=torch.long)
+    rows: list[int] = []
+    for k, policy in enumerate(policies):
+        of = [i for i, place in enumerate(which) if place == k]
+        asking = [records[i].conversation for i in of] or [Conversation.of("-")]  # also what nobody drew
+        head, messages = reader.parts(policy, asking, shots, most)
+        known, below, before = frozen(head, messages, told)
+        states.append(known)
+        last.append(below[: len(of)])
+        others.append(before[: len(of)])
+        lengths[of] = torch.tensor([len(m) for m in messages[: len(of)]], dtype=torch.long)
+        rows += of
+    width = max(o.shape[2] for o in others)
+    back = torch.tensor(rows).argsort()
+    padded = torch.cat([F.pad(o, (0, 0, 0, 0, 0, width - o.shape[2])) for o in others])[back]
+    return Read(
+        Policies.of(states),
+        torch.cat(last)[back],
+        padded,
+        lengths,
+        torch.tensor(which),
+        torch.tensor(unsafe).long(),
+    )
 
 
 def study(
@@ -306,51 +364,21 @@ def study(
     prompts = data.prompts()
     whole, tokenizer = load(model)
     reader, frozen = Reader(tokenizer, layout, plan.max_tokens), Frozen(whole, plan.layers, cache)
+    under = partial(read_under, reader=reader, frozen=frozen, most=plan.message_tokens, told=told)
 
     def read(name: str, asked: Question) -> Read:
         """A question under its one policy."""
-        return read_under(name, [asked.policy], asked.records, [0] * len(asked.records), asked.unsafe, asked.shots)
-
-    def read_under(
-        name: str,
-        policies: Sequence[Taxonomy],
-        records: Sequence[Record],
-        which: Sequence[int],
-        unsafe: Sequence[bool],
-        shots: Shots = (),
-    ) -> Read:
-        told(f"{name}: {len(records):,} messages under {len(policies)} policies")
-        states, last, others, lengths = [], [], [], torch.zeros(len(records), dtype=torch.long)
-        rows: list[int] = []
-        for k, policy in enumerate(policies):
-            of = [i for i, place in enumerate(which) if place == k]
-            asking = [records[i].conversation for i in of or [0]]  # a policy that nobody drew is read all the same
-            head, messages = reader.parts(policy, asking, shots, plan.message_tokens)
-            known, below, before = frozen(head, messages, told)
-            states.append(known)
-            last.append(below[: len(of)])
-            others.append(before[: len(of)])
-            lengths[of] = torch.tensor([len(m) for m in messages[: len(of)]], dtype=torch.long)
-            rows += of
-        width = max(o.shape[2] for o in others)
-        back = torch.tensor(rows).argsort()
-        padded = torch.cat([F.pad(o, (0, 0, 0, 0, 0, width - o.shape[2])) for o in others])[back]
-        return Read(
-            Policies.of(states),
-            torch.cat(last)[back],
-            padded,
-            lengths,
-            torch.tensor(which),
-            torch.tensor(unsafe).long(),
-        )
+        which = [0] * len(asked.records)
+        return under(name, [asked.policy], asked.records, which, asked.unsafe, shots=asked.shots)
 
     policies = drawn_policies(prompts.taxonomy)
     train_rows = data.thinned(prompts.splits["train"], plan.limit)
     phrases = data.thinned(public.phrases().splits["train"], plan.limit)
-    phrases = [*phrases, *phrases]  # each under two policies
-    start = read_under("public phrases", policies, phrases, *readings(phrases, policies))
+    twice = [readings(phrases, policies, turn) for turn in (0, 1)]  # each under two policies, now and then the same
+    which, unsafe = (twice[0][k] + twice[1][k] for k in (0, 1))
+    start = under("public phrases", policies, [*phrases, *phrases], which, unsafe)
     asked = {"train": Question.of(prompts.taxonomy, train_rows)}
-    known = {"train": read_under("train", policies, train_rows, *readings(train_rows, policies))}
+    known = {"train": under("train", policies, train_rows, *readings(train_rows, policies))}
     asked["val"] = Question.of(prompts.taxonomy, data.thinned(prompts.splits["val"], plan.limit))
     asked["XSTest"] = Question.of(prompts.taxonomy, data.thinned(data.xstest().splits["test"], plan.limit))
     asked |= unseen(plan.limit and plan.limit // 2)
@@ -412,7 +440,12 @@ def sections(result: dict[str, Any], command: str) -> Iterable[Part]:
         "p",
         f"Each prompt is read under one of {WHOLE + PARTIAL} policies, drawn before any data was seen: {WHOLE} list "
         f"all hazards, {PARTIAL} about half of them, in drawn orders; what violates only hazards that are not listed "
-        "is safe. What is unsafe, but nobody said of which hazard, is read under a whole policy.",
+        "is safe. What is unsafe, but nobody said of which hazard, is read under a whole policy. A prompt's own text "
+        "draws which, so that ε holds when a prompt is added or removed. Their number is taken to be public: the "
+        "sampling rate, the number of steps and δ follow from it. ε covers neither the validation prompts, which are "
+        "taken to be public and set the thresholds, nor the choice of the recipe, which looked at training prompts. "
+        "Each private run is judged by itself; who is given several of them is given the sum of their ε. Seeds are "
+        "known, so that the runs can be repeated: to release a model, give no generators.",
     )
     spent = {run["name"]: run["epsilon"] for run in result["runs"]}
     rows = [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import random
 import re
 import sys
 from collections import Counter
@@ -514,20 +516,83 @@ def test_the_last_token_alone_is_the_whole_model(smollm: str, method: str) -> No
     assert len({round(p, 6) for p in found.tolist()}) > 6  # the policy and the message both count
 
 
+@pytest.mark.parametrize("privacy", [None, Privacy(8.0, 1e-2)])
+def test_a_run_can_end_with_the_mean_of_its_later_weights(privacy: Privacy | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.utils.data.TensorDataset(torch.randn(40, 3, generator=generator))
+    model, seen = torch.nn.Linear(3, 1), []
+
+    def squares(model: Any, x: torch.Tensor) -> torch.Tensor:
+        seen.append(model.weight.detach().clone())
+        return model(x).squeeze(1) ** 2
+
+    recipe, averaged = Recipe(3, 20, 0.1), copy.deepcopy(model)
+    train(model, rows, squares, recipe, privacy, seeds=(1, 2))
+    after = [*seen[1:], model.weight.detach()]
+    run = train(averaged, rows, squares, replace(recipe, average=True), privacy, seeds=(1, 2))
+    assert run.steps == len(after) == 6
+    torch.testing.assert_close(averaged.weight.detach(), torch.stack(after[3:]).mean(0))
+    assert not torch.allclose(averaged.weight, model.weight)
+
+
 def test_policies_are_drawn_without_the_data() -> None:
     taxonomy = built_in("mlcommons")
     policies = large.drawn_policies(taxonomy)
     assert [len(p) for p in policies] == [13] * large.WHOLE + [6] * large.PARTIAL
     assert [p.names for p in policies] == [p.names for p in large.drawn_policies(taxonomy)]
-    hate = Record(Conversation.of("x"), "u", True, "Hate", ("Hate",))
-    safe, unnamed = Record(Conversation.of("y"), "v", False), Record(Conversation.of("z"), "w", True)
-    which, unsafe = large.readings([hate] * 200, policies)
-    assert which == large.readings([safe] * 200, policies)[0]  # a record's own place draws
+    texts = [Conversation.of(f"text {k}") for k in range(200)]
+    hate = [Record(text, "u", True, "Hate", ("Hate",)) for text in texts]
+    which, unsafe = large.readings(hate, policies)
+    assert which == large.readings([Record(text, "v", False) for text in texts], policies)[0]  # the text draws
+    assert which != large.readings(hate, policies, turn=1)[0]
     assert unsafe == ["Hate" in policies[k].names for k in which]
     assert 0.3 < sum(k < large.WHOLE for k in which) / 200 < 0.7
-    which, unsafe = large.readings([unnamed] * 50, policies)
+    assert len(set(which)) == large.WHOLE + large.PARTIAL
+    which, unsafe = large.readings([Record(text, "w", True) for text in texts[:50]], policies)
     assert all(unsafe)
     assert max(which) < large.WHOLE  # nobody said what it violates: only a whole policy may judge it
+    assert [large.drawn("a text", turn, 24) for turn in range(4)] == [2, 14, 3, 2]  # in every process
+
+
+def test_whoever_leaves_the_others_are_read_as_they_were() -> None:
+    """ε of adding or removing a prompt: the policy that each is read under is its own."""
+    records = data.prompts().splits["train"][:60]
+    policies = large.drawn_policies(built_in("mlcommons"))
+    which, unsafe = large.readings(records, policies)
+    for gone in (0, 7, 59):
+        rest = [r for k, r in enumerate(records) if k != gone]
+        left = [[x for k, x in enumerate(of) if k != gone] for of in (which, unsafe)]
+        assert list(large.readings(rest, policies)) == left
+    assert large.readings(records[::-1], policies) == (which[::-1], unsafe[::-1])
+
+
+def test_what_the_frozen_model_makes_of_a_message_is_its_own(smollm: str) -> None:
+    """To the last bit, whoever else is read: in bfloat16 a batch of another shape is rounded otherwise."""
+    model, _ = load(smollm)
+    draw = random.Random(0)
+    messages = [[draw.randrange(3, 40) for _ in range(draw.randrange(2, 31))] for _ in range(90)]
+    frozen, shapes = large.Frozen(model, 2), set()
+    _, last, others = frozen([5, 6, 7], messages, lambda _: None)
+    frozen.base.layers[0].register_forward_pre_hook(lambda _, inputs: shapes.add(tuple(inputs[0].shape[:2])))
+    for kept in ([k for k in range(90) if k != 3], list(range(0, 90, 2)), list(range(89, -1, -1)), [17]):
+        _, fewer, before = frozen([5, 6, 7], [messages[k] for k in kept], lambda _: None)
+        assert torch.equal(fewer, last[kept])
+        for k, own in zip(kept, before, strict=True):
+            width = len(messages[k]) - 1
+            assert torch.equal(own[:, :width], others[k, :, :width])
+    assert shapes == {(1, 3)} | {(large.ROWS, width) for width in (8, 16, 24, 32)}  # the policy, and by length alone
+
+
+def test_what_the_encoder_makes_of_a_text_is_its_own(bert: str) -> None:
+    """To the last bit, whoever else is read: prompts in float32, answers in their context in bfloat16."""
+    rows = [*data.prompts().splits["train"][:120], *data.responses().splits["train"][:40]]
+    made, masks = encoder.Encoder(bert), []
+    features = made.features(rows)
+    for model in (made.encoder, made.quick):
+        model.register_forward_pre_hook(lambda _, args, of: masks.append(of["attention_mask"]), with_kwargs=True)
+    for kept in ([k for k in range(160) if k != 3], list(range(0, 160, 2)), list(range(159, -1, -1)), [140]):
+        assert torch.equal(made.features([rows[k] for k in kept]), features[kept])
+    assert all(len(mask) == encoder.ROWS and mask[-1].sum() == 2 for mask in masks)  # a full mask is another way
 
 
 def test_what_frozen_layers_said_is_kept_by_weights_policy_and_text(smollm: str, tmp_path: Path) -> None:
