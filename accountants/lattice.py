@@ -234,8 +234,9 @@ def _below(q: Array, low: Array, high: Array, pinned: Array, points: Array, slac
     n = len(q)
     width = np.expm1(np.diff(points))
     full = width / (1.0 + width)
-    share = np.divide(low, q * width, out=np.zeros(n), where=q * width > 0.0)
-    rest = np.divide(high, q * width, out=np.ones(n), where=q * width > 0.0)
+    told = q * width > 1e-290  # of less the place is not known: at the left edge, which costs most
+    share = np.divide(low, q * width, out=np.zeros(n), where=told)
+    rest = np.divide(high, q * width, out=np.ones(n), where=told)
     g = low * rest * (1.0 + slack)
     q_all, high_all = q + pinned[:-1], high + pinned[:-1] * width
     log_calls, log_puts = _log_tails(q_all, low, high_all, points)
