@@ -95,6 +95,13 @@ def examine(tape: Tape, module: nn.Module, args: Any, kwargs: Any, dims: list[in
         try:
             return _measure(tape, module, args, kwargs, dims, n)
         except _Lost as lost:
+            if first is None and n > 1:  # left alone, the others may go another way: without padding, masks are dropped
+                first = lost.refusal
+                others, named = probe.turned((args, kwargs), dims)
+                try:
+                    return _measure(tape, module, others, named, dims, n)
+                except _Lost:
+                    pass
             first = first or lost.refusal
             if able is None:
                 able = _splittable(tape, module, args, kwargs, dims, n)

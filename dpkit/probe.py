@@ -361,6 +361,19 @@ def alone(tree: Any, dims: list[int | None], i: int) -> Any:
     return tree_map(one, tree)
 
 
+def turned(tree: Any, dims: list[int | None]) -> Any:
+    """The arguments with the records in reverse order, so that another one is the last."""
+    found = iter(dims)
+
+    def one(v: Any) -> Any:
+        if not isinstance(v, Tensor):
+            return v
+        d = next(found)
+        return v.detach().clone() if d is None else v.detach().flip(d)
+
+    return tree_map(one, tree)
+
+
 def replaced(tree: Any, dims: list[int | None], others: Mapping[int, int]) -> Any:
     """The arguments with another record in the place of some."""
     found = iter(dims)

@@ -60,6 +60,29 @@ def test_lengths_in_a_list() -> None:
     assert "lengths.tolist()" in refusal.value.cure
 
 
+class Masked(nn.Module):
+    """A table of positions, left as it is where nothing is masked, as transformers' T5 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Parameter(torch.randn(3, 4)), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        table = self.table[None].expand(len(x), -1, -1)
+        if not mask.all():
+            table = torch.where(mask[:, :, None], table, torch.tensor(-1.0))
+        out: Tensor = self.layer(torch.tanh(x[:, None] * table)).mean(1)
+        return out
+
+
+def test_the_only_record_with_padding_is_the_last(caplog: pytest.LogCaptureFixture) -> None:
+    """Without it the others go another way; so without the first one it is seen where the records are."""
+    mask = torch.ones(N, 3, dtype=torch.bool)
+    mask[-1, -1] = False
+    assert_exact(Masked(), lambda m, b: squared(m(*b)), (torch.randn(N, 4), mask))
+    assert not caplog.records  # not on one record at a time
+
+
 @pytest.mark.parametrize("around", ["forward", "loop"])
 def test_cached_parametrisations(around: str) -> None:
     """What was computed for one forward is not there for the next."""
