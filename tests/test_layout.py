@@ -99,11 +99,11 @@ def test_leaves_import_themselves_relatively(path: Path) -> None:
 @pytest.mark.parametrize("path", files("dpkit"), ids=name)
 def test_dpkit_needs_torch_only(path: Path) -> None:
     """The leaves by their public names, nothing heavier; transformers only where the user's model brought it,
-    cryptography only for noise, hypothesis only to draw cases, numpy where its loops are faster; audits compute
-    statistics and draw them."""
+    cryptography only for noise, hypothesis only to draw cases, numpy and scipy where their loops are faster; audits
+    compute statistics and draw them."""
     secure = {"cryptography"} if path.name == "keystream.py" else set()
     statistics = {"numpy", "scipy", "matplotlib"} if name(path).startswith("dpkit.audit.") else set()
-    statistics |= {"numpy"} if path.name in ("normals.py", "forms.py") else set()
+    statistics |= {"normals.py": {"numpy"}, "forms.py": {"numpy", "scipy"}}.get(path.name, set())
     drawn = {"hypothesis"} if name(path) == "dpkit.testing.strategies" else set()
     joined = {
         "dpkit.integrations.lightning": {"pytorch_lightning"},
