@@ -242,7 +242,7 @@ def _truncated(event: TruncatedPoissonSampled, adjacency: str) -> Judged:
     remove, add = (MixedPair(((1.0 - cut, x), (cut, y))) for x, y in sides)
     # others that contribute nothing: the record is in the batch with probability (1 − ψ)q + ψr
     least = judge(PoissonSampled((1.0 - cut) * q + cut * rate * (1.0 - 1e-7), inner), adjacency)
-    return Judged(terms=(Term(remove, add),), reached=least.terms)
+    return Judged(terms=(Term(remove, add),), reached=least.lower())
 
 
 def _without_replacement(event: SampledWithoutReplacement, adjacency: str) -> Judged:

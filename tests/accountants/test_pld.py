@@ -528,6 +528,15 @@ def test_rates_too_small_for_double_precision(rate: float, sigma: float) -> None
             assert 0.0 <= low <= high <= 1.0
 
 
+@pytest.mark.parametrize("adjacency", ["add_or_remove_one", "zero_out", "replace_one"])
+def test_a_lower_bound_never_rests_on_a_larger_rate(adjacency: str) -> None:
+    """What is raised to a rate that can be told bounds from above only, within a truncated batch, too."""
+    for step in (PoissonSampled(1e-12, Gaussian(1.0)), TruncatedPoissonSampled(1e-12, 10, 1, Gaussian(1.0))):
+        low, high = PLDAccountant(adjacency).compose(step).delta_bounds(0.0)
+        assert 0.0 <= low <= 2e-12  # who is not in the batch adds nothing
+        assert high >= 0.3e-12
+
+
 @pytest.mark.parametrize(("sigma", "rate", "steps"), [(10.0, 0.01, 100), (10.0, 1e-3, 10**4), (1.0, 1e-5, 100)])
 def test_a_delta_too_small_to_be_told(sigma: float, rate: float, steps: int) -> None:
     acc = PLDAccountant().compose(dpsgd(sigma, rate, steps))
